@@ -1,0 +1,116 @@
+//! The one error type of this crate.
+
+/// What can go wrong between a caller, a policy, a model adapter and the cache.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// A tensor or list has another shape than the contract asks for.
+    #[error("{what}: expected shape {expected}, found {found}")]
+    Shape {
+        /// Which tensor or list.
+        what: &'static str,
+        /// The shape that was expected.
+        expected: String,
+        /// The shape that was found.
+        found: String,
+    },
+    /// A setting is outside what is meaningful.
+    #[error("invalid {what}: expected {expected}, found {found}")]
+    Setting {
+        /// Which setting.
+        what: &'static str,
+        /// What would be valid.
+        expected: String,
+        /// What was given.
+        found: String,
+    },
+    /// The prompt (or the next turn) has no tokens.
+    #[error("the prompt is empty: at least one token is needed")]
+    EmptyPrompt,
+    /// A token id that the model does not have.
+    #[error("token id {id} at index {index} is outside the vocabulary of {vocab} tokens")]
+    UnknownToken {
+        /// The id.
+        id: u32,
+        /// Where in the input it stands.
+        index: usize,
+        /// The number of tokens that the model knows.
+        vocab: usize,
+    },
+    /// The adapter attended layers out of order, twice, or not at all.
+    #[error("layer {found} was attended where layer {expected} is due (of {layers})")]
+    LayerOrder {
+        /// The layer that is due.
+        expected: usize,
+        /// The layer that came.
+        found: usize,
+        /// The number of layers.
+        layers: usize,
+    },
+    /// A number that has to be finite is not.
+    #[error("{what} is not finite at {at}")]
+    NotFinite {
+        /// Which value.
+        what: &'static str,
+        /// Where it stands.
+        at: String,
+    },
+    /// A policy returned a verdict that breaks its contract, or cannot decide.
+    #[error("policy {policy}: {message}")]
+    Policy {
+        /// The policy's name.
+        policy: String,
+        /// What is wrong.
+        message: String,
+    },
+    /// An implementation does not offer an operation.
+    #[error("{implementer} does not support {operation}")]
+    NotSupported {
+        /// The operation.
+        operation: &'static str,
+        /// Who was asked.
+        implementer: String,
+    },
+    /// The device failed while it computed or handed back data.
+    #[error("the device failed: {0}")]
+    Device(String),
+    /// An earlier step failed half-way, so that the layers no longer agree.
+    #[error("this cache was left in the middle of a step by an earlier error and cannot be used")]
+    Unusable,
+    /// A model adapter failed.
+    #[error("the model failed: {0}")]
+    Model(#[source] Box<dyn std::error::Error + Send + Sync>),
+    /// A saved cache cannot be read.
+    #[error("snapshot: {0}")]
+    Snapshot(String),
+}
+
+/// A result with this crate's [`Error`].
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+impl Error {
+    pub(crate) fn shape(
+        what: &'static str,
+        expected: impl std::fmt::Debug,
+        found: impl std::fmt::Debug,
+    ) -> Self {
+        Self::Shape {
+            what,
+            expected: format!("{expected:?}"),
+            found: format!("{found:?}"),
+        }
+    }
+
+    /// An invalid setting: which one, what would be valid, what was given.
+    pub fn setting(
+        what: &'static str,
+        expected: impl Into<String>,
+        found: impl std::fmt::Display,
+    ) -> Self {
+        Self::Setting {
+            what,
+            expected: expected.into(),
+            found: found.to_string(),
+        }
+    }
+}

@@ -1,0 +1,57 @@
+//! Tensors whose memory is the host's: handed to kernels and back without a copy.
+
+use crate::{Error, Result};
+use burn::tensor::{DType, Device, Tensor, TensorData};
+
+/// Whether tensors on `device` lie in host memory and change hands without a copy.
+///
+/// Found by trying: the address of a buffer that went in and came out again is the same. This
+/// names no backend, so any that keeps the promise is served by the CPU kernels.
+pub fn is_host_device(device: &Device) -> bool {
+    let values = vec![0f32; 64];
+    let address = values.as_ptr();
+    let tensor = Tensor::<1>::from_data(TensorData::new(values, [64]), device);
+    match tensor.try_into_data() {
+        Ok(data) => data
+            .as_slice::<f32>()
+            .is_ok_and(|back| back.as_ptr() == address),
+        Err(_) => false,
+    }
+}
+
+/// The values of a float tensor as `f32` in row-major order; no copy where the tensor is the only
+/// owner of host memory.
+///
+/// # Errors
+/// [`Error::Device`] if the device fails.
+pub fn into_f32<const D: usize>(tensor: Tensor<D>) -> Result<Vec<f32>> {
+    let data = tensor
+        .try_into_data()
+        .map_err(|e| Error::Device(e.to_string()))?;
+    let data = if data.dtype() == DType::F32 {
+        data
+    } else {
+        data.convert::<f32>()
+    };
+    data.try_into_vec::<f32>()
+        .map_err(|e| Error::Device(format!("{e:?}")))
+}
+
+/// A float tensor of shape `shape` that takes over `values`.
+pub fn from_f32<const D: usize>(values: Vec<f32>, shape: [usize; D], device: &Device) -> Tensor<D> {
+    Tensor::from_data(TensorData::new(values, shape), device)
+}
+
+/// Checks a tensor's dimensions.
+pub(crate) fn expect_dims<const D: usize>(
+    what: &'static str,
+    tensor: &Tensor<D>,
+    expected: [usize; D],
+) -> Result<()> {
+    let found = tensor.dims();
+    if found == expected {
+        Ok(())
+    } else {
+        Err(Error::shape(what, expected, found))
+    }
+}

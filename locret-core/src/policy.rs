@@ -1,0 +1,289 @@
+//! The contract between the engine and a policy.
+//!
+//! A policy is an immutable decision-maker over data that the cache owns: it sees views and returns
+//! a verdict. It holds no tensor of a sequence, so one policy serves any number of sequences, a
+//! sequence can be forked or saved without asking it, and any policy works with any store.
+
+use crate::{
+    LayerSpec, ModelSpec, Prefill, Result,
+    store::{Dense, KvStore, Placement},
+    units::{LayerUnits, Scores, Selection},
+};
+use serde::{Deserialize, Serialize};
+use std::fmt::Debug;
+
+/// Decides, after each layer of each step, which units stay in the cache.
+///
+/// Most policies are a [`Scorer`] inside an [`Evict`](crate::Evict); implement this trait when
+/// what stays is not "the best-scored units".
+///
+/// ```
+/// use locret_core::*;
+///
+/// /// Keeps every other unit once there are more than a thousand.
+/// #[derive(Debug)]
+/// struct Thin;
+///
+/// impl KvCachePolicy for Thin {
+///     fn name(&self) -> String {
+///         "thin".into()
+///     }
+///
+///     fn step(&self, at: &Step, units: &LayerUnits<'_>) -> Result<Verdict> {
+///         if at.phase == Phase::Tail || units.longest() <= 1000 {
+///             return Ok(Verdict::keep_all());
+///         }
+///         let every_other = |head| (0..units.len(head) as u32).step_by(2).collect();
+///         Verdict::keep((0..units.kv_heads()).map(every_other).collect())
+///     }
+/// }
+/// ```
+pub trait KvCachePolicy: Debug + Send + Sync {
+    /// A short name for tables and messages.
+    fn name(&self) -> String;
+
+    /// What the engine has to compute for this policy. What is not asked for is never computed.
+    fn needs(&self) -> Needs {
+        Needs::NOTHING
+    }
+
+    /// Which positions attention uses once units are gone.
+    fn positions(&self) -> Positions {
+        Positions::Original
+    }
+
+    /// Checks the settings against a model and a way of reading, before anything is computed.
+    ///
+    /// # Errors
+    /// [`Error::Setting`](crate::Error::Setting) that says what does not fit.
+    fn validate(&self, _model: &ModelSpec, _prefill: &Prefill) -> Result<()> {
+        Ok(())
+    }
+
+    /// An empty store for one layer.
+    ///
+    /// # Errors
+    /// If the store cannot be made for these dimensions.
+    fn store(&self, layer: &LayerSpec, place: &Placement) -> Result<Box<dyn KvStore>> {
+        Ok(Dense::boxed(layer, place))
+    }
+
+    /// The most units that a head of `layer` keeps after a chunk of a prompt, when the sequence
+    /// will have `total` tokens; `None` if there is no bound.
+    fn limit(&self, _layer: &LayerSpec, _total: usize) -> Option<usize> {
+        None
+    }
+
+    /// Says what stays. Called once for each layer of each step, after attention.
+    ///
+    /// # Errors
+    /// Any; the sequence is then unusable.
+    fn step(&self, at: &Step, units: &LayerUnits<'_>) -> Result<Verdict>;
+}
+
+/// Scores units; where most policies begin and end.
+///
+/// ```
+/// use locret_core::*;
+///
+/// /// Keys with a small norm attract attention (arXiv 2406.11430).
+/// #[derive(Debug)]
+/// struct KeyNorm;
+///
+/// impl Scorer for KeyNorm {
+///     fn name(&self) -> String {
+///         "key-norm".into()
+///     }
+///
+///     fn score(&self, _at: &Step, units: &LayerUnits<'_>) -> Result<Scores> {
+///         units.score_heads(|head| Ok(-units.keys(head)?.powi_scalar(2).sum_dim(1).sqrt().squeeze_dim(1)))
+///     }
+/// }
+///
+/// let policy = Evict::new(KeyNorm, Budget::Units(256)).recent(32);
+/// assert_eq!(policy.name(), "key-norm");
+/// ```
+pub trait Scorer: Debug + Send + Sync {
+    /// A short name for tables and messages.
+    fn name(&self) -> String;
+
+    /// What the engine has to compute for this scorer.
+    fn needs(&self) -> Needs {
+        Needs::NOTHING
+    }
+
+    /// Whether scores are made when a unit is born (or gathered over time) and carried with it.
+    /// Then [`Scorer::score`] is called in every step and finds its earlier answers in
+    /// [`LayerUnits::carried`]. Otherwise it is called only when something has to go, and
+    /// nothing is carried.
+    fn carries(&self) -> bool {
+        false
+    }
+
+    /// Checks against a model before anything is computed.
+    ///
+    /// # Errors
+    /// [`Error::Setting`](crate::Error::Setting) or [`Error::Shape`](crate::Error::Shape).
+    fn validate(&self, _model: &ModelSpec) -> Result<()> {
+        Ok(())
+    }
+
+    /// One score for each unit of each KV head, new units last; larger means keep.
+    ///
+    /// # Errors
+    /// Any; the sequence is then unusable.
+    fn score(&self, at: &Step, units: &LayerUnits<'_>) -> Result<Scores>;
+}
+
+/// What the engine computes for a policy beside attention itself.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Needs {
+    /// Queries, keys and values of new tokens before rotation ([`LayerUnits::qkv`]).
+    pub qkv: bool,
+    /// The surprisal of each token ([`LayerUnits::surprisal`]). It is known only after the last
+    /// layer, so every layer's verdict is then asked for after the whole chunk, and all layers
+    /// hold `budget + chunk` units at once.
+    pub surprisal: bool,
+    /// Attention paid by chosen queries ([`LayerUnits::observed`]); one more pass over the keys
+    /// for those queries.
+    pub observe: Option<Observe>,
+}
+
+impl Needs {
+    /// Nothing.
+    pub const NOTHING: Self = Self {
+        qkv: false,
+        surprisal: false,
+        observe: None,
+    };
+}
+
+/// Which attention to observe.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Observe {
+    /// Which queries of a step.
+    pub queries: Queries,
+    /// What of their attention.
+    pub what: Observation,
+}
+
+/// Queries of a step.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Queries {
+    /// Every new token's.
+    All,
+    /// The last ones' (all, if there are fewer).
+    Last(usize),
+}
+
+impl Queries {
+    /// How many of `tokens` new tokens are chosen.
+    pub fn count(self, tokens: usize) -> usize {
+        match self {
+            Self::All => tokens,
+            Self::Last(n) => n.min(tokens),
+        }
+    }
+}
+
+/// What to gather of observed attention.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Observation {
+    /// Per query head, the sum over queries of softmax weights.
+    Weights,
+    /// Per KV head, the maximum over queries and grouped heads of the pre-softmax logit.
+    MaxLogits,
+}
+
+/// Which positions keys and queries are rotated at once units are gone.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Positions {
+    /// Every unit keeps the position that it had in the sequence. Keys are rotated once.
+    #[default]
+    Original,
+    /// The units that are left stand at `0..n`, the newest query at `n - 1`, as the authors of
+    /// Locret and of StreamingLLM do: positions never exceed the cache's length, so that a stream
+    /// may be longer than anything the model was trained for.
+    Compact,
+}
+
+/// Where in the work a verdict is asked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Phase {
+    /// A further prompt begins on a cache that is not empty. No token is new; the cache can be
+    /// brought back to its budget before the first chunk.
+    Turn,
+    /// A chunk of a prompt was read; `last` if it is the last one before the tail.
+    Prefill {
+        /// Whether no further chunk follows.
+        last: bool,
+    },
+    /// The prompt's last `local` tokens, which the published procedure reads without eviction.
+    Tail,
+    /// A generated token.
+    Decode,
+}
+
+/// Where a step stands in the sequence.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Step {
+    /// The layer.
+    pub layer: LayerSpec,
+    /// The kind of step.
+    pub phase: Phase,
+    /// Tokens that the sequence had before this step.
+    pub seen: usize,
+    /// New tokens in this step.
+    pub incoming: usize,
+    /// Tokens that the sequence will have at the end of the prompt that is being read (while
+    /// decoding: has now).
+    pub total: usize,
+}
+
+/// A policy's answer.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Verdict {
+    /// What stays.
+    pub keep: Keep,
+    /// Scores to carry with the units, for all units before the verdict (they are gathered with
+    /// them). `None` carries nothing.
+    pub scores: Option<Scores>,
+}
+
+/// Which units stay.
+#[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
+pub enum Keep {
+    /// All of them.
+    All,
+    /// Those that are named.
+    Slots(Selection),
+}
+
+impl Verdict {
+    /// Everything stays, nothing is carried.
+    pub fn keep_all() -> Self {
+        Self {
+            keep: Keep::All,
+            scores: None,
+        }
+    }
+
+    /// The named units of each KV head stay, nothing is carried.
+    ///
+    /// # Errors
+    /// As [`Selection::new`].
+    pub fn keep(kept: Vec<Vec<u32>>) -> Result<Self> {
+        Ok(Self {
+            keep: Keep::Slots(Selection::new(kept)?),
+            scores: None,
+        })
+    }
+
+    /// The same verdict, with scores to carry.
+    pub fn carrying(mut self, scores: Scores) -> Self {
+        self.scores = Some(scores);
+        self
+    }
+}

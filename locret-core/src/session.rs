@@ -1,0 +1,521 @@
+//! Reading prompts and generating text on one cache.
+
+use crate::{
+    CacheOptions, CausalLm, Error, KvCachePolicy, Peak, Phase, Result, Sampler, Sampling,
+    SequenceCache, host,
+};
+use burn::tensor::Tensor;
+use serde::{Deserialize, Serialize};
+use std::{
+    fmt,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+/// How a prompt is read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Prefill {
+    /// Tokens that go through the model together, `B`. The cache peaks at `budget + chunk`.
+    pub chunk: usize,
+    /// The prompt's last tokens, `n_loc`, which are read after the chunks and never evicted while
+    /// this prompt is answered.
+    pub local: usize,
+}
+
+impl Default for Prefill {
+    fn default() -> Self {
+        Self {
+            chunk: 512,
+            local: 32,
+        }
+    }
+}
+
+impl Prefill {
+    /// Checks the settings.
+    ///
+    /// # Errors
+    /// [`Error::Setting`] for a chunk of 0.
+    pub fn validate(&self) -> Result<()> {
+        if self.chunk == 0 {
+            return Err(Error::setting("chunk", "at least 1 token", 0));
+        }
+        Ok(())
+    }
+}
+
+/// What happened to the cache when a chunk had been read.
+#[derive(Debug)]
+pub struct ChunkDone<'a> {
+    /// Which chunk of this prompt, from 0; the tail counts as chunks of its own.
+    pub index: usize,
+    /// Tokens of this prompt that have been read.
+    pub done: usize,
+    /// Tokens of this prompt.
+    pub tokens: usize,
+    /// Which kind of step it was.
+    pub phase: Phase,
+    /// The cache after eviction.
+    pub cache: &'a SequenceCache,
+}
+
+/// Called after every chunk; returning an error stops the work.
+pub type OnChunk<'a> = &'a mut dyn FnMut(&ChunkDone<'_>) -> Result<()>;
+
+/// Times and memory of a session.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub struct Report {
+    /// Tokens read as prompts.
+    pub prefill_tokens: usize,
+    /// Time spent reading them.
+    pub prefill_time: Duration,
+    /// Tokens generated and fed back.
+    pub decode_tokens: usize,
+    /// Time spent generating.
+    pub decode_time: Duration,
+    /// The most that the cache held while prompts were read.
+    pub prefill_peak: Peak,
+    /// The most that the cache held at any moment.
+    pub peak: Peak,
+    /// Bytes of keys and values now.
+    pub kv_bytes: usize,
+    /// Bytes of positions and scores now.
+    pub metadata_bytes: usize,
+    /// Bytes that a full cache of 32-bit values would take for all tokens seen.
+    pub full_bytes: usize,
+}
+
+impl Report {
+    /// Prompt tokens per second.
+    pub fn prefill_rate(&self) -> f64 {
+        rate(self.prefill_tokens, self.prefill_time)
+    }
+
+    /// Generated tokens per second.
+    pub fn decode_rate(&self) -> f64 {
+        rate(self.decode_tokens, self.decode_time)
+    }
+
+    /// How many times smaller the peak is than a full cache.
+    pub fn compression(&self) -> f64 {
+        self.full_bytes as f64 / self.peak.bytes.max(1) as f64
+    }
+}
+
+fn rate(tokens: usize, time: Duration) -> f64 {
+    if time.is_zero() {
+        0.0
+    } else {
+        tokens as f64 / time.as_secs_f64()
+    }
+}
+
+/// A conversation with a model on one bounded cache: prompts are read, text is generated, and
+/// further prompts follow.
+///
+/// ```no_run
+/// # fn demo(model: std::sync::Arc<dyn locret_core::CausalLm>,
+/// #         policy: std::sync::Arc<dyn locret_core::KvCachePolicy>,
+/// #         ids: &[u32], end: u32) -> locret_core::Result<()> {
+/// use locret_core::{Generate, Prefill, Session};
+///
+/// let mut session = Session::new(model, policy)?;
+/// session.prefill(ids, &Prefill { chunk: 512, local: 32 })?;
+/// for token in session.generate(Generate::greedy(100).stop_at([end]))? {
+///     println!("{}", token?);
+/// }
+/// println!("{} bytes at most", session.report().peak.bytes);
+/// # Ok(()) }
+/// ```
+pub struct Session {
+    model: Arc<dyn CausalLm>,
+    cache: SequenceCache,
+    /// All tokens of the conversation, those that are not fed yet included.
+    history: Vec<u32>,
+    /// A generated token that the model has not seen.
+    pending: Option<u32>,
+    /// Logits `[vocab]` after the last token that the model has seen.
+    logits: Option<Vec<f32>>,
+    times: Report,
+}
+
+impl fmt::Debug for Session {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Session")
+            .field("policy", &self.cache.policy().name())
+            .field("seen", &self.cache.seen())
+            .field("units", &self.cache.units())
+            .finish_non_exhaustive()
+    }
+}
+
+impl Session {
+    /// An empty session with a dense 32-bit cache.
+    ///
+    /// # Errors
+    /// As [`SequenceCache::new`].
+    pub fn new(model: Arc<dyn CausalLm>, policy: Arc<dyn KvCachePolicy>) -> Result<Self> {
+        Self::with_options(model, policy, CacheOptions::default())
+    }
+
+    /// An empty session.
+    ///
+    /// # Errors
+    /// As [`SequenceCache::new`].
+    pub fn with_options(
+        model: Arc<dyn CausalLm>,
+        policy: Arc<dyn KvCachePolicy>,
+        options: CacheOptions,
+    ) -> Result<Self> {
+        let cache = SequenceCache::new(model.spec(), policy, model.device(), options)?;
+        Ok(Self {
+            model,
+            cache,
+            history: Vec::new(),
+            pending: None,
+            logits: None,
+            times: Report::default(),
+        })
+    }
+
+    /// A second session that starts from this one's state.
+    ///
+    /// # Errors
+    /// As [`SequenceCache::fork`].
+    pub fn fork(&self) -> Result<Self> {
+        Ok(Self {
+            model: self.model.clone(),
+            cache: self.cache.fork()?,
+            history: self.history.clone(),
+            pending: self.pending,
+            logits: self.logits.clone(),
+            times: self.times,
+        })
+    }
+
+    /// The cache.
+    pub fn cache(&self) -> &SequenceCache {
+        &self.cache
+    }
+
+    /// The cache, to record more about it.
+    pub fn cache_mut(&mut self) -> &mut SequenceCache {
+        &mut self.cache
+    }
+
+    /// The model.
+    pub fn model(&self) -> &Arc<dyn CausalLm> {
+        &self.model
+    }
+
+    /// All tokens so far, read or generated.
+    pub fn tokens(&self) -> &[u32] {
+        &self.history
+    }
+
+    /// Logits `[vocab]` for the next token; `None` before the first prompt and after a generated
+    /// token that was not fed back yet.
+    pub fn logits(&self) -> Option<&[f32]> {
+        self.logits.as_deref().filter(|_| self.pending.is_none())
+    }
+
+    /// Times and memory so far.
+    pub fn report(&self) -> Report {
+        Report {
+            peak: self.cache.peak(),
+            kv_bytes: self.cache.bytes(),
+            metadata_bytes: self.cache.metadata_bytes(),
+            full_bytes: self.cache.spec().full_cache_bytes(self.cache.seen(), 4),
+            ..self.times
+        }
+    }
+
+    /// Reads a prompt, or the next turn of a conversation.
+    ///
+    /// # Errors
+    /// [`Error::EmptyPrompt`], [`Error::UnknownToken`], settings that do not fit the policy or
+    /// the model, and whatever the model, the policy or the device reports.
+    pub fn prefill(&mut self, ids: &[u32], prefill: &Prefill) -> Result<()> {
+        self.prefill_with(ids, prefill, &mut |_| Ok(()))
+    }
+
+    /// As [`prefill`](Self::prefill), calling `on_chunk` after every chunk.
+    ///
+    /// # Errors
+    /// As [`prefill`](Self::prefill), and those of `on_chunk`.
+    pub fn prefill_with(
+        &mut self,
+        ids: &[u32],
+        prefill: &Prefill,
+        on_chunk: OnChunk<'_>,
+    ) -> Result<()> {
+        prefill.validate()?;
+        self.cache.policy().validate(self.cache.spec(), prefill)?;
+        if ids.is_empty() {
+            return Err(Error::EmptyPrompt);
+        }
+        self.check_ids(ids)?;
+        let started = Instant::now();
+        let ids: Vec<u32> = self.pending.take().into_iter().chain(ids.iter().copied()).collect();
+        // `history` has the pending token already.
+        let fresh = self.history.len() - self.cache.seen();
+        self.history.extend_from_slice(&ids[fresh..]);
+        let total = self.cache.seen() + ids.len();
+        if !self.cache.is_empty() {
+            self.cache.turn(total)?;
+        }
+        let body = ids.len() - prefill.local.min(ids.len());
+        let chunks = ids[..body].chunks(prefill.chunk);
+        let last = chunks.len().saturating_sub(1);
+        let steps = chunks
+            .enumerate()
+            .map(|(i, chunk)| (Phase::Prefill { last: i == last }, chunk))
+            .chain(ids[body..].chunks(prefill.chunk).map(|c| (Phase::Tail, c)));
+        let mut done = 0;
+        for (index, (phase, chunk)) in steps.enumerate() {
+            let wants_logits = done + chunk.len() == ids.len();
+            self.forward(phase, chunk, total, wants_logits)?;
+            done += chunk.len();
+            on_chunk(&ChunkDone {
+                index,
+                done,
+                tokens: ids.len(),
+                phase,
+                cache: &self.cache,
+            })?;
+        }
+        self.times.prefill_tokens += ids.len();
+        self.times.prefill_time += started.elapsed();
+        self.times.prefill_peak = self.cache.peak();
+        Ok(())
+    }
+
+    /// Generates text, token by token: an iterator that can be stopped at any time.
+    ///
+    /// # Errors
+    /// [`Error::EmptyPrompt`] if nothing was read before, [`Error::Setting`] for impossible
+    /// sampling settings.
+    pub fn generate(&mut self, generate: Generate) -> Result<Tokens<'_>> {
+        if self.cache.is_empty() {
+            return Err(Error::EmptyPrompt);
+        }
+        Ok(Tokens {
+            sampler: generate.sampling.init()?,
+            left: generate.max_new,
+            stop: generate.stop,
+            session: self,
+        })
+    }
+
+    /// Feeds `ids` as if they had been generated, and returns `-ln p` of each of them given what
+    /// came before. The cache goes on from there; nothing is evicted that decoding would keep.
+    ///
+    /// # Errors
+    /// [`Error::EmptyPrompt`] if nothing was read before, and as [`prefill`](Self::prefill).
+    pub fn score(&mut self, ids: &[u32]) -> Result<Vec<TokenScore>> {
+        self.check_ids(ids)?;
+        self.feed_pending()?;
+        let first = self.logits.clone().ok_or(Error::EmptyPrompt)?;
+        if ids.is_empty() {
+            return Ok(Vec::new());
+        }
+        let vocab = self.cache.spec().vocab;
+        let mut scores = vec![TokenScore::of(&first, ids[0])?];
+        let total = self.cache.seen() + ids.len();
+        self.history.extend_from_slice(ids);
+        let mut at = 0;
+        for chunk in ids.chunks(SCORE_BLOCK) {
+            let hidden = self.step(Phase::Tail, chunk, total)?;
+            let logits = host::into_f32(self.model.logits(hidden)?)?;
+            for (i, row) in logits.chunks(vocab).enumerate() {
+                if let Some(next) = ids.get(at + i + 1) {
+                    scores.push(TokenScore::of(row, *next)?);
+                }
+            }
+            at += chunk.len();
+            self.logits = Some(logits[logits.len() - vocab..].to_vec());
+        }
+        Ok(scores)
+    }
+
+    fn check_ids(&self, ids: &[u32]) -> Result<()> {
+        let vocab = self.cache.spec().vocab;
+        match ids.iter().position(|id| *id as usize >= vocab) {
+            Some(index) => Err(Error::UnknownToken {
+                id: ids[index],
+                index,
+                vocab,
+            }),
+            None => Ok(()),
+        }
+    }
+
+    fn feed_pending(&mut self) -> Result<()> {
+        if let Some(id) = self.pending.take() {
+            let total = self.cache.seen() + 1;
+            self.forward(Phase::Decode, &[id], total, true)?;
+            self.times.decode_tokens += 1;
+        }
+        Ok(())
+    }
+
+    /// Puts `ids` through the model and the cache; keeps the last logits if they are wanted.
+    fn forward(&mut self, phase: Phase, ids: &[u32], total: usize, logits: bool) -> Result<()> {
+        let hidden = self.step(phase, ids, total)?;
+        // Where surprisal is needed, the last logits are there already.
+        if logits && !self.cache.policy().needs().surprisal {
+            let last = hidden.narrow(0, ids.len() - 1, 1);
+            self.logits = Some(host::into_f32(self.model.logits(last)?)?);
+        }
+        Ok(())
+    }
+
+    fn step(&mut self, phase: Phase, ids: &[u32], total: usize) -> Result<Tensor<2>> {
+        self.cache.begin(phase, ids.len(), total)?;
+        let hidden = self.model.hidden(ids, &mut self.cache)?;
+        host::expect_dims(
+            "hidden states",
+            &hidden,
+            [ids.len(), self.cache.spec().hidden],
+        )?;
+        let surprisal = if self.cache.policy().needs().surprisal {
+            Some(self.surprisal(ids, &hidden)?)
+        } else {
+            None
+        };
+        self.cache.finish(surprisal.as_deref())?;
+        Ok(hidden)
+    }
+
+    /// `-ln p` of each of `ids`; the first one's comes from the logits that the step before left.
+    fn surprisal(&mut self, ids: &[u32], hidden: &Tensor<2>) -> Result<Vec<f32>> {
+        let vocab = self.cache.spec().vocab;
+        let mut all = Vec::with_capacity(ids.len());
+        all.push(match &self.logits {
+            Some(logits) => TokenScore::of(logits, ids[0])?.nll,
+            None => f32::NAN,
+        });
+        let mut at = 0;
+        while at < ids.len() {
+            let rows = SCORE_BLOCK.min(ids.len() - at);
+            let block = hidden.clone().narrow(0, at, rows);
+            let logits = host::into_f32(self.model.logits(block)?)?;
+            for (i, row) in logits.chunks(vocab).enumerate() {
+                if let Some(next) = ids.get(at + i + 1) {
+                    all.push(TokenScore::of(row, *next)?.nll);
+                }
+            }
+            at += rows;
+            if at == ids.len() {
+                self.logits = Some(logits[logits.len() - vocab..].to_vec());
+            }
+        }
+        Ok(all)
+    }
+}
+
+/// Rows of logits that are held at once, where those of many tokens are needed.
+const SCORE_BLOCK: usize = 64;
+
+/// How well a model predicted a token.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct TokenScore {
+    /// `-ln p(token)`, natural logarithm.
+    pub nll: f32,
+    /// Whether it was the most likely token.
+    pub top: bool,
+}
+
+impl TokenScore {
+    /// Of `token` under `logits` `[vocab]`.
+    ///
+    /// # Errors
+    /// [`Error::NotFinite`] for a NaN; [`Error::UnknownToken`].
+    pub fn of(logits: &[f32], token: u32) -> Result<Self> {
+        let best = crate::sample::argmax(logits).ok_or_else(|| Error::NotFinite {
+            what: "a logit",
+            at: "a prediction".into(),
+        })?;
+        let own = *logits.get(token as usize).ok_or(Error::UnknownToken {
+            id: token,
+            index: 0,
+            vocab: logits.len(),
+        })?;
+        let max = logits[best];
+        let sum: f64 = logits.iter().map(|x| f64::from((x - max).exp())).sum();
+        Ok(Self {
+            nll: (sum.ln() + f64::from(max - own)) as f32,
+            top: best == token as usize,
+        })
+    }
+}
+
+/// What to generate.
+#[derive(Debug, Clone, Default)]
+pub struct Generate {
+    /// At most this many tokens.
+    pub max_new: usize,
+    /// Tokens that end the text; the one that does is handed out as the last.
+    pub stop: Vec<u32>,
+    /// How tokens are chosen.
+    pub sampling: Sampling,
+}
+
+impl Generate {
+    /// At most `max_new` of the most likely tokens.
+    pub fn greedy(max_new: usize) -> Self {
+        Self {
+            max_new,
+            ..Self::default()
+        }
+    }
+
+    /// Ends at any of these tokens.
+    pub fn stop_at(mut self, ids: impl IntoIterator<Item = u32>) -> Self {
+        self.stop = ids.into_iter().collect();
+        self
+    }
+
+    /// Chooses how tokens are drawn.
+    pub fn sampling(mut self, sampling: Sampling) -> Self {
+        self.sampling = sampling;
+        self
+    }
+}
+
+/// Generated tokens as they come. Dropping this stops; the session can go on.
+#[derive(Debug)]
+pub struct Tokens<'a> {
+    session: &'a mut Session,
+    sampler: Sampler,
+    left: usize,
+    stop: Vec<u32>,
+}
+
+impl Tokens<'_> {
+    fn draw(&mut self) -> Result<u32> {
+        let started = Instant::now();
+        self.session.feed_pending()?;
+        let logits = self.session.logits.as_deref().ok_or(Error::EmptyPrompt)?;
+        let id = self.sampler.sample(logits, &self.session.history)?;
+        self.session.pending = Some(id);
+        self.session.history.push(id);
+        self.session.times.decode_time += started.elapsed();
+        Ok(id)
+    }
+}
+
+impl Iterator for Tokens<'_> {
+    type Item = Result<u32>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        self.left = self.left.checked_sub(1)?;
+        let token = self.draw();
+        match &token {
+            Ok(id) if !self.stop.contains(id) => {}
+            _ => self.left = 0,
+        }
+        Some(token)
+    }
+}

@@ -1,0 +1,254 @@
+//! What a policy is shown of a layer, and what it answers with.
+
+use crate::{Error, LayerSpec, Result, host, store::KvStore};
+use burn::tensor::Tensor;
+
+/// Queries, keys and values of new tokens in one layer, **before** rotation.
+///
+/// Token-major, as projections produce them: no head axis, no batch axis (a cache holds one
+/// sequence).
+#[derive(Debug, Clone)]
+pub struct Qkv {
+    /// `[tokens, heads * head_dim]`
+    pub q: Tensor<2>,
+    /// `[tokens, kv_heads * head_dim]`
+    pub k: Tensor<2>,
+    /// `[tokens, kv_heads * head_dim]`
+    pub v: Tensor<2>,
+}
+
+impl Qkv {
+    /// The number of tokens.
+    pub fn tokens(&self) -> usize {
+        self.q.dims()[0]
+    }
+
+    pub(crate) fn check(&self, layer: &LayerSpec) -> Result<usize> {
+        let t = self.tokens();
+        host::expect_dims("q", &self.q, [t, layer.heads * layer.head_dim])?;
+        host::expect_dims("k", &self.k, [t, layer.kv_heads * layer.head_dim])?;
+        host::expect_dims("v", &self.v, [t, layer.kv_heads * layer.head_dim])?;
+        Ok(t)
+    }
+}
+
+/// Attention that chosen queries of a step paid, gathered because
+/// [`Needs::observe`](crate::Needs) asked for it.
+#[derive(Debug, Clone)]
+pub struct Observed {
+    /// For weights: per **query** head, per unit, the sum over the chosen queries of the softmax
+    /// weight. For logits: per **KV** head, per unit, the maximum over the chosen queries and the
+    /// query heads of the group of `softmax_scale · q·k` (`-∞` where no chosen query sees it).
+    pub per_head: Vec<Vec<f32>>,
+    /// How many queries were chosen; they are the last ones of the step.
+    pub queries: usize,
+}
+
+/// What a policy sees of one layer: every unit that is in its cache now, the new ones last.
+///
+/// Units of a KV head are numbered from 0 in sequence order. Lengths can differ between heads
+/// where a budget is ragged.
+#[derive(Debug)]
+pub struct LayerUnits<'a> {
+    pub(crate) layer: LayerSpec,
+    pub(crate) incoming: usize,
+    pub(crate) heads: &'a [HeadMeta],
+    pub(crate) store: &'a dyn KvStore,
+    pub(crate) rotation: Option<&'a crate::kernels::rope::RopeTable>,
+    pub(crate) qkv: Option<&'a Qkv>,
+    pub(crate) surprisal: Option<&'a [f32]>,
+    pub(crate) observed: Option<&'a Observed>,
+}
+
+/// What the cache keeps of one KV head's units beside keys and values.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct HeadMeta {
+    /// Original positions, ascending.
+    pub(crate) positions: Vec<u32>,
+    /// Carried scores; either empty or one for each unit that has been scored.
+    pub(crate) scores: Vec<f32>,
+}
+
+impl<'a> LayerUnits<'a> {
+    /// The layer.
+    pub fn layer(&self) -> &LayerSpec {
+        &self.layer
+    }
+
+    /// KV heads.
+    pub fn kv_heads(&self) -> usize {
+        self.heads.len()
+    }
+
+    /// Units that `head` holds, the new ones included.
+    pub fn len(&self, head: usize) -> usize {
+        self.heads[head].positions.len()
+    }
+
+    /// Whether no head holds anything.
+    pub fn is_empty(&self) -> bool {
+        self.heads.iter().all(|h| h.positions.is_empty())
+    }
+
+    /// The most units that a head holds.
+    pub fn longest(&self) -> usize {
+        (0..self.kv_heads()).map(|h| self.len(h)).max().unwrap_or(0)
+    }
+
+    /// How many of the units are new in this step: the last ones of every head.
+    pub fn incoming(&self) -> usize {
+        self.incoming
+    }
+
+    /// Positions in the original sequence of the units of `head`, ascending.
+    pub fn positions(&self, head: usize) -> &'a [u32] {
+        &self.heads[head].positions
+    }
+
+    /// The scores that earlier verdicts left with the units of `head`: one for each unit that is
+    /// not new (`len - incoming`), or none at all.
+    pub fn carried(&self, head: usize) -> &'a [f32] {
+        &self.heads[head].scores
+    }
+
+    /// The keys of `head`, `[units, head_dim]`, rotated as attention saw them in this step.
+    ///
+    /// # Errors
+    /// If the store cannot hand them out.
+    pub fn keys(&self, head: usize) -> Result<Tensor<2>> {
+        let keys = self.store.keys(head)?;
+        match self.rotation {
+            None => Ok(keys),
+            Some(table) => crate::attention::rotate_contiguous(keys, self.layer.head_dim, table),
+        }
+    }
+
+    /// The values of `head`, `[units, head_dim]`.
+    ///
+    /// # Errors
+    /// If the store cannot hand them out.
+    pub fn values(&self, head: usize) -> Result<Tensor<2>> {
+        self.store.values(head)
+    }
+
+    /// The new tokens' queries, keys and values before rotation, if `Needs::qkv` asked for them
+    /// and there are new tokens.
+    pub fn qkv(&self) -> Option<&'a Qkv> {
+        self.qkv
+    }
+
+    /// `-ln p(token | tokens before it)` of each new token, if `Needs::surprisal` asked for it.
+    /// A token without a prediction (the first of the sequence) has NaN.
+    pub fn surprisal(&self) -> Option<&'a [f32]> {
+        self.surprisal
+    }
+
+    /// The attention that was asked for with `Needs::observe`.
+    pub fn observed(&self) -> Option<&'a Observed> {
+        self.observed
+    }
+
+    /// Scores by an expression over one head at a time: `f` returns `[units]` for each head.
+    ///
+    /// # Errors
+    /// Those of `f`, and [`Error::Shape`] for a wrong length.
+    pub fn score_heads(&self, mut f: impl FnMut(usize) -> Result<Tensor<1>>) -> Result<Scores> {
+        let mut all = Vec::with_capacity(self.kv_heads());
+        for head in 0..self.kv_heads() {
+            all.push(host::into_f32(f(head)?)?);
+        }
+        Scores::per_head(all)
+    }
+}
+
+/// One score per unit of each KV head; larger means keep.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Scores(Vec<Vec<f32>>);
+
+impl Scores {
+    /// From one list per KV head.
+    ///
+    /// # Errors
+    /// [`Error::NotFinite`] for a NaN: it has no rank. Infinities are allowed.
+    pub fn per_head(scores: Vec<Vec<f32>>) -> Result<Self> {
+        for (head, list) in scores.iter().enumerate() {
+            if let Some(unit) = list.iter().position(|s| s.is_nan()) {
+                return Err(Error::NotFinite {
+                    what: "a score",
+                    at: format!("KV head {head}, unit {unit}"),
+                });
+            }
+        }
+        Ok(Self(scores))
+    }
+
+    /// The same list for every KV head.
+    ///
+    /// # Errors
+    /// As [`Scores::per_head`].
+    pub fn shared(scores: Vec<f32>, kv_heads: usize) -> Result<Self> {
+        Self::per_head(vec![scores; kv_heads])
+    }
+
+    /// From a tensor `[kv_heads, units]`.
+    ///
+    /// # Errors
+    /// As [`Scores::per_head`], and [`Error::Device`].
+    pub fn from_tensor(scores: Tensor<2>) -> Result<Self> {
+        let [_, units] = scores.dims();
+        let flat = host::into_f32(scores)?;
+        Self::per_head(flat.chunks(units.max(1)).map(<[f32]>::to_vec).collect())
+    }
+
+    /// The scores of one KV head.
+    pub fn head(&self, head: usize) -> &[f32] {
+        &self.0[head]
+    }
+
+    /// All scores, by KV head.
+    pub fn heads(&self) -> &[Vec<f32>] {
+        &self.0
+    }
+
+    /// The lists themselves.
+    pub fn into_inner(self) -> Vec<Vec<f32>> {
+        self.0
+    }
+}
+
+/// Which units stay: for each KV head their numbers, ascending and unique.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Selection(Vec<Vec<u32>>);
+
+impl Selection {
+    /// From one list per KV head.
+    ///
+    /// # Errors
+    /// [`Error::Setting`] if a list is not strictly ascending.
+    pub fn new(kept: Vec<Vec<u32>>) -> Result<Self> {
+        for (head, list) in kept.iter().enumerate() {
+            if let Some(at) = list.windows(2).position(|w| w[0] >= w[1]) {
+                return Err(Error::setting(
+                    "selection",
+                    "strictly ascending unit numbers",
+                    format!(
+                        "{} after {} in KV head {head}",
+                        list[at + 1],
+                        list[at]
+                    ),
+                ));
+            }
+        }
+        Ok(Self(kept))
+    }
+
+    /// The kept units of one KV head.
+    pub fn head(&self, head: usize) -> &[u32] {
+        &self.0[head]
+    }
+
+    /// All lists, by KV head.
+    pub fn heads(&self) -> &[Vec<u32>] {
+        &self.0
+    }
+}
