@@ -1,0 +1,35 @@
+//! Compute kernels for tensors that lie in host memory.
+//!
+//! Plain slices of `f32` in row-major order, one sequence, no knowledge of policies or models.
+//! Each kernel exists once and is compiled for AVX-512F, for AVX2 + FMA + F16C and for whatever
+//! the target has by default; which one runs is chosen once per process
+//! ([`instruction_set`]). Threads are rayon's: the pool that the caller runs in, its number of
+//! threads, and none at all where the work is too small to share. Results don't depend on the
+//! number of threads.
+//!
+//! Kernels trust their caller for shapes: a slice of the wrong length is a mistake in this crate,
+//! not in a caller's data, and panics as documented.
+//!
+//! | module | what |
+//! |---|---|
+//! | [`tiles`] | how attention reads keys and values, in whatever type they are stored |
+//! | [`rope`] | cosine and sine tables, rotation and its inverse |
+//! | [`attention`] | causal grouped-query attention for prefill and decode |
+//! | [`select`] | the k best of many, keeping rows in place |
+
+pub mod attention;
+pub mod observe;
+pub mod rope;
+pub mod select;
+pub mod tiles;
+
+mod micro;
+mod scratch;
+mod simd;
+#[cfg(test)]
+mod testing;
+
+/// The instruction set that kernels run with on this processor, for reports of measurements.
+pub fn instruction_set() -> &'static str {
+    simd::Isa::best().name()
+}

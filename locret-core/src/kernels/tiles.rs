@@ -1,0 +1,240 @@
+//! How kernels read the units of one KV head.
+
+use super::simd::{Isa, Simd, dispatch};
+use half::{bf16, f16};
+use std::ops::Range;
+
+/// The keys and values of one KV head, `[units, head_dim]` each, in sequence order.
+///
+/// Kernels ask for a tile of consecutive units at a time. A store of `f32` hands out its own
+/// memory; one of another type fills the scratch memory that it is given and hands that out.
+pub trait KvTiles: Sync {
+    /// Units.
+    fn len(&self) -> usize;
+
+    /// Whether there are none.
+    fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// The keys of a range of units as rows `[range.len(), head_dim]`.
+    ///
+    /// `range` lies within `0..len()`, and `scratch` has room for exactly these rows or more; its
+    /// contents before the call are unspecified.
+    fn keys<'a>(&'a self, range: Range<usize>, scratch: &'a mut [f32]) -> &'a [f32];
+
+    /// The values of a range of units, as [`keys`](Self::keys).
+    fn values<'a>(&'a self, range: Range<usize>, scratch: &'a mut [f32]) -> &'a [f32];
+}
+
+/// Numbers in one of the float types that stores use.
+#[derive(Debug, Clone, Copy)]
+pub enum Floats<'a> {
+    /// Single precision.
+    F32(&'a [f32]),
+    /// IEEE half precision.
+    F16(&'a [f16]),
+    /// bfloat16.
+    Bf16(&'a [bf16]),
+}
+
+impl<'a> Floats<'a> {
+    /// How many numbers.
+    pub fn len(&self) -> usize {
+        match self {
+            Floats::F32(x) => x.len(),
+            Floats::F16(x) => x.len(),
+            Floats::Bf16(x) => x.len(),
+        }
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// A range of the numbers in single precision: themselves, or converted into `scratch`.
+    ///
+    /// # Panics
+    /// If `range` is outside the numbers, or `scratch` is shorter than it and needed.
+    pub fn to_f32<'s>(&self, range: Range<usize>, scratch: &'s mut [f32]) -> &'s [f32]
+    where
+        'a: 's,
+    {
+        match *self {
+            Floats::F32(x) => &x[range],
+            Floats::F16(x) => {
+                let out = &mut scratch[..range.len()];
+                f16_to_f32(&x[range], out);
+                out
+            }
+            Floats::Bf16(x) => {
+                let out = &mut scratch[..range.len()];
+                bf16_to_f32(&x[range], out);
+                out
+            }
+        }
+    }
+}
+
+impl<'a> From<&'a [f32]> for Floats<'a> {
+    fn from(x: &'a [f32]) -> Self {
+        Floats::F32(x)
+    }
+}
+
+impl<'a> From<&'a [f16]> for Floats<'a> {
+    fn from(x: &'a [f16]) -> Self {
+        Floats::F16(x)
+    }
+}
+
+impl<'a> From<&'a [bf16]> for Floats<'a> {
+    fn from(x: &'a [bf16]) -> Self {
+        Floats::Bf16(x)
+    }
+}
+
+/// Units of one head in contiguous memory: keys and values `[units, head_dim]`.
+#[derive(Debug, Clone, Copy)]
+pub struct DenseTiles<'a> {
+    keys: Floats<'a>,
+    values: Floats<'a>,
+    head_dim: usize,
+}
+
+impl<'a> DenseTiles<'a> {
+    /// From keys and values, `[units, head_dim]` each. Their types may differ.
+    ///
+    /// # Panics
+    /// If the two have different lengths, or these are not whole rows.
+    pub fn new(
+        keys: impl Into<Floats<'a>>,
+        values: impl Into<Floats<'a>>,
+        head_dim: usize,
+    ) -> Self {
+        let (keys, values) = (keys.into(), values.into());
+        assert_eq!(keys.len(), values.len(), "keys and values of one head");
+        assert!(
+            head_dim > 0 && keys.len().is_multiple_of(head_dim),
+            "rows of {head_dim} in {} numbers",
+            keys.len()
+        );
+        Self {
+            keys,
+            values,
+            head_dim,
+        }
+    }
+}
+
+impl KvTiles for DenseTiles<'_> {
+    fn len(&self) -> usize {
+        self.keys.len() / self.head_dim
+    }
+
+    fn keys<'a>(&'a self, range: Range<usize>, scratch: &'a mut [f32]) -> &'a [f32] {
+        let d = self.head_dim;
+        self.keys.to_f32(range.start * d..range.end * d, scratch)
+    }
+
+    fn values<'a>(&'a self, range: Range<usize>, scratch: &'a mut [f32]) -> &'a [f32] {
+        let d = self.head_dim;
+        self.values.to_f32(range.start * d..range.end * d, scratch)
+    }
+}
+
+/// Half to single precision.
+///
+/// # Panics
+/// If the slices have different lengths.
+pub fn f16_to_f32(x: &[f16], out: &mut [f32]) {
+    convert_f16(Isa::best(), x, out);
+}
+
+/// bfloat16 to single precision.
+///
+/// # Panics
+/// If the slices have different lengths.
+pub fn bf16_to_f32(x: &[bf16], out: &mut [f32]) {
+    convert_bf16(Isa::best(), x, out);
+}
+
+pub(super) fn convert_f16(isa: Isa, x: &[f16], out: &mut [f32]) {
+    #[inline(always)]
+    fn body<S: Simd>(s: S, x: &[f16], out: &mut [f32]) {
+        assert_eq!(x.len(), out.len(), "numbers to convert and room for them");
+        let whole = x.len() - x.len() % S::LANES;
+        for i in (0..whole).step_by(S::LANES) {
+            // SAFETY: i + LANES <= whole <= both lengths; f16 is a transparent u16.
+            unsafe {
+                let v = s.load_f16(x.as_ptr().cast::<u16>().add(i));
+                s.store(out.as_mut_ptr().add(i), v);
+            }
+        }
+        for (x, out) in x[whole..].iter().zip(&mut out[whole..]) {
+            *out = x.to_f32();
+        }
+    }
+    dispatch!(isa, s => body(s, x, out));
+}
+
+pub(super) fn convert_bf16(isa: Isa, x: &[bf16], out: &mut [f32]) {
+    #[inline(always)]
+    fn body<S: Simd>(s: S, x: &[bf16], out: &mut [f32]) {
+        assert_eq!(x.len(), out.len(), "numbers to convert and room for them");
+        let whole = x.len() - x.len() % S::LANES;
+        for i in (0..whole).step_by(S::LANES) {
+            // SAFETY: i + LANES <= whole <= both lengths; bf16 is a transparent u16.
+            unsafe {
+                let v = s.load_bf16(x.as_ptr().cast::<u16>().add(i));
+                s.store(out.as_mut_ptr().add(i), v);
+            }
+        }
+        for (x, out) in x[whole..].iter().zip(&mut out[whole..]) {
+            *out = x.to_f32();
+        }
+    }
+    dispatch!(isa, s => body(s, x, out));
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn conversion_agrees_with_the_scalar_one(bits in prop::collection::vec(any::<u16>(), 0..70)) {
+            let halves: Vec<f16> = bits.iter().map(|b| f16::from_bits(*b)).collect();
+            let brains: Vec<bf16> = bits.iter().map(|b| bf16::from_bits(*b)).collect();
+            for isa in Isa::all() {
+                let (mut a, mut b) = (vec![0.0; bits.len()], vec![0.0; bits.len()]);
+                convert_f16(isa, &halves, &mut a);
+                convert_bf16(isa, &brains, &mut b);
+                for i in 0..bits.len() {
+                    let (x, y) = (halves[i].to_f32(), brains[i].to_f32());
+                    prop_assert!(a[i] == x || (a[i].is_nan() && x.is_nan()));
+                    prop_assert!(b[i] == y || (b[i].is_nan() && y.is_nan()));
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn dense_f32_is_not_copied_and_16_bit_fills_the_scratch() {
+        let k: Vec<f32> = (0..30).map(|i| i as f32).collect();
+        let v: Vec<bf16> = k.iter().map(|x| bf16::from_f32(-x)).collect();
+        let tiles = DenseTiles::new(&k[..], &v[..], 5);
+        assert_eq!(tiles.len(), 6);
+        let mut scratch = vec![0.0; 10];
+        assert!(std::ptr::eq(tiles.keys(2..4, &mut []), &k[10..20]));
+        assert_eq!(tiles.values(2..4, &mut scratch)[3], -13.0);
+    }
+
+    #[test]
+    #[should_panic(expected = "keys and values of one head")]
+    fn lengths_must_agree() {
+        DenseTiles::new(&[0f32; 8][..], &[0f32; 4][..], 4);
+    }
+}
