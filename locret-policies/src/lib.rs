@@ -1,0 +1,49 @@
+//! Key-value cache eviction policies behind one trait: Locret's retaining heads and the methods
+//! that it is compared with.
+//!
+//! | policy | keeps | needs | paper |
+//! |---|---|---|---|
+//! | [`Full`] | everything | | |
+//! | [`Window`] | the beginning and the newest units | | StreamingLLM, 2309.17453 |
+//! | [`Random`] | units drawn by lot | | |
+//! | [`KeyNorm`] | small keys | keys | 2406.11430 |
+//! | [`KeyDiff`] | keys unlike the others | keys | 2504.15364 |
+//! | [`SirLlm`] | tokens that the model did not expect | logits of every token | 2405.12528 |
+//! | [`Locret`] | what trained heads predict to matter | q, k, v | 2410.01805 |
+//! | [`H2o`] | what attention has gone to | attention of every query | 2306.14048 |
+//! | [`SnapKv`] | what the last queries look at | attention of the last queries | 2404.14469 |
+//! | [`Tova`] | what the last query looks at | attention of the last query | 2401.06104 |
+//!
+//! All but [`Full`] are a [`Scorer`](locret_core::Scorer) inside an [`Evict`](locret_core::Evict),
+//! so that budgets, protected units, positions and eviction while decoding are the same for all.
+//! [`PolicyConfig`] is a policy as configuration.
+#![deny(missing_docs)]
+
+mod config;
+mod error;
+mod full;
+mod h2o;
+mod key_diff;
+mod key_norm;
+pub mod locret;
+mod observed;
+mod random;
+mod sirllm;
+mod snapkv;
+mod tova;
+#[cfg(feature = "training")]
+pub mod training;
+mod window;
+
+pub use config::{Method, PolicyConfig};
+pub use error::{PolicyError, Result};
+pub use full::Full;
+pub use h2o::H2o;
+pub use key_diff::KeyDiff;
+pub use key_norm::KeyNorm;
+pub use locret::{HeadDtype, HeadWeights, LayerHead, Locret, RetainingHeads};
+pub use random::Random;
+pub use sirllm::SirLlm;
+pub use snapkv::SnapKv;
+pub use tova::Tova;
+pub use window::Window;

@@ -1,0 +1,125 @@
+//! SnapKV: what the last queries look at.
+
+use crate::observed;
+use locret_core::{
+    Budget, Error, Evict, LayerUnits, ModelSpec, Needs, Observation, Observe, Queries, Result,
+    Scorer, Scores, Step,
+};
+
+/// SnapKV (arXiv 2404.14469 §4): the attention that the last `window` queries pay to a unit, mean
+/// over the queries, average-pooled over neighbouring units, mean over the query heads of the
+/// group.
+///
+/// **Keeps** the window itself and of the rest the units with the highest mean.
+///
+/// **Cost:** the attention weights of the last `window` queries of every step, one more pass over
+/// the keys for them.
+///
+/// **Chunked prefill:** it breaks. The method assumes that the last queries are the question; the
+/// last queries of a chunk in the middle of a text know nothing of it: 20.33 against Locret's
+/// 47.57 on ∞Bench at the same budget (arXiv 2410.01805, table 2). While decoding there is one
+/// query a step, so an eviction then judges by that one alone. When a further turn begins, what the
+/// last queries before it looked at decides.
+#[derive(Debug, Clone, Copy)]
+pub struct SnapKv {
+    window: usize,
+    kernel: usize,
+}
+
+impl Default for SnapKv {
+    fn default() -> Self {
+        Self {
+            window: 64,
+            kernel: 5,
+        }
+    }
+}
+
+impl SnapKv {
+    /// The last 64 queries, pooled over 5 units.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Observes the last `queries` queries (at least 1).
+    pub fn window(mut self, queries: usize) -> Self {
+        self.window = queries;
+        self
+    }
+
+    /// Pools over `units` neighbouring units (odd).
+    pub fn kernel(mut self, units: usize) -> Self {
+        self.kernel = units;
+        self
+    }
+
+    /// How many of the last queries are observed.
+    pub fn queries(&self) -> usize {
+        self.window
+    }
+
+    /// The window (at most half a budget of units) is always kept; original positions.
+    pub fn policy(self, budget: Budget) -> Evict<Self> {
+        let recent = match budget {
+            Budget::Units(n) => self.window.min(n / 2),
+            _ => self.window,
+        };
+        Evict::new(self, budget).recent(recent)
+    }
+}
+
+impl Scorer for SnapKv {
+    fn name(&self) -> String {
+        "snapkv".into()
+    }
+
+    fn needs(&self) -> Needs {
+        Needs {
+            observe: Some(Observe {
+                queries: Queries::Last(self.window),
+                what: Observation::Weights,
+            }),
+            ..Needs::NOTHING
+        }
+    }
+
+    fn carries(&self) -> bool {
+        true
+    }
+
+    fn validate(&self, _model: &ModelSpec) -> Result<()> {
+        if self.window == 0 {
+            return Err(Error::setting("window", "at least 1 query", 0));
+        }
+        if self.kernel.is_multiple_of(2) {
+            return Err(Error::setting("kernel", "an odd number", self.kernel));
+        }
+        Ok(())
+    }
+
+    fn score(&self, at: &Step, units: &LayerUnits<'_>) -> Result<Scores> {
+        if units.incoming() == 0 {
+            return observed::carried(units);
+        }
+        let attention = observed::weights(self, units)?;
+        let (group, reach) = (at.layer.group(), self.kernel / 2);
+        let factor = 1.0 / (attention.queries * group * self.kernel) as f32;
+        let scores = (0..units.kv_heads()).map(|head| {
+            let heads = &attention.per_head[head * group..(head + 1) * group];
+            let older = units.len(head) - attention.queries;
+            let sums: Vec<f32> = (0..older)
+                .map(|unit| heads.iter().map(|h| h[unit]).sum())
+                .collect();
+            // Beyond the ends, and in the window, there is nothing: it counts as 0.
+            let pooled = |unit: usize| {
+                let near = unit.saturating_sub(reach)..(unit + reach + 1).min(older);
+                sums[near].iter().sum::<f32>() * factor
+            };
+            let mut scores: Vec<f32> = (0..older).map(pooled).collect();
+            let most = scores.iter().copied().fold(0.0, f32::max);
+            scores.resize(units.len(head), most);
+            scores
+        });
+        Scores::per_head(scores.collect())
+    }
+}

@@ -1,0 +1,469 @@
+//! A cache in plain loops, written from the papers and from `Evict`'s documentation alone, and a way
+//! to drive it and the real one through the same steps.
+#![allow(dead_code, unreachable_pub)]
+
+use burn::tensor::{Device, Tensor};
+use locret_core::{
+    CacheOptions, DecodeEviction, Guard, KvCachePolicy, ModelSpec, Phase, Positions, Qkv,
+    RopeConfig, SequenceCache, from_f32, into_f32,
+};
+use std::sync::Arc;
+
+/// splitmix64: numbers that need no crate to be made again.
+#[derive(Debug, Clone)]
+pub struct Numbers(pub u64);
+
+impl Numbers {
+    pub fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let z = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+
+    /// Between -1 and 1.
+    pub fn number(&mut self) -> f32 {
+        (self.next() >> 40) as f32 / (1u64 << 24) as f32 * 2.0 - 1.0
+    }
+
+    pub fn list(&mut self, n: usize, bound: f32) -> Vec<f32> {
+        (0..n).map(|_| self.number() * bound).collect()
+    }
+}
+
+/// A model's shape with `kv_heads * group` heads.
+pub fn spec(layers: usize, kv_heads: usize, group: usize, head_dim: usize) -> ModelSpec {
+    ModelSpec {
+        layers,
+        heads: kv_heads * group,
+        kv_heads,
+        head_dim,
+        hidden: 4,
+        vocab: 16,
+        softmax_scale: 1.0 / (head_dim as f32).sqrt(),
+        max_positions: None,
+        rope: RopeConfig::plain(THETA, head_dim),
+    }
+}
+
+const THETA: f64 = 1000.0;
+
+/// What a step brings: its kind, and for each layer q, k, v, token-major.
+#[derive(Debug, Clone)]
+pub struct StepInput {
+    pub phase: Phase,
+    pub tokens: usize,
+    pub layers: Vec<[Vec<f32>; 3]>,
+    pub surprisal: Vec<f32>,
+}
+
+/// Steps of a prompt of `prompt` tokens in chunks of `chunk` with a tail of `local`, then `decode`
+/// single tokens.
+pub fn steps(
+    spec: &ModelSpec,
+    numbers: &mut Numbers,
+    prompt: usize,
+    chunk: usize,
+    local: usize,
+    decode: usize,
+    first: bool,
+) -> Vec<StepInput> {
+    let body = prompt - local.min(prompt);
+    let mut lengths = Vec::new();
+    let mut at = 0;
+    while at < body {
+        let t = chunk.min(body - at);
+        at += t;
+        lengths.push((Phase::Prefill { last: at == body }, t));
+    }
+    if prompt > body {
+        lengths.push((Phase::Tail, prompt - body));
+    }
+    lengths.extend((0..decode).map(|_| (Phase::Decode, 1)));
+    let (h, g, d) = (spec.heads, spec.kv_heads, spec.head_dim);
+    let mut steps: Vec<StepInput> = lengths
+        .into_iter()
+        .map(|(phase, t)| StepInput {
+            phase,
+            tokens: t,
+            layers: (0..spec.layers)
+                .map(|_| [h, g, g].map(|heads| numbers.list(t * heads * d, 2.0)))
+                .collect(),
+            surprisal: (0..t).map(|_| numbers.number().abs() * 9.0).collect(),
+        })
+        .collect();
+    if first && let Some(step) = steps.first_mut() {
+        step.surprisal[0] = f32::NAN;
+    }
+    steps
+}
+
+/// Puts a step through the real cache; returns each layer's attention output.
+pub fn drive(
+    cache: &mut SequenceCache,
+    step: &StepInput,
+    total: usize,
+) -> locret_core::Result<Vec<Vec<f32>>> {
+    let device = Device::default();
+    let tensor = |values: &Vec<f32>| -> Tensor<2> {
+        from_f32(
+            values.clone(),
+            [step.tokens, values.len() / step.tokens],
+            &device,
+        )
+    };
+    let needs_surprisal = cache.policy().needs().surprisal;
+    cache.begin(step.phase, step.tokens, total)?;
+    let mut outputs = Vec::new();
+    for (layer, [q, k, v]) in step.layers.iter().enumerate() {
+        let qkv = Qkv {
+            q: tensor(q),
+            k: tensor(k),
+            v: tensor(v),
+        };
+        outputs.push(into_f32(cache.attend(layer, qkv)?)?);
+    }
+    cache.finish(needs_surprisal.then_some(&step.surprisal[..]))?;
+    Ok(outputs)
+}
+
+pub fn cache(spec: &ModelSpec, policy: Arc<dyn KvCachePolicy>) -> SequenceCache {
+    SequenceCache::new(spec, policy, &Device::default(), CacheOptions::default()).unwrap()
+}
+
+/// One unit of one KV head.
+#[derive(Debug, Clone)]
+pub struct Unit {
+    pub position: usize,
+    pub k: Vec<f32>,
+    pub v: Vec<f32>,
+    pub score: f64,
+}
+
+/// How the naive cache scores; see the type of the same name in the crate.
+#[derive(Debug, Clone)]
+pub enum Rule {
+    Full,
+    Window,
+    KeyNorm,
+    KeyDiff,
+    /// Decay at a turn.
+    SirLlm(f64),
+    /// Each layer's fc1 `[d_r, inputs]`, fc2 `[G, d_r]`.
+    Locret(Vec<(Vec<f32>, Vec<f32>)>),
+    H2o,
+    /// Window and kernel.
+    SnapKv(usize, usize),
+    Tova,
+}
+
+/// Everything that `Evict` is told, and how to score.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    pub rule: Rule,
+    pub budget: usize,
+    pub guard: Guard,
+    pub positions: Positions,
+    pub decode: DecodeEviction,
+    pub pool: usize,
+}
+
+/// The cache in plain loops.
+pub struct Naive {
+    pub spec: ModelSpec,
+    pub settings: Settings,
+    /// `[layer][head][unit]`
+    pub units: Vec<Vec<Vec<Unit>>>,
+    pub seen: usize,
+    /// The smallest relative distance between a score that was kept and one that was not, so far.
+    pub margin: f64,
+}
+
+impl Naive {
+    pub fn new(spec: &ModelSpec, settings: Settings) -> Self {
+        Self {
+            units: vec![vec![Vec::new(); spec.kv_heads]; spec.layers],
+            spec: spec.clone(),
+            settings,
+            seen: 0,
+            margin: f64::INFINITY,
+        }
+    }
+
+    /// Rotates one vector.
+    fn rotate(&self, x: &[f32], position: usize) -> Vec<f64> {
+        let half = self.spec.head_dim / 2;
+        let mut out = vec![0.0; x.len()];
+        for i in 0..half {
+            let angle = position as f64 * THETA.powf(-2.0 * i as f64 / self.spec.head_dim as f64);
+            let (a, b) = (f64::from(x[i]), f64::from(x[i + half]));
+            out[i] = a * angle.cos() - b * angle.sin();
+            out[i + half] = b * angle.cos() + a * angle.sin();
+        }
+        out
+    }
+
+    pub fn turn(&mut self) {
+        for layer in 0..self.spec.layers {
+            if let Rule::SirLlm(decay) = self.settings.rule {
+                for unit in self.units[layer].iter_mut().flatten() {
+                    unit.score *= decay;
+                }
+            }
+            self.evict(layer, Phase::Turn);
+        }
+    }
+
+    pub fn step(&mut self, step: &StepInput) -> Vec<Vec<f64>> {
+        let outputs = (0..self.spec.layers)
+            .map(|layer| self.layer(layer, step))
+            .collect();
+        self.seen += step.tokens;
+        outputs
+    }
+
+    fn layer(&mut self, layer: usize, step: &StepInput) -> Vec<f64> {
+        let ModelSpec {
+            heads,
+            kv_heads,
+            head_dim: d,
+            ..
+        } = self.spec;
+        let (group, t) = (heads / kv_heads, step.tokens);
+        let [q, k, v] = &step.layers[layer];
+        let before: Vec<usize> = self.units[layer].iter().map(Vec::len).collect();
+        for token in 0..t {
+            for head in 0..kv_heads {
+                let row = (token * kv_heads + head) * d;
+                self.units[layer][head].push(Unit {
+                    position: self.seen + token,
+                    k: k[row..row + d].to_vec(),
+                    v: v[row..row + d].to_vec(),
+                    score: 0.0,
+                });
+            }
+        }
+        let compact = self.settings.positions == Positions::Compact;
+        let mut output = vec![0.0; t * heads * d];
+        // [query head][query][unit], 0 where a unit is in the future.
+        let mut weights = vec![Vec::new(); heads];
+        let mut rotated_keys = Vec::new();
+        for head in 0..kv_heads {
+            let units = &self.units[layer][head];
+            let keys: Vec<Vec<f64>> = units
+                .iter()
+                .enumerate()
+                .map(|(i, unit)| self.rotate(&unit.k, if compact { i } else { unit.position }))
+                .collect();
+            for h in head * group..(head + 1) * group {
+                for token in 0..t {
+                    let row = (token * heads + h) * d;
+                    let place = if compact {
+                        before[head] + token
+                    } else {
+                        self.seen + token
+                    };
+                    let query = self.rotate(&q[row..row + d], place);
+                    let seen = before[head] + token + 1;
+                    let logits: Vec<f64> = keys[..seen]
+                        .iter()
+                        .map(|key| dot(&query, key) / (d as f64).sqrt())
+                        .collect();
+                    let mut row_weights = softmax(&logits);
+                    for (weight, unit) in row_weights.iter().zip(units) {
+                        for (i, x) in unit.v.iter().enumerate() {
+                            output[row + i] += weight * f64::from(*x);
+                        }
+                    }
+                    row_weights.resize(units.len(), 0.0);
+                    weights[h].push(row_weights);
+                }
+            }
+            rotated_keys.push(keys);
+        }
+        self.score(layer, step, &before, &weights, &rotated_keys);
+        self.evict(layer, step.phase);
+        output
+    }
+
+    fn score(
+        &mut self,
+        layer: usize,
+        step: &StepInput,
+        before: &[usize],
+        weights: &[Vec<Vec<f64>>],
+        keys: &[Vec<Vec<f64>>],
+    ) {
+        let ModelSpec {
+            heads,
+            kv_heads,
+            head_dim: d,
+            ..
+        } = self.spec;
+        let (group, t) = (heads / kv_heads, step.tokens);
+        for head in 0..kv_heads {
+            let n = self.units[layer][head].len();
+            let scores: Vec<f64> = match &self.settings.rule {
+                Rule::Full => vec![0.0; n],
+                Rule::Window => (0..n).map(|i| i as f64).collect(),
+                Rule::KeyNorm => keys[head].iter().map(|k| -dot(k, k).sqrt()).collect(),
+                Rule::KeyDiff => {
+                    let unit: Vec<Vec<f64>> = keys[head]
+                        .iter()
+                        .map(|k| k.iter().map(|x| x / dot(k, k).sqrt()).collect())
+                        .collect();
+                    let mean: Vec<f64> = (0..d)
+                        .map(|i| unit.iter().map(|k| k[i]).sum::<f64>() / n as f64)
+                        .collect();
+                    let length = dot(&mean, &mean).sqrt();
+                    unit.iter().map(|k| -dot(k, &mean) / length).collect()
+                }
+                Rule::SirLlm(_) => (0..n)
+                    .map(|i| {
+                        if i < before[head] {
+                            return self.units[layer][head][i].score;
+                        }
+                        let own = step.surprisal[i - before[head]];
+                        if own.is_nan() {
+                            let known = step.surprisal.iter().filter(|s| !s.is_nan());
+                            known.fold(0.0, |a, b| f64::from(*b).max(a))
+                        } else {
+                            f64::from(own)
+                        }
+                    })
+                    .collect(),
+                Rule::Locret(weights) => (0..n)
+                    .map(|i| {
+                        if i < before[head] {
+                            return self.units[layer][head][i].score;
+                        }
+                        let token = i - before[head];
+                        let (fc1, fc2) = &weights[layer];
+                        let input: Vec<f64> = step.layers[layer]
+                            .iter()
+                            .flat_map(|part| {
+                                let width = part.len() / t;
+                                part[token * width..(token + 1) * width].iter()
+                            })
+                            .map(|x| f64::from(*x))
+                            .collect();
+                        let d_r = fc2.len() / kv_heads;
+                        (0..d_r)
+                            .map(|r| {
+                                let row = &fc1[r * input.len()..(r + 1) * input.len()];
+                                let x: f64 =
+                                    row.iter().zip(&input).map(|(w, x)| f64::from(*w) * x).sum();
+                                x / (1.0 + (-x).exp()) * f64::from(fc2[head * d_r + r])
+                            })
+                            .sum()
+                    })
+                    .collect(),
+                Rule::H2o => (0..n)
+                    .map(|i| {
+                        let unit = &self.units[layer][head][i];
+                        let mut paid =
+                            unit.score * (self.seen.max(unit.position) - unit.position) as f64;
+                        for h in head * group..(head + 1) * group {
+                            paid += weights[h].iter().map(|row| row[i]).sum::<f64>() / group as f64;
+                        }
+                        paid / (self.seen + t - unit.position) as f64
+                    })
+                    .collect(),
+                Rule::SnapKv(window, kernel) => {
+                    let last = (*window).min(t);
+                    let older = n - last;
+                    let mut scores = vec![0.0; n];
+                    for h in head * group..(head + 1) * group {
+                        let mean: Vec<f64> = (0..older)
+                            .map(|i| {
+                                let rows = &weights[h][t - last..];
+                                rows.iter().map(|row| row[i]).sum::<f64>() / last as f64
+                            })
+                            .collect();
+                        for (i, score) in scores[..older].iter_mut().enumerate() {
+                            for j in 0..older {
+                                if i.abs_diff(j) <= kernel / 2 {
+                                    *score += mean[j] / (*kernel * group) as f64;
+                                }
+                            }
+                        }
+                    }
+                    let most = scores.iter().copied().fold(0.0, f64::max);
+                    scores[older..].fill(most);
+                    scores
+                }
+                Rule::Tova => (0..n)
+                    .map(|i| {
+                        let paid: f64 = (0..heads).map(|h| weights[h][t - 1][i]).sum();
+                        paid / heads as f64
+                    })
+                    .collect(),
+            };
+            for (unit, score) in self.units[layer][head].iter_mut().zip(scores) {
+                unit.score = score;
+            }
+        }
+    }
+
+    fn evict(&mut self, layer: usize, phase: Phase) {
+        let Settings {
+            budget,
+            guard,
+            decode,
+            pool,
+            ..
+        } = self.settings;
+        if matches!(self.settings.rule, Rule::Full) {
+            return;
+        }
+        let allowed = match (phase, decode) {
+            (Phase::Turn | Phase::Prefill { .. }, _) => budget,
+            (Phase::Decode, DecodeEviction::Every(n)) => budget + n - 1,
+            _ => return,
+        };
+        let newest = match phase {
+            Phase::Prefill { last: true } => guard.recent,
+            _ => guard.recent.max(guard.stabilizers),
+        };
+        for units in &mut self.units[layer] {
+            let n = units.len();
+            if n <= allowed {
+                continue;
+            }
+            let mut ranked: Vec<(bool, f64, usize)> = (0..n)
+                .map(|i| {
+                    let near = (0..n).filter(|j| i.abs_diff(*j) <= pool / 2);
+                    let score = near
+                        .map(|j| units[j].score)
+                        .fold(f64::NEG_INFINITY, f64::max);
+                    (i < guard.sinks || i + newest >= n, score, i)
+                })
+                .collect();
+            // A stable sort: of equals the earlier comes first.
+            ranked.sort_by(|a, b| b.0.cmp(&a.0).then(b.1.total_cmp(&a.1)));
+            let (worst, best_lost) = (ranked[budget - 1], ranked[budget]);
+            if !worst.0 && worst.1 != best_lost.1 {
+                let distance = (worst.1 - best_lost.1) / worst.1.abs().max(best_lost.1.abs());
+                self.margin = self.margin.min(distance);
+            }
+            let mut kept: Vec<usize> = ranked[..budget].iter().map(|r| r.2).collect();
+            kept.sort_unstable();
+            *units = kept.into_iter().map(|i| units[i].clone()).collect();
+        }
+    }
+
+    pub fn positions(&self, layer: usize, head: usize) -> Vec<u32> {
+        let units = self.units[layer][head].iter();
+        units.map(|unit| unit.position as u32).collect()
+    }
+}
+
+pub fn dot(a: &[f64], b: &[f64]) -> f64 {
+    a.iter().zip(b).map(|(x, y)| x * y).sum()
+}
+
+pub fn softmax(logits: &[f64]) -> Vec<f64> {
+    let most = logits.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+    let sum: f64 = logits.iter().map(|x| (x - most).exp()).sum();
+    logits.iter().map(|x| (x - most).exp() / sum).collect()
+}

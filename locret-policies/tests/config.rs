@@ -1,0 +1,262 @@
+//! Policies as configuration.
+
+mod common;
+
+use burn::tensor::Device;
+use common::{Numbers, cache, drive, spec, steps};
+use locret_core::{Budget, DecodeEviction, Error, Positions};
+use locret_policies::{HeadDtype, HeadWeights, LayerHead, Method, PolicyConfig, PolicyError};
+use std::path::PathBuf;
+
+fn heads_file(folder: &std::path::Path, spec: &locret_core::ModelSpec) -> PathBuf {
+    let mut numbers = Numbers(9);
+    let layer = |_| LayerHead {
+        d_r: 4,
+        fc1: numbers.list(4 * spec.layer(0).qkv_features(), 1.0),
+        fc2: numbers.list(4 * spec.kv_heads, 1.0),
+    };
+    let heads = HeadWeights {
+        layers: (0..spec.layers).map(layer).collect(),
+        metadata: Default::default(),
+    };
+    let path = folder.join("heads.safetensors");
+    heads.save(&path, HeadDtype::F32).unwrap();
+    path
+}
+
+#[test]
+fn every_method_is_built_by_name_and_holds_its_budget() {
+    let folder = tempfile::tempdir().unwrap();
+    let spec = spec(2, 2, 3, 8);
+    let heads = heads_file(folder.path(), &spec);
+    for method in Method::ALL {
+        let mut text = format!("policy = \"{method}\"\n");
+        if method != Method::Full {
+            text += "budget = 20\n";
+        }
+        if method == Method::Locret {
+            text += &format!("heads = {:?}\n", heads.to_str().unwrap());
+        }
+        let config = PolicyConfig::from_toml(&text).unwrap();
+        assert_eq!(config.policy, method);
+        assert_eq!(method.name().parse::<Method>().unwrap(), method);
+        let json = serde_json::to_string(&config).unwrap();
+        assert_eq!(PolicyConfig::from_json(&json).unwrap(), config);
+        let again = toml::to_string(&config).unwrap();
+        assert_eq!(PolicyConfig::from_toml(&again).unwrap(), config);
+
+        let policy = config.build(&spec, &Device::default()).unwrap();
+        assert_eq!(policy.name(), method.name());
+        assert_eq!(policy.positions(), method.default_positions());
+        let expected = if method == Method::Full { 90 } else { 20 };
+        assert_eq!(
+            policy.limit(&spec.layer(0), 90),
+            (method != Method::Full).then_some(20)
+        );
+        let mut numbers = Numbers(1);
+        let mut cache = cache(&spec, policy);
+        for step in steps(&spec, &mut numbers, 90, 32, 0, 0, true) {
+            drive(&mut cache, &step, 90).unwrap();
+        }
+        for layer in 0..2 {
+            for head in 0..2 {
+                assert_eq!(cache.len(layer, head), expected, "{method}");
+            }
+        }
+    }
+}
+
+#[test]
+fn budgets_are_numbers_shares_or_bytes() {
+    let budget = |text: &str| {
+        PolicyConfig::from_toml(&format!("policy = \"random\"\nbudget = {text}")).map(|c| c.budget)
+    };
+    assert_eq!(budget("256").unwrap(), Some(Budget::Units(256)));
+    assert_eq!(budget("{ units = 3 }").unwrap(), Some(Budget::Units(3)));
+    assert_eq!(
+        budget("{ ratio = 0.25 }").unwrap(),
+        Some(Budget::Ratio(0.25))
+    );
+    assert_eq!(
+        budget("{ bytes = 65536 }").unwrap(),
+        Some(Budget::Bytes(65536))
+    );
+    let json = PolicyConfig::from_json(r#"{"policy": "random", "budget": 7}"#).unwrap();
+    assert_eq!(json.budget, Some(Budget::Units(7)));
+    for bad in ["-1", "\"many\"", "{ parts = 3 }", "{}", "1.5"] {
+        assert!(matches!(budget(bad), Err(PolicyError::Config(_))), "{bad}");
+    }
+}
+
+#[test]
+fn all_settings_are_read() {
+    let config = PolicyConfig::from_toml(
+        r#"
+        policy = "locret"
+        budget = { ratio = 0.125 }
+        sinks = 4
+        recent = 8
+        stabilizers = 16
+        positions = "original"
+        decode = { every = 32 }
+        pool = 3
+        heads = "heads.safetensors"
+        "#,
+    )
+    .unwrap();
+    assert_eq!(
+        config,
+        PolicyConfig {
+            sinks: Some(4),
+            recent: Some(8),
+            stabilizers: Some(16),
+            positions: Some(Positions::Original),
+            decode: Some(DecodeEviction::Every(32)),
+            pool: Some(3),
+            heads: Some("heads.safetensors".into()),
+            ..PolicyConfig::new(Method::Locret).budget(Budget::Ratio(0.125))
+        }
+    );
+    let other =
+        PolicyConfig::from_toml("policy = \"snapkv\"\nwindow = 8\nkernel = 3\ndecode = \"off\"")
+            .unwrap();
+    assert_eq!(
+        (other.window, other.kernel, other.decode),
+        (Some(8), Some(3), Some(DecodeEviction::Off))
+    );
+}
+
+#[test]
+fn what_is_unknown_is_named() {
+    let error = |text: &str| PolicyConfig::from_toml(text).unwrap_err().to_string();
+    let unknown = error("policy = \"lockret\"");
+    assert!(
+        unknown.contains("lockret") && unknown.contains("locret") && unknown.contains("key-norm"),
+        "{unknown}"
+    );
+    let field = error("policy = \"window\"\nbugdet = 3");
+    assert!(
+        field.contains("bugdet") && field.contains("`budget`"),
+        "{field}"
+    );
+    assert!(error("budget = 3").contains("policy"));
+    assert!(error("policy = ").contains("policy"));
+    let parsed = "lockret".parse::<Method>().unwrap_err().to_string();
+    assert!(
+        parsed.contains("lockret") && parsed.contains("sirllm"),
+        "{parsed}"
+    );
+}
+
+#[test]
+fn settings_that_do_not_fit_are_errors() {
+    let spec = spec(2, 2, 3, 8);
+    let build = |text: &str| {
+        PolicyConfig::from_toml(text)
+            .unwrap()
+            .build(&spec, &Device::default())
+    };
+    let setting = |text: &str, word: &str| match build(text).unwrap_err() {
+        PolicyError::Setting { policy, message } => {
+            assert!(
+                text.contains(&policy) && message.contains(word),
+                "{policy}: {message}"
+            );
+        }
+        other => panic!("{text}: {other}"),
+    };
+    setting("policy = \"window\"", "budget");
+    setting("policy = \"full\"\nbudget = 3", "budget");
+    setting("policy = \"full\"\nsinks = 3", "sinks");
+    setting("policy = \"window\"\nbudget = 30\nheads = \"x\"", "heads");
+    setting("policy = \"window\"\nbudget = 30\nseed = 3", "seed");
+    setting("policy = \"tova\"\nbudget = 30\nwindow = 3", "window");
+    setting("policy = \"h2o\"\nbudget = 30\ndecay = 0.5", "decay");
+    setting("policy = \"locret\"\nbudget = 30", "heads");
+
+    let core = |text: &str, word: &str| match build(text).err() {
+        Some(PolicyError::Core(Error::Setting { what, .. })) => {
+            assert!(what.contains(word), "{what}")
+        }
+        other => panic!("{text}: {other:?}"),
+    };
+    core("policy = \"window\"\nbudget = 0", "budget");
+    core("policy = \"window\"\nbudget = { ratio = 0.0 }", "ratio");
+    core("policy = \"window\"\nbudget = { ratio = nan }", "ratio");
+    core("policy = \"window\"\nbudget = { bytes = 100 }", "bytes");
+    core(
+        "policy = \"key-norm\"\nbudget = 30\nstabilizers = 30",
+        "stabilizers",
+    );
+    core(
+        "policy = \"key-norm\"\nbudget = 30\nstabilizers = 20\nsinks = 10",
+        "stabilizers",
+    );
+    core("policy = \"key-norm\"\nbudget = 30\nrecent = 31", "recent");
+    core("policy = \"key-norm\"\nbudget = 30\nsinks = 31", "sinks");
+    core("policy = \"key-norm\"\nbudget = 30\npool = 4", "pool");
+    core(
+        "policy = \"key-norm\"\nbudget = 30\ndecode = { every = 0 }",
+        "decode",
+    );
+    core("policy = \"sirllm\"\nbudget = 30\ndecay = 0.0", "decay");
+    core("policy = \"sirllm\"\nbudget = 30\ndecay = 1.5", "decay");
+    core("policy = \"sirllm\"\nbudget = 30\ndecay = nan", "decay");
+    core("policy = \"snapkv\"\nbudget = 30\nwindow = 0", "window");
+    core("policy = \"snapkv\"\nbudget = 30\nkernel = 2", "kernel");
+
+    match build("policy = \"locret\"\nbudget = 30\nheads = \"nowhere.safetensors\"") {
+        Err(PolicyError::Io { path, .. }) => assert_eq!(path, PathBuf::from("nowhere.safetensors")),
+        other => panic!("{other:?}"),
+    }
+    // The smallest budgets work with every method's defaults.
+    for method in Method::ALL
+        .into_iter()
+        .filter(|m| !matches!(m, Method::Full | Method::Locret))
+    {
+        for budget in 1..8 {
+            let config = PolicyConfig::new(method).budget(Budget::Units(budget));
+            config
+                .build(&spec, &Device::default())
+                .unwrap_or_else(|e| panic!("{method} {budget}: {e}"));
+        }
+    }
+}
+
+#[test]
+fn heads_beside_a_file_are_found_from_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let spec = spec(2, 2, 3, 8);
+    heads_file(folder.path(), &spec);
+    let text = "policy = \"locret\"\nbudget = 64\nheads = \"heads.safetensors\"\n";
+    let path = folder.path().join("policy.toml");
+    std::fs::write(&path, text).unwrap();
+    let config = PolicyConfig::load(&path).unwrap();
+    config.build(&spec, &Device::default()).unwrap();
+    let path = folder.path().join("policy.json");
+    std::fs::write(&path, serde_json::to_string(&config).unwrap()).unwrap();
+    assert_eq!(PolicyConfig::load(&path).unwrap(), config);
+    std::fs::write(&path, "{").unwrap();
+    assert!(matches!(
+        PolicyConfig::load(&path),
+        Err(PolicyError::File { .. })
+    ));
+    assert!(matches!(
+        PolicyConfig::load(folder.path().join("none")),
+        Err(PolicyError::Io { .. })
+    ));
+    // The wrong model is told from the file.
+    let other = common::spec(3, 2, 3, 8);
+    assert!(matches!(
+        config.build(&other, &Device::default()),
+        Err(PolicyError::MissingKeys { .. })
+    ));
+}
+
+#[test]
+fn errors_keep_their_meaning_on_the_way_to_the_engine() {
+    let setting: Error = PolicyError::Core(Error::EmptyPrompt).into();
+    assert!(matches!(setting, Error::EmptyPrompt));
+    let config: Error = PolicyError::Config("x".into()).into();
+    assert!(config.to_string().contains('x'));
+}

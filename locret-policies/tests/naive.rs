@@ -1,0 +1,294 @@
+//! Every policy against the cache in plain loops: what stays, its scores, and what attention
+//! returns.
+
+mod common;
+
+use burn::tensor::Device;
+use common::{Naive, Numbers, Rule, Settings, cache, drive, spec, steps};
+use locret_core::{
+    Budget, DecodeEviction, Evict, Guard, KvCachePolicy, ModelSpec, Positions, Scorer,
+};
+use locret_policies::{
+    Full, H2o, HeadWeights, KeyDiff, KeyNorm, LayerHead, Locret, Random, RetainingHeads, SirLlm,
+    SnapKv, Tova, Window,
+};
+use proptest::prelude::*;
+use std::sync::Arc;
+
+/// A conversation: prompts of these lengths, each with some generated tokens after it.
+#[derive(Debug, Clone)]
+struct Talk {
+    turns: Vec<(usize, usize)>,
+    chunk: usize,
+    local: usize,
+}
+
+fn heads(spec: &ModelSpec, seed: u64, d_r: usize) -> HeadWeights {
+    let mut numbers = Numbers(seed);
+    let inputs = spec.layer(0).qkv_features();
+    let layer = |_| LayerHead {
+        d_r,
+        fc1: numbers.list(d_r * inputs, 0.5),
+        fc2: numbers.list(spec.kv_heads * d_r, 1.0),
+    };
+    HeadWeights {
+        layers: (0..spec.layers).map(layer).collect(),
+        metadata: Default::default(),
+    }
+}
+
+fn policy(spec: &ModelSpec, settings: &Settings) -> Arc<dyn KvCachePolicy> {
+    fn evict<S: Scorer + 'static>(scorer: S, settings: &Settings) -> Arc<dyn KvCachePolicy> {
+        Arc::new(
+            Evict::new(scorer, Budget::Units(settings.budget))
+                .guard(settings.guard)
+                .positions(settings.positions)
+                .while_decoding(settings.decode)
+                .pool(settings.pool),
+        )
+    }
+    match &settings.rule {
+        Rule::Full => Arc::new(Full::new().positions(settings.positions)),
+        Rule::Window => evict(Window, settings),
+        Rule::KeyNorm => evict(KeyNorm, settings),
+        Rule::KeyDiff => evict(KeyDiff, settings),
+        Rule::SirLlm(decay) => evict(SirLlm::new().decay(*decay as f32), settings),
+        Rule::Locret(layers) => {
+            let layers = layers.iter().map(|(fc1, fc2)| LayerHead {
+                d_r: fc2.len() / spec.kv_heads,
+                fc1: fc1.clone(),
+                fc2: fc2.clone(),
+            });
+            let weights = HeadWeights {
+                layers: layers.collect(),
+                metadata: Default::default(),
+            };
+            let heads = RetainingHeads::new(&weights, spec, &Device::default()).unwrap();
+            evict(Locret::new(heads), settings)
+        }
+        Rule::H2o => evict(H2o, settings),
+        Rule::SnapKv(window, kernel) => {
+            evict(SnapKv::new().window(*window).kernel(*kernel), settings)
+        }
+        Rule::Tova => evict(Tova, settings),
+    }
+}
+
+/// Both caches through the same conversation. Returns how many times something was evicted.
+fn compare(spec: &ModelSpec, settings: &Settings, talk: &Talk, seed: u64) -> usize {
+    let mut numbers = Numbers(seed);
+    let policy = policy(spec, settings);
+    policy.validate(spec, &Default::default()).unwrap();
+    let carries = policy.needs() != locret_core::Needs::NOTHING;
+    let mut real = cache(spec, policy);
+    let mut naive = Naive::new(spec, settings.clone());
+    let mut evictions = 0;
+    for (turn, &(prompt, decode)) in talk.turns.iter().enumerate() {
+        let total = naive.seen + prompt;
+        if turn > 0 {
+            real.turn(total).unwrap();
+            naive.turn();
+        }
+        for step in steps(
+            spec,
+            &mut numbers,
+            prompt,
+            talk.chunk,
+            talk.local,
+            decode,
+            turn == 0,
+        ) {
+            let before = real.units();
+            let found = drive(&mut real, &step, total).unwrap();
+            let expected = naive.step(&step);
+            // Too close to call in another order of summation.
+            if naive.margin < 1e-5 {
+                return evictions;
+            }
+            evictions +=
+                usize::from(real.units() < before + step.tokens * spec.layers * spec.kv_heads);
+            for (layer, (found, expected)) in found.iter().zip(&expected).enumerate() {
+                for (i, (a, b)) in found.iter().zip(expected).enumerate() {
+                    assert!(
+                        (f64::from(*a) - b).abs() < 1e-4,
+                        "output {i} of layer {layer}: {a} for {b}, {:?}",
+                        step.phase
+                    );
+                }
+                for head in 0..spec.kv_heads {
+                    assert_eq!(
+                        real.positions(layer, head),
+                        naive.positions(layer, head),
+                        "layer {layer}, head {head}, {:?}",
+                        step.phase
+                    );
+                    if !carries {
+                        continue;
+                    }
+                    let units = &naive.units[layer][head];
+                    assert_eq!(real.scores(layer, head).len(), units.len());
+                    for (a, unit) in real.scores(layer, head).iter().zip(units) {
+                        let (a, b) = (f64::from(*a), unit.score);
+                        assert!(
+                            (a - b).abs() < 1e-4 * b.abs().max(1.0),
+                            "score {a} for {b} of unit {}",
+                            unit.position
+                        );
+                    }
+                }
+            }
+        }
+    }
+    evictions
+}
+
+fn rules(spec: &ModelSpec) -> Vec<Rule> {
+    let locret = heads(spec, 5, 12)
+        .layers
+        .into_iter()
+        .map(|head| (head.fc1, head.fc2));
+    vec![
+        Rule::Full,
+        Rule::Window,
+        Rule::KeyNorm,
+        Rule::KeyDiff,
+        Rule::SirLlm(0.7),
+        Rule::Locret(locret.collect()),
+        Rule::H2o,
+        Rule::SnapKv(7, 5),
+        Rule::SnapKv(40, 3),
+        Rule::Tova,
+    ]
+}
+
+#[test]
+fn every_policy_equals_plain_loops() {
+    for (kv_heads, group) in [(3, 1), (1, 3), (2, 8)] {
+        let spec = spec(2, kv_heads, group, 8);
+        for rule in rules(&spec) {
+            for positions in [Positions::Original, Positions::Compact] {
+                let settings = Settings {
+                    rule: rule.clone(),
+                    budget: 24,
+                    guard: Guard {
+                        sinks: 2,
+                        recent: 3,
+                        stabilizers: 6,
+                    },
+                    positions,
+                    decode: DecodeEviction::Every(4),
+                    pool: 1,
+                };
+                let talk = Talk {
+                    turns: vec![(70, 11), (9, 3), (33, 2)],
+                    chunk: 16,
+                    local: 5,
+                };
+                let evictions = (0..3)
+                    .map(|seed| compare(&spec, &settings, &talk, seed))
+                    .sum::<usize>();
+                if !matches!(settings.rule, Rule::Full) {
+                    assert!(evictions > 10, "{settings:?}: {evictions}");
+                }
+            }
+        }
+    }
+}
+
+fn any_settings() -> impl Strategy<Value = (ModelSpec, Settings, Talk, u64)> {
+    let shape = (1usize..4, prop::sample::select(vec![1usize, 3, 8]));
+    let budget = (4usize..40, 0usize..4, 0usize..6, 0usize..9);
+    let reading = (
+        1usize..24,
+        0usize..6,
+        prop::collection::vec((1usize..80, 0usize..6), 1..3),
+    );
+    let modes = (
+        any::<bool>(),
+        0usize..4,
+        prop::sample::select(vec![1usize, 3, 5]),
+    );
+    (shape, budget, reading, modes, 0usize..10, any::<u64>()).prop_map(
+        |(
+            (kv_heads, group),
+            (budget, sinks, recent, stabilizers),
+            (chunk, local, turns),
+            (compact, decode, pool),
+            rule,
+            seed,
+        )| {
+            let spec = spec(2, kv_heads, group, 8);
+            let sinks = sinks.min(budget - 2);
+            let settings = Settings {
+                rule: rules(&spec).swap_remove(rule),
+                budget,
+                guard: Guard {
+                    sinks,
+                    recent: recent.min(budget - sinks - 1),
+                    stabilizers: stabilizers.min(budget - sinks - 1),
+                },
+                positions: if compact {
+                    Positions::Compact
+                } else {
+                    Positions::Original
+                },
+                decode: match decode {
+                    0 => DecodeEviction::Off,
+                    n => DecodeEviction::Every(n),
+                },
+                pool,
+            };
+            (
+                spec,
+                settings,
+                Talk {
+                    turns,
+                    chunk,
+                    local,
+                },
+                seed,
+            )
+        },
+    )
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(96))]
+
+    #[test]
+    fn any_policy_with_any_settings_equals_plain_loops((spec, settings, talk, seed) in any_settings()) {
+        compare(&spec, &settings, &talk, seed);
+    }
+}
+
+/// The same text gives the same selection by lot whatever the chunks.
+#[test]
+fn lots_do_not_depend_on_chunks() {
+    let spec = spec(2, 3, 1, 8);
+    let kept = |chunk: usize, seed: u64| {
+        let mut numbers = Numbers(1);
+        let mut cache = cache(&spec, Arc::new(Random::policy(seed, Budget::Units(20))));
+        for step in steps(&spec, &mut numbers, 120, chunk, 0, 0, true) {
+            drive(&mut cache, &step, 120).unwrap();
+        }
+        let of = |layer| (0..3).map(move |head| (layer, head));
+        (0..2)
+            .flat_map(of)
+            .map(|(l, h)| cache.positions(l, h).to_vec())
+            .collect::<Vec<_>>()
+    };
+    let base = kept(7, 1);
+    assert_eq!(base, kept(120, 1));
+    assert_eq!(base, kept(1, 1));
+    assert_ne!(base, kept(7, 2));
+    // Not the first ones, not the last ones, and not the same in all heads.
+    assert!(base.iter().all(|p| p[0] < 60 && p[19] >= 60));
+    assert_ne!(base[0], base[1]);
+    assert_ne!(base[0], base[3]);
+    let random = Random::new(1);
+    let mut best: Vec<u32> = (0..120).collect();
+    best.sort_by(|a, b| random.lot(1, 2, *b).total_cmp(&random.lot(1, 2, *a)));
+    best.truncate(20);
+    best.sort_unstable();
+    assert_eq!(base[5], best);
+}
