@@ -19,7 +19,7 @@ use super::{
     rope::{RopeTable, rotate_into},
     scratch::Scratch,
     simd::{Isa, Simd, dispatch, exp2_nonpositive, load, store},
-    tiles::KvTiles,
+    tiles::{Element, Floats, KvTiles, each_type},
 };
 use rayon::prelude::*;
 use std::ops::Range;
@@ -116,6 +116,9 @@ const BLOCK_ROWS: usize = 192;
 
 /// Up to this many rows are handled with features in lanes.
 const FEW_ROWS: usize = 6;
+
+/// With this many rows a tile is copied before it is used.
+const COPY_ROWS: usize = 64;
 
 /// A range of units is not cut into pieces shorter than this.
 const PIECE: usize = 256;
@@ -311,11 +314,13 @@ fn log2_scale(shape: AttnShape) -> f32 {
     shape.scale * std::f32::consts::LOG2_E
 }
 
-/// Buffers that a task reads tiles through.
+/// Reads tiles of one KV head.
 struct Loader<'a> {
     store: &'a dyn KvTiles,
     rotation: Option<&'a RopeTable>,
     d: usize,
+    /// Whether enough rows use a tile to pay for a copy of it.
+    copies: bool,
 }
 
 impl Loader<'_> {
@@ -345,16 +350,41 @@ impl Loader<'_> {
         let len = units.len() * self.d;
         &self.store.values(units, scratch)[..len]
     }
+
+    /// The keys of a tile in memory that is near.
+    ///
+    /// Broadcasts walk through a tile in columns. In the store that would be one miss after the
+    /// other; a copy is made in the order in which memory is fetched ahead.
+    #[inline(always)]
+    fn near_keys<'s, S: Simd>(
+        &'s self,
+        s: S,
+        units: Range<usize>,
+        scratch: &'s mut [f32],
+        rotated: &'s mut [f32],
+    ) -> &'s [f32] {
+        match self.store.stored_keys(units.clone()) {
+            Some(Floats::F32(keys)) if self.copies && self.rotation.is_none() => {
+                copy(keys, scratch)
+            }
+            _ => self.keys(s, units, scratch, rotated),
+        }
+    }
+
+    /// The values of a tile in memory that is near.
+    #[inline(always)]
+    fn near_values<'s>(&'s self, units: Range<usize>, scratch: &'s mut [f32]) -> &'s [f32] {
+        match self.store.stored_values(units.clone()) {
+            Some(Floats::F32(values)) if self.copies => copy(values, scratch),
+            _ => self.values(units, scratch),
+        }
+    }
 }
 
-/// The heads of a group that one pass over a tile serves: three, but two twice rather than three
-/// and one.
-fn heads_at_once(left: usize) -> usize {
-    match left {
-        1 => 1,
-        2 | 4 => 2,
-        _ => 3,
-    }
+fn copy<'s>(x: &[f32], scratch: &'s mut [f32]) -> &'s [f32] {
+    let scratch = &mut scratch[..x.len()];
+    scratch.copy_from_slice(x);
+    scratch
 }
 
 /// Copies rows of queries into a panel `[d, width]` (row `i` in lane `i`), scaled; lanes beyond
@@ -395,6 +425,7 @@ fn many<S: Simd>(
         store: call.heads[task.head],
         rotation: call.rotation,
         d,
+        copies: task.tokens.len() * g >= COPY_ROWS,
     };
     let len = loader.store.len();
     let rows = task.tokens.len() * g;
@@ -437,8 +468,8 @@ fn many<S: Simd>(
     let sees = |row: usize| shape.sees(len, task.tokens.start + row.min(rows - 1) / g);
     for start in task.units.clone().step_by(TILE) {
         let units = start..(start + TILE).min(task.units.end);
-        let keys = loader.keys(s, units.clone(), k_buf, rot_buf);
-        let values = loader.values(units.clone(), v_buf);
+        let keys = loader.near_keys(s, units.clone(), k_buf, rot_buf);
+        let values = loader.near_values(units.clone(), v_buf);
         let finite = units.end <= sees(0) || all_finite(s, values);
         let mut at = 0;
         while at < vectors {
@@ -723,6 +754,16 @@ fn weigh<S: Simd, const N: usize>(
     go::<S, 1, N>(s, d, f, values, p, rescale, acc);
 }
 
+/// The heads of a group that one pass over a tile serves: three, but two twice rather than three
+/// and one.
+fn heads_at_once(left: usize) -> usize {
+    match left {
+        1 => 1,
+        2 | 4 => 2,
+        _ => 3,
+    }
+}
+
 /// Lanes are features; each query on its own, so that no score is ever masked.
 #[inline(always)]
 fn few<S: Simd>(
@@ -739,6 +780,7 @@ fn few<S: Simd>(
         store: call.heads[task.head],
         rotation: call.rotation,
         d,
+        copies: task.tokens.len() * g >= COPY_ROWS,
     };
     let len = loader.store.len();
     let rows = task.tokens.len() * g;
@@ -759,8 +801,14 @@ fn few<S: Simd>(
     }
     for start in task.units.clone().step_by(FEW_TILE) {
         let units = start..(start + FEW_TILE).min(task.units.end);
-        let keys = loader.keys(s, units.clone(), k_buf, rot_buf);
-        let values = loader.values(units.clone(), v_buf);
+        let keys = match loader.store.stored_keys(units.clone()) {
+            Some(keys) if call.rotation.is_none() => keys,
+            _ => Floats::F32(loader.keys(s, units.clone(), k_buf, rot_buf)),
+        };
+        let values = match loader.store.stored_values(units.clone()) {
+            Some(values) => values,
+            None => Floats::F32(loader.values(units.clone(), v_buf)),
+        };
         for local in 0..task.tokens.len() {
             let visible = shape.sees(len, task.tokens.start + local).min(units.end);
             if visible <= start {
@@ -771,8 +819,8 @@ fn few<S: Simd>(
             while row < (local + 1) * g {
                 let group = Rows {
                     d,
-                    keys: &keys[..n],
-                    values: &values[..n],
+                    keys: keys.slice(0..n),
+                    values: values.slice(0..n),
                     q: &q[row * d..],
                     p,
                     top: &mut top[row..],
@@ -790,61 +838,92 @@ fn few<S: Simd>(
     }
 }
 
-/// Scores `[R, FEW_TILE]` of `R` rows `q` (scaled) against the keys of a tile; those beyond the tile's
-/// units, up to a whole vector, are -∞.
+/// Scores `[R, FEW_TILE]` of `R` rows `q` (scaled) against the keys of a tile; those beyond the
+/// tile's units, up to a whole vector, are -∞.
 #[inline(always)]
-pub(super) fn dot_scores<S: Simd, const R: usize>(
+pub(super) fn dot_scores<S: Simd, E: Element, const R: usize>(
     s: S,
     d: usize,
-    keys: &[f32],
+    keys: &[E],
     q: &[f32],
     p: &mut [f32],
 ) {
     let units = keys.len() / d;
-    let whole = d - d % S::LANES;
     assert!(q.len() >= R * d && p.len() >= R * FEW_TILE && units <= FEW_TILE);
-    let mut k = 0;
-    while k < units {
-        // The last few are read again rather than handled apart.
-        let at: [usize; 4] = std::array::from_fn(|j| (k + j).min(units - 1) * d);
-        let mut sums = [[s.splat(0.0); 4]; R];
-        for c in (0..whole).step_by(S::LANES) {
-            // SAFETY: `at` are starts of rows of d numbers in `keys`, c + LANES <= d, and `q` has
-            // R such rows.
-            unsafe {
-                let mut rows = [s.splat(0.0); R];
-                for (r, row) in rows.iter_mut().enumerate() {
-                    *row = s.load(q.as_ptr().add(r * d + c));
-                }
-                for j in 0..4 {
-                    let key = s.load(keys.as_ptr().add(at[j] + c));
-                    for r in 0..R {
-                        sums[r][j] = s.fma(rows[r], key, sums[r][j]);
-                    }
-                }
-            }
+    // Twelve sums, three queries and a key fill sixteen registers; conversion needs some more.
+    if E::CONVERTED && S::LANES != 16 && R == 3 {
+        for k in (0..units).step_by(3) {
+            dots::<S, E, R, 3>(s, d, k, units, keys, q, p);
         }
-        for r in 0..R {
-            let mut dots = s.sum4(sums[r]);
-            for c in whole..d {
-                for j in 0..4 {
-                    dots[j] += q[r * d + c] * keys[at[j] + c];
-                }
-            }
-            p[r * FEW_TILE + k..][..4].copy_from_slice(&dots);
+    } else {
+        for k in (0..units).step_by(4) {
+            dots::<S, E, R, 4>(s, d, k, units, keys, q, p);
         }
-        k += 4;
     }
     for r in 0..R {
         p[r * FEW_TILE + units..r * FEW_TILE + units.next_multiple_of(16)].fill(f32::NEG_INFINITY);
     }
 }
 
+/// Scores of `R` rows against `K` (at most 4) keys from `k`.
+#[inline(always)]
+fn dots<S: Simd, E: Element, const R: usize, const K: usize>(
+    s: S,
+    d: usize,
+    k: usize,
+    units: usize,
+    keys: &[E],
+    q: &[f32],
+    p: &mut [f32],
+) {
+    assert!(units > 0 && keys.len() >= units * d && q.len() >= R * d);
+    let whole = d - d % S::LANES;
+    // Beyond the last key it is read again, and what comes of it is left out.
+    let mut at = [0; K];
+    for (j, at) in at.iter_mut().enumerate() {
+        *at = (k + j).min(units - 1) * d;
+    }
+    let mut sums = [[s.splat(0.0); K]; R];
+    for c in (0..whole).step_by(S::LANES) {
+        // SAFETY: `at` are starts of rows of d numbers in `keys`, c + LANES <= d, and `q` has R
+        // such rows (checked above).
+        unsafe {
+            let mut rows = [s.splat(0.0); R];
+            for (r, row) in rows.iter_mut().enumerate() {
+                *row = s.load(q.as_ptr().add(r * d + c));
+            }
+            for j in 0..K {
+                let key = E::load(s, keys.as_ptr().add(at[j] + c));
+                for r in 0..R {
+                    sums[r][j] = s.fma(rows[r], key, sums[r][j]);
+                }
+            }
+        }
+    }
+    // A loop of its own, so short that the sums never leave their registers.
+    let mut dots = [[0.0; 4]; R];
+    for r in 0..R {
+        let mut four = [s.splat(0.0); 4];
+        four[..K].copy_from_slice(&sums[r]);
+        dots[r] = s.sum4(four);
+    }
+    for r in 0..R {
+        for c in whole..d {
+            for j in 0..K {
+                dots[r][j] += q[r * d + c] * keys[at[j] + c].get();
+            }
+        }
+        let p = &mut p[r * FEW_TILE + k..(r + 1) * FEW_TILE];
+        let n = K.min(p.len());
+        p[..n].copy_from_slice(&dots[r][..n]);
+    }
+}
+
 /// One tile against a few heads of one query.
 struct Rows<'a> {
     d: usize,
-    keys: &'a [f32],
-    values: &'a [f32],
+    keys: Floats<'a>,
+    values: Floats<'a>,
     q: &'a [f32],
     p: &'a mut [f32],
     top: &'a mut [f32],
@@ -857,7 +936,7 @@ impl Rows<'_> {
     fn step<S: Simd, const R: usize>(self, s: S) {
         let d = self.d;
         let units = self.keys.len() / d;
-        dot_scores::<S, R>(s, d, self.keys, self.q, self.p);
+        each_type!(self.keys, keys => dot_scores::<S, _, R>(s, d, keys, self.q, self.p));
         let mut rescale = [0.0; R];
         for r in 0..R {
             let p = &mut self.p[r * FEW_TILE..r * FEW_TILE + units.next_multiple_of(S::LANES)];
@@ -877,44 +956,63 @@ impl Rows<'_> {
             self.top[r] = new;
             self.sum[r] = self.sum[r] * rescale[r] + s.sum(sums);
         }
-        let vectors = d / S::LANES;
-        let mut at = 0;
-        while at < vectors {
-            match vectors - at {
-                1 => {
-                    weigh_rows::<S, R, 1>(s, d, at, self.values, self.p, &rescale, self.acc);
-                    at += 1;
-                }
-                2 | 3 => {
-                    weigh_rows::<S, R, 2>(s, d, at, self.values, self.p, &rescale, self.acc);
-                    at += 2;
-                }
-                _ => {
-                    weigh_rows::<S, R, 4>(s, d, at, self.values, self.p, &rescale, self.acc);
-                    at += 4;
-                }
+        each_type!(self.values, values => {
+            weigh_all::<S, _, R>(s, d, values, self.p, &rescale, self.acc);
+        });
+    }
+}
+
+/// `acc[r] = acc[r] · rescale[r] + Σ_k p[r, k] · values[k]`.
+#[inline(always)]
+fn weigh_all<S: Simd, E: Element, const R: usize>(
+    s: S,
+    d: usize,
+    values: &[E],
+    p: &[f32],
+    rescale: &[f32; R],
+    acc: &mut [f32],
+) {
+    let vectors = d / S::LANES;
+    let mut at = 0;
+    while at < vectors {
+        match vectors - at {
+            // As for scores: conversion needs registers of its own.
+            3.. if E::CONVERTED && S::LANES != 16 && R == 3 => {
+                weigh_rows::<S, E, R, 3>(s, d, at, values, p, rescale, acc);
+                at += 3;
+            }
+            1 => {
+                weigh_rows::<S, E, R, 1>(s, d, at, values, p, rescale, acc);
+                at += 1;
+            }
+            2 | 3 => {
+                weigh_rows::<S, E, R, 2>(s, d, at, values, p, rescale, acc);
+                at += 2;
+            }
+            _ => {
+                weigh_rows::<S, E, R, 4>(s, d, at, values, p, rescale, acc);
+                at += 4;
             }
         }
-        for r in 0..R {
-            for f in vectors * S::LANES..d {
-                let mut sum = self.acc[r * d + f] * rescale[r];
-                for k in 0..units {
-                    sum += self.p[r * FEW_TILE + k] * self.values[k * d + f];
-                }
-                self.acc[r * d + f] = sum;
+    }
+    for r in 0..R {
+        for f in vectors * S::LANES..d {
+            let mut sum = acc[r * d + f] * rescale[r];
+            for (value, p) in values.chunks_exact(d).zip(&p[r * FEW_TILE..]) {
+                sum += p * value[f].get();
             }
+            acc[r * d + f] = sum;
         }
     }
 }
 
-/// `acc[r] = acc[r] · rescale[r] + Σ_k p[r, k] · values[k]` for `C` vectors of features from
-/// vector `at`.
+/// The same for `C` vectors of features from vector `at`.
 #[inline(always)]
-fn weigh_rows<S: Simd, const R: usize, const C: usize>(
+fn weigh_rows<S: Simd, E: Element, const R: usize, const C: usize>(
     s: S,
     d: usize,
     at: usize,
-    values: &[f32],
+    values: &[E],
     p: &[f32],
     rescale: &[f32; R],
     acc: &mut [f32],
@@ -935,15 +1033,16 @@ fn weigh_rows<S: Simd, const R: usize, const C: usize>(
         // SAFETY: `values` holds `units` rows of d numbers, f + C · LANES <= d, and `p` R rows of
         // at least as many weights (checked above).
         unsafe {
-            let from = values.as_ptr().add(k * d + f);
-            let mut row = [s.splat(0.0); C];
-            for (c, row) in row.iter_mut().enumerate() {
-                *row = s.load(from.add(c * S::LANES));
+            // All weights before any value: three rows then need sixteen registers, not one more.
+            let mut weights = [s.splat(0.0); R];
+            for (r, weight) in weights.iter_mut().enumerate() {
+                *weight = s.splat(*p.as_ptr().add(r * FEW_TILE + k));
             }
-            for (r, sums) in sums.iter_mut().enumerate() {
-                let weight = s.splat(*p.as_ptr().add(r * FEW_TILE + k));
-                for c in 0..C {
-                    sums[c] = s.fma(weight, row[c], sums[c]);
+            let row = values.as_ptr().add(k * d + f);
+            for c in 0..C {
+                let value = E::load(s, row.add(c * S::LANES));
+                for r in 0..R {
+                    sums[r][c] = s.fma(weights[r], value, sums[r][c]);
                 }
             }
         }

@@ -25,6 +25,19 @@ pub trait KvTiles: Sync {
 
     /// The values of a range of units, as [`keys`](Self::keys).
     fn values<'a>(&'a self, range: Range<usize>, scratch: &'a mut [f32]) -> &'a [f32];
+
+    /// The keys of a range of units in the type and place they are stored in, `[range.len(),
+    /// head_dim]`, if they lie there as plain floats: they are then converted as they are used.
+    fn stored_keys(&self, range: Range<usize>) -> Option<Floats<'_>> {
+        let _ = range;
+        None
+    }
+
+    /// The values of a range of units, as [`stored_keys`](Self::stored_keys).
+    fn stored_values(&self, range: Range<usize>) -> Option<Floats<'_>> {
+        let _ = range;
+        None
+    }
 }
 
 /// Numbers in one of the float types that stores use.
@@ -51,6 +64,18 @@ impl<'a> Floats<'a> {
     /// Whether there are none.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
+    }
+
+    /// A range of the numbers.
+    ///
+    /// # Panics
+    /// If `range` is outside the numbers.
+    pub fn slice(&self, range: Range<usize>) -> Self {
+        match *self {
+            Floats::F32(x) => Floats::F32(&x[range]),
+            Floats::F16(x) => Floats::F16(&x[range]),
+            Floats::Bf16(x) => Floats::Bf16(&x[range]),
+        }
     }
 
     /// A range of the numbers in single precision: themselves, or converted into `scratch`.
@@ -142,14 +167,88 @@ impl KvTiles for DenseTiles<'_> {
         let d = self.head_dim;
         self.values.to_f32(range.start * d..range.end * d, scratch)
     }
+
+    fn stored_keys(&self, range: Range<usize>) -> Option<Floats<'_>> {
+        let d = self.head_dim;
+        Some(self.keys.slice(range.start * d..range.end * d))
+    }
+
+    fn stored_values(&self, range: Range<usize>) -> Option<Floats<'_>> {
+        let d = self.head_dim;
+        Some(self.values.slice(range.start * d..range.end * d))
+    }
 }
+
+/// A float type that vectors are loaded from.
+pub(super) trait Element: Copy {
+    /// Whether loading takes more than a load.
+    const CONVERTED: bool;
+    /// One number.
+    fn get(self) -> f32;
+    /// Reads [`Simd::LANES`] numbers.
+    ///
+    /// # Safety
+    /// `p` must be valid for reading that many.
+    unsafe fn load<S: Simd>(s: S, p: *const Self) -> S::V;
+}
+
+impl Element for f32 {
+    const CONVERTED: bool = false;
+    #[inline(always)]
+    fn get(self) -> f32 {
+        self
+    }
+    #[inline(always)]
+    unsafe fn load<S: Simd>(s: S, p: *const Self) -> S::V {
+        // SAFETY: the caller's promise is passed on.
+        unsafe { s.load(p) }
+    }
+}
+
+impl Element for f16 {
+    const CONVERTED: bool = true;
+    #[inline(always)]
+    fn get(self) -> f32 {
+        self.to_f32()
+    }
+    #[inline(always)]
+    unsafe fn load<S: Simd>(s: S, p: *const Self) -> S::V {
+        // SAFETY: the caller's promise is passed on; f16 is a transparent u16.
+        unsafe { s.load_f16(p.cast()) }
+    }
+}
+
+impl Element for bf16 {
+    const CONVERTED: bool = true;
+    #[inline(always)]
+    fn get(self) -> f32 {
+        self.to_f32()
+    }
+    #[inline(always)]
+    unsafe fn load<S: Simd>(s: S, p: *const Self) -> S::V {
+        // SAFETY: the caller's promise is passed on; bf16 is a transparent u16.
+        unsafe { s.load_bf16(p.cast()) }
+    }
+}
+
+/// Evaluates an expression with `$x` bound to the numbers in their own type.
+macro_rules! each_type {
+    ($floats:expr, $x:ident => $body:expr) => {
+        match $floats {
+            $crate::kernels::tiles::Floats::F32($x) => $body,
+            $crate::kernels::tiles::Floats::F16($x) => $body,
+            $crate::kernels::tiles::Floats::Bf16($x) => $body,
+        }
+    };
+}
+pub(super) use each_type;
 
 /// Half to single precision.
 ///
 /// # Panics
 /// If the slices have different lengths.
 pub fn f16_to_f32(x: &[f16], out: &mut [f32]) {
-    convert_f16(Isa::best(), x, out);
+    convert(Isa::best(), x, out);
 }
 
 /// bfloat16 to single precision.
@@ -157,42 +256,20 @@ pub fn f16_to_f32(x: &[f16], out: &mut [f32]) {
 /// # Panics
 /// If the slices have different lengths.
 pub fn bf16_to_f32(x: &[bf16], out: &mut [f32]) {
-    convert_bf16(Isa::best(), x, out);
+    convert(Isa::best(), x, out);
 }
 
-pub(super) fn convert_f16(isa: Isa, x: &[f16], out: &mut [f32]) {
+pub(super) fn convert<E: Element>(isa: Isa, x: &[E], out: &mut [f32]) {
     #[inline(always)]
-    fn body<S: Simd>(s: S, x: &[f16], out: &mut [f32]) {
+    fn body<S: Simd, E: Element>(s: S, x: &[E], out: &mut [f32]) {
         assert_eq!(x.len(), out.len(), "numbers to convert and room for them");
         let whole = x.len() - x.len() % S::LANES;
         for i in (0..whole).step_by(S::LANES) {
-            // SAFETY: i + LANES <= whole <= both lengths; f16 is a transparent u16.
-            unsafe {
-                let v = s.load_f16(x.as_ptr().cast::<u16>().add(i));
-                s.store(out.as_mut_ptr().add(i), v);
-            }
+            // SAFETY: i + LANES <= whole <= both lengths.
+            unsafe { s.store(out.as_mut_ptr().add(i), E::load(s, x.as_ptr().add(i))) };
         }
         for (x, out) in x[whole..].iter().zip(&mut out[whole..]) {
-            *out = x.to_f32();
-        }
-    }
-    dispatch!(isa, s => body(s, x, out));
-}
-
-pub(super) fn convert_bf16(isa: Isa, x: &[bf16], out: &mut [f32]) {
-    #[inline(always)]
-    fn body<S: Simd>(s: S, x: &[bf16], out: &mut [f32]) {
-        assert_eq!(x.len(), out.len(), "numbers to convert and room for them");
-        let whole = x.len() - x.len() % S::LANES;
-        for i in (0..whole).step_by(S::LANES) {
-            // SAFETY: i + LANES <= whole <= both lengths; bf16 is a transparent u16.
-            unsafe {
-                let v = s.load_bf16(x.as_ptr().cast::<u16>().add(i));
-                s.store(out.as_mut_ptr().add(i), v);
-            }
-        }
-        for (x, out) in x[whole..].iter().zip(&mut out[whole..]) {
-            *out = x.to_f32();
+            *out = x.get();
         }
     }
     dispatch!(isa, s => body(s, x, out));
@@ -210,8 +287,8 @@ mod tests {
             let brains: Vec<bf16> = bits.iter().map(|b| bf16::from_bits(*b)).collect();
             for isa in Isa::all() {
                 let (mut a, mut b) = (vec![0.0; bits.len()], vec![0.0; bits.len()]);
-                convert_f16(isa, &halves, &mut a);
-                convert_bf16(isa, &brains, &mut b);
+                convert(isa, &halves, &mut a);
+                convert(isa, &brains, &mut b);
                 for i in 0..bits.len() {
                     let (x, y) = (halves[i].to_f32(), brains[i].to_f32());
                     prop_assert!(a[i] == x || (a[i].is_nan() && x.is_nan()));
