@@ -27,7 +27,6 @@ import itertools
 import json
 import pathlib
 import shutil
-import sys
 import tempfile
 
 import numpy as np
@@ -36,7 +35,6 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 HERE = pathlib.Path(__file__).parent
-sys.path.append(str(HERE / "smollm2"))
 
 VOCAB = 192
 GREEDY = 16
