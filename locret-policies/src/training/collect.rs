@@ -1,0 +1,515 @@
+//! Labels, and the inputs that go with them, collected through the engine.
+
+use super::{
+    FINGERPRINT, InputDtype, Sample, Shard, Shards, Split, fingerprint,
+    shards::{LayerRows, NewShard, path_of},
+};
+use crate::{PolicyError, Result};
+use locret_core::{
+    CacheOptions, CausalLm, KvCachePolicy, LayerUnits, ModelSpec, Needs, Observation, Observe,
+    Phase, Queries, SequenceCache, Step, Verdict, into_f32,
+};
+use rand::{SeedableRng, seq::SliceRandom};
+use rand_chacha::ChaCha8Rng;
+use serde::{Deserialize, Serialize};
+use std::{
+    ops::{ControlFlow, Range},
+    path::Path,
+    sync::{Arc, Mutex, MutexGuard},
+};
+
+/// What a unit's label is. Both are the largest over the answers of a sample and over the query
+/// heads that share the KV head.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum LabelKind {
+    /// The largest attention logit that an answer's token has for it, before the softmax, as the
+    /// authors do (arXiv 2410.01805 §3.2).
+    #[default]
+    MaxLogit,
+    /// The logarithm of the attention weight that it gets from an answer, averaged over the
+    /// answer's tokens.
+    Mass,
+}
+
+/// Which tokens' attention counts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Observed {
+    /// The answer's, as the authors do.
+    #[default]
+    Answer,
+    /// The query's and the answer's.
+    QueryAndAnswer,
+}
+
+/// How labels are collected.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct CollectConfig {
+    /// Tokens that go through the model together.
+    pub chunk: usize,
+    /// What a label is.
+    pub label: LabelKind,
+    /// Adds the logarithm of the norm of a unit's value to its label: attention to a value of
+    /// small norm changes little.
+    pub value_norm: bool,
+    /// Whose attention counts.
+    pub observed: Observed,
+    /// How inputs are kept on disk.
+    pub inputs: InputDtype,
+    /// At most about this many tokens of a training sample go to disk, in random stretches of
+    /// [`span`](Self::span); 0 for all. Validation samples are kept whole.
+    pub max_rows: usize,
+    /// Tokens of a stretch.
+    pub span: usize,
+    /// The share of the samples that only measure.
+    pub validation: f64,
+    /// Chooses validation samples and stretches.
+    pub seed: u64,
+}
+
+impl Default for CollectConfig {
+    fn default() -> Self {
+        Self {
+            chunk: 512,
+            label: LabelKind::MaxLogit,
+            value_norm: false,
+            observed: Observed::Answer,
+            inputs: InputDtype::Q8,
+            max_rows: 0,
+            span: 512,
+            validation: 0.1,
+            seed: 0,
+        }
+    }
+}
+
+/// How far [`collect`] is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct CollectProgress {
+    /// Samples that are on disk.
+    pub samples: usize,
+    /// Of so many.
+    pub of: usize,
+    /// Tokens that have been through the model, or were found on disk.
+    pub tokens: usize,
+    /// Of so many.
+    pub of_tokens: usize,
+}
+
+/// Reads samples through the model and writes inputs and labels to `folder`, one file for each.
+/// `None` if `progress` stopped it.
+///
+/// The prompt is read in chunks with a full cache and original positions; each answer is forced on
+/// a fork of that cache. No attention matrix of the prompt exists at any time: an answer's logits
+/// are reduced to their maximum in the engine. A sample whose file is there, from the same model
+/// dimensions, ids and settings, is not read again, so that a stopped or killed collection goes on.
+///
+/// `progress` is called after each sample.
+///
+/// # Errors
+/// [`PolicyError::Setting`] for impossible settings or samples; the model's and the engine's;
+/// [`PolicyError::Io`], [`PolicyError::File`].
+pub fn collect(
+    model: &dyn CausalLm,
+    samples: &[Sample],
+    folder: &Path,
+    config: &CollectConfig,
+    progress: &mut dyn FnMut(&CollectProgress) -> ControlFlow<()>,
+) -> Result<Option<Shards>> {
+    let spec = model.spec();
+    config.validate()?;
+    for (index, sample) in samples.iter().enumerate() {
+        sample.validate(index, spec.vocab)?;
+    }
+    std::fs::create_dir_all(folder).map_err(PolicyError::io(folder))?;
+    let splits = config.splits(samples.len());
+    let mut at = CollectProgress {
+        samples: 0,
+        of: samples.len(),
+        tokens: 0,
+        of_tokens: samples.iter().map(Sample::tokens).sum(),
+    };
+    let mut shards = Vec::with_capacity(samples.len());
+    for (index, sample) in samples.iter().enumerate() {
+        let path = path_of(folder, index);
+        let split = splits[index];
+        let fingerprint = config.fingerprint(spec, sample, split, index)?;
+        let there = Shard::open(&path)
+            .ok()
+            .filter(|s| s.fingerprint() == fingerprint);
+        shards.push(match there {
+            Some(shard) => shard,
+            None => {
+                let spans = config.spans(sample.prompt.len(), split, index);
+                let (layers, features) = label(model, sample, config, &spans)?;
+                NewShard {
+                    fingerprint,
+                    split,
+                    dtype: config.inputs,
+                    spans: spans.iter().map(|s| s.len()).collect(),
+                    head_dim: spec.head_dim,
+                    kv_heads: spec.kv_heads,
+                    features,
+                    layers,
+                }
+                .write(&path)?;
+                Shard::open(&path)?
+            }
+        });
+        at.samples += 1;
+        at.tokens += sample.tokens();
+        if progress(&at).is_break() {
+            return Ok(None);
+        }
+    }
+    Shards::new(shards).map(Some)
+}
+
+impl CollectConfig {
+    fn validate(&self) -> Result<()> {
+        let wrong = |message: &str| Err(PolicyError::setting("training", message));
+        if self.chunk == 0 || self.span == 0 {
+            return wrong("chunk and span must be at least 1");
+        }
+        if !(0.0..1.0).contains(&self.validation) {
+            return wrong("validation is a share, at least 0 and below 1");
+        }
+        Ok(())
+    }
+
+    /// Which samples only measure: at least one where a share is asked for and two are there.
+    fn splits(&self, samples: usize) -> Vec<Split> {
+        let mut count = (self.validation * samples as f64).round() as usize;
+        if self.validation > 0.0 && samples > 1 {
+            count = count.clamp(1, samples - 1);
+        }
+        let mut order: Vec<usize> = (0..samples).collect();
+        order.shuffle(&mut ChaCha8Rng::seed_from_u64(self.seed));
+        let mut splits = vec![Split::Train; samples];
+        for index in &order[..count.min(samples)] {
+            splits[*index] = Split::Validation;
+        }
+        splits
+    }
+
+    /// The stretches of a prompt of `tokens` tokens that go to disk, in order.
+    fn spans(&self, tokens: usize, split: Split, index: usize) -> Vec<Range<usize>> {
+        if self.max_rows == 0 || tokens <= self.max_rows || split == Split::Validation {
+            return std::iter::once(0..tokens).collect();
+        }
+        let all = (0..tokens).step_by(self.span);
+        let mut all: Vec<_> = all.map(|s| s..(s + self.span).min(tokens)).collect();
+        let seed = self.seed ^ ((index as u64 + 1) << 20);
+        all.shuffle(&mut ChaCha8Rng::seed_from_u64(seed));
+        let mut rows = 0;
+        let kept = all.iter().take_while(|s| {
+            let more = rows < self.max_rows;
+            rows += s.len();
+            more
+        });
+        let mut kept: Vec<_> = kept.cloned().collect();
+        kept.sort_by_key(|s| s.start);
+        // The last one may go beyond the limit.
+        if let Some(last) = kept.last_mut() {
+            last.end -= rows_over(rows, self.max_rows).min(last.len() - 1);
+        }
+        kept
+    }
+
+    fn fingerprint(
+        &self,
+        spec: &ModelSpec,
+        sample: &Sample,
+        split: Split,
+        index: usize,
+    ) -> Result<u64> {
+        let settings = serde_json::to_string(self)
+            .map_err(|e| PolicyError::setting("training", e.to_string()))?;
+        let bytes = format!("{spec:?} {settings} {split:?} {index}").into_bytes();
+        Ok(fingerprint(fingerprint(FINGERPRINT, bytes), sample.bytes()))
+    }
+}
+
+fn rows_over(rows: usize, limit: usize) -> usize {
+    rows.saturating_sub(limit)
+}
+
+/// Inputs and labels of one sample's spans, for every layer, and the number of features.
+fn label(
+    model: &dyn CausalLm,
+    sample: &Sample,
+    config: &CollectConfig,
+    spans: &[Range<usize>],
+) -> Result<(Vec<LayerRows>, usize)> {
+    let spec = model.spec();
+    let sink = Arc::new(Mutex::new(Sink {
+        layers: vec![LayerSink::new(spec, sample.prompt.len()); spec.layers],
+        spans: spans.to_vec(),
+        dtype: config.inputs,
+    }));
+    let reader = Arc::new(Read(sink.clone()));
+    let mut cache = SequenceCache::new(spec, reader, model.device(), CacheOptions::default())?;
+    feed(model, &mut cache, &sample.prompt, config.chunk)?;
+    let plain: Arc<dyn KvCachePolicy> = Arc::new(crate::Full::default());
+    let watcher: Arc<dyn KvCachePolicy> = Arc::new(Watch {
+        sink: sink.clone(),
+        prompt: sample.prompt.len(),
+        label: config.label,
+    });
+    for answer in &sample.answers {
+        let mut fork = cache.fork()?;
+        if config.observed == Observed::Answer {
+            fork.set_policy(plain.clone())?;
+        } else {
+            fork.set_policy(watcher.clone())?;
+        }
+        feed(model, &mut fork, &answer.query, config.chunk)?;
+        fork.set_policy(watcher.clone())?;
+        feed(model, &mut fork, &answer.answer, config.chunk)?;
+        let tokens = match config.observed {
+            Observed::Answer => answer.answer.len(),
+            Observed::QueryAndAnswer => answer.query.len() + answer.answer.len(),
+        };
+        for layer in &mut lock(&sink).layers {
+            layer.close(config.label, tokens);
+        }
+    }
+    let mut sink = lock(&sink);
+    let features = spec.layer(0).qkv_features();
+    let mut layers = Vec::with_capacity(spec.layers);
+    for (index, layer) in sink.layers.iter_mut().enumerate() {
+        layers.push(layer.finish(spans, config, index)?);
+    }
+    Ok((layers, features))
+}
+
+/// Puts tokens through the model.
+fn feed(model: &dyn CausalLm, cache: &mut SequenceCache, ids: &[u32], chunk: usize) -> Result<()> {
+    let total = cache.seen() + ids.len();
+    for ids in ids.chunks(chunk) {
+        cache.begin(Phase::Tail, ids.len(), total)?;
+        model.hidden(ids, cache)?;
+        cache.finish(None)?;
+    }
+    Ok(())
+}
+
+/// What the policies below leave behind. A policy is shared and sees the engine from `&self`;
+/// these two are tools of one sequence on one thread, so a lock is no more than a formality.
+#[derive(Debug)]
+struct Sink {
+    layers: Vec<LayerSink>,
+    spans: Vec<Range<usize>>,
+    dtype: InputDtype,
+}
+
+fn lock(sink: &Mutex<Sink>) -> MutexGuard<'_, Sink> {
+    // What a panic elsewhere left behind is never read.
+    sink.lock().unwrap_or_else(|e| e.into_inner())
+}
+
+#[derive(Debug, Clone)]
+struct LayerSink {
+    rows: LayerRows,
+    /// `[kv_heads][token]`
+    norms: Vec<Vec<f32>>,
+    /// The best over the answers so far, `[kv_heads][token]`.
+    best: Vec<Vec<f32>>,
+    /// Of the answer that is being forced: the largest logits, `[kv_heads][token]`, or the sums of
+    /// weights, `[heads][token]`.
+    current: Vec<Vec<f32>>,
+}
+
+impl LayerSink {
+    fn new(spec: &ModelSpec, tokens: usize) -> Self {
+        Self {
+            rows: LayerRows::default(),
+            norms: vec![Vec::new(); spec.kv_heads],
+            best: vec![vec![f32::NEG_INFINITY; tokens]; spec.kv_heads],
+            current: Vec::new(),
+        }
+    }
+
+    /// Brings in an answer of `tokens` tokens.
+    fn close(&mut self, label: LabelKind, tokens: usize) {
+        let current = std::mem::take(&mut self.current);
+        let group = current.len() / self.best.len();
+        for (index, list) in current.into_iter().enumerate() {
+            let head = index / group;
+            for (best, value) in self.best[head].iter_mut().zip(list) {
+                let value = match label {
+                    LabelKind::MaxLogit => value,
+                    // Below this, differences between weights mean nothing.
+                    LabelKind::Mass => (value / tokens as f32).max(1e-8).ln(),
+                };
+                *best = best.max(value);
+            }
+        }
+    }
+
+    fn finish(
+        &mut self,
+        spans: &[Range<usize>],
+        config: &CollectConfig,
+        layer: usize,
+    ) -> Result<LayerRows> {
+        let mut rows = std::mem::take(&mut self.rows);
+        for token in spans.iter().cloned().flatten() {
+            for (best, norms) in self.best.iter().zip(&self.norms) {
+                let mut label = best[token];
+                if config.value_norm {
+                    label += norms[token].max(1e-8).ln();
+                }
+                if !label.is_finite() {
+                    return Err(locret_core::Error::NotFinite {
+                        what: "a label",
+                        at: format!("layer {layer}, token {token}"),
+                    }
+                    .into());
+                }
+                rows.labels.extend(label.to_le_bytes());
+            }
+        }
+        Ok(rows)
+    }
+}
+
+/// Keeps everything and writes down each layer's `[q; k; v]`.
+#[derive(Debug)]
+struct Read(Arc<Mutex<Sink>>);
+
+impl KvCachePolicy for Read {
+    fn name(&self) -> String {
+        "read-for-training".into()
+    }
+
+    fn needs(&self) -> Needs {
+        Needs {
+            qkv: true,
+            ..Needs::NOTHING
+        }
+    }
+
+    fn step(&self, at: &Step, units: &LayerUnits<'_>) -> locret_core::Result<Verdict> {
+        if let Some(qkv) = units.qkv() {
+            let dim = at.layer.head_dim;
+            let parts = [
+                into_f32(qkv.q.clone())?,
+                into_f32(qkv.k.clone())?,
+                into_f32(qkv.v.clone())?,
+            ];
+            let widths = [at.layer.heads, at.layer.kv_heads, at.layer.kv_heads].map(|n| n * dim);
+            let mut sink = lock(&self.0);
+            let Sink {
+                layers,
+                spans,
+                dtype,
+            } = &mut *sink;
+            let layer = &mut layers[at.layer.index];
+            let mut row = Vec::with_capacity(widths.iter().sum());
+            for i in 0..at.incoming {
+                row.clear();
+                for (part, width) in parts.iter().zip(widths) {
+                    row.extend_from_slice(&part[i * width..(i + 1) * width]);
+                }
+                let values = &row[row.len() - widths[2]..];
+                for (norms, v) in layer.norms.iter_mut().zip(values.chunks_exact(dim)) {
+                    norms.push(v.iter().map(|x| x * x).sum::<f32>().sqrt());
+                }
+                let token = at.seen + i;
+                if spans.iter().any(|s| s.contains(&token)) {
+                    layer.rows.push_row(&row, dim, *dtype);
+                }
+            }
+        }
+        Ok(Verdict::keep_all())
+    }
+}
+
+/// Keeps everything and writes down what new tokens attend to among the prompt's units.
+#[derive(Debug)]
+struct Watch {
+    sink: Arc<Mutex<Sink>>,
+    prompt: usize,
+    label: LabelKind,
+}
+
+impl KvCachePolicy for Watch {
+    fn name(&self) -> String {
+        "watch-for-training".into()
+    }
+
+    fn needs(&self) -> Needs {
+        Needs {
+            observe: Some(Observe {
+                queries: Queries::All,
+                what: match self.label {
+                    LabelKind::MaxLogit => Observation::MaxLogits,
+                    LabelKind::Mass => Observation::Weights,
+                },
+            }),
+            ..Needs::NOTHING
+        }
+    }
+
+    fn step(&self, at: &Step, units: &LayerUnits<'_>) -> locret_core::Result<Verdict> {
+        if let Some(observed) = units.observed() {
+            let mut sink = lock(&self.sink);
+            let current = &mut sink.layers[at.layer.index].current;
+            if current.is_empty() {
+                *current = (observed.per_head.iter())
+                    .map(|list| list[..self.prompt].to_vec())
+                    .collect();
+            } else {
+                for (all, list) in current.iter_mut().zip(&observed.per_head) {
+                    for (a, x) in all.iter_mut().zip(list) {
+                        *a = match self.label {
+                            LabelKind::MaxLogit => a.max(*x),
+                            LabelKind::Mass => *a + x,
+                        };
+                    }
+                }
+            }
+        }
+        Ok(Verdict::keep_all())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn validation_samples_are_drawn_by_seed() {
+        let config = CollectConfig::default();
+        let splits = config.splits(30);
+        let count = splits.iter().filter(|s| **s == Split::Validation).count();
+        assert_eq!(count, 3);
+        assert_eq!(splits, config.splits(30));
+        let other = CollectConfig {
+            seed: 1,
+            ..config.clone()
+        };
+        assert_ne!(splits, other.splits(30));
+        assert_eq!(config.splits(1), [Split::Train]);
+        assert!(config.splits(2).contains(&Split::Validation));
+    }
+
+    #[test]
+    fn long_samples_are_cut_to_stretches() {
+        let config = CollectConfig {
+            max_rows: 25,
+            span: 10,
+            ..CollectConfig::default()
+        };
+        let spans = config.spans(95, Split::Train, 4);
+        assert_eq!(spans.iter().map(|s| s.len()).sum::<usize>(), 25);
+        assert!(spans.windows(2).all(|w| w[0].end <= w[1].start));
+        assert_eq!(spans, config.spans(95, Split::Train, 4));
+        assert_ne!(spans, config.spans(95, Split::Train, 5));
+        assert_eq!(config.spans(95, Split::Validation, 4), [0..95]);
+        assert_eq!(config.spans(25, Split::Train, 4), [0..25]);
+    }
+}

@@ -1,0 +1,155 @@
+//! What heads are trained on.
+
+use crate::{PolicyError, Result};
+use serde::{Deserialize, Serialize};
+
+/// A text, and what the model should go on with after it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Sample {
+    /// Token ids of the text whose units get labels.
+    pub prompt: Vec<u32>,
+    /// Continuations of the prompt, each on its own. A unit's label is what it means to the most
+    /// demanding of them.
+    pub answers: Vec<Answer>,
+}
+
+/// One continuation of a prompt.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Answer {
+    /// Token ids between prompt and answer, a question for instance; may be empty.
+    pub query: Vec<u32>,
+    /// Token ids of the answer, which are forced on the model.
+    pub answer: Vec<u32>,
+}
+
+impl Sample {
+    /// Tokens that have to go through the model to label this sample.
+    pub fn tokens(&self) -> usize {
+        let answers = self.answers.iter();
+        self.prompt.len()
+            + answers
+                .map(|a| a.query.len() + a.answer.len())
+                .sum::<usize>()
+    }
+
+    /// The samples of *Locret-Q* (arXiv 2410.01805 §5): for each answer, the last `tokens` tokens
+    /// of its query stand in the prompt, too, after the first `after` tokens (a beginning-of-text
+    /// token, where there is one). Answers without a query stay together in a sample as it was.
+    pub fn query_aware(&self, tokens: usize, after: usize) -> Vec<Self> {
+        let after = after.min(self.prompt.len());
+        let (plain, asked): (Vec<&Answer>, Vec<&Answer>) =
+            self.answers.iter().partition(|a| a.query.is_empty());
+        let mut all = Vec::with_capacity(asked.len() + 1);
+        if !plain.is_empty() {
+            all.push(Self {
+                prompt: self.prompt.clone(),
+                answers: plain.into_iter().cloned().collect(),
+            });
+        }
+        for answer in asked {
+            let from = answer.query.len() - tokens.min(answer.query.len());
+            let mut prompt = self.prompt[..after].to_vec();
+            prompt.extend_from_slice(&answer.query[from..]);
+            prompt.extend_from_slice(&self.prompt[after..]);
+            all.push(Self {
+                prompt,
+                answers: vec![answer.clone()],
+            });
+        }
+        all
+    }
+
+    pub(super) fn validate(&self, index: usize, vocab: usize) -> Result<()> {
+        let wrong = |message: String| {
+            Err(PolicyError::setting(
+                "training",
+                format!("sample {index}: {message}"),
+            ))
+        };
+        if self.prompt.is_empty() {
+            return wrong("the prompt is empty".into());
+        }
+        if self.answers.is_empty() {
+            return wrong("there is no answer".into());
+        }
+        if self.answers.iter().any(|a| a.answer.is_empty()) {
+            return wrong("an answer is empty".into());
+        }
+        let answers = self
+            .answers
+            .iter()
+            .flat_map(|a| a.query.iter().chain(&a.answer));
+        match self
+            .prompt
+            .iter()
+            .chain(answers)
+            .find(|id| **id as usize >= vocab)
+        {
+            Some(id) => wrong(format!(
+                "token id {id} is outside the vocabulary of {vocab}"
+            )),
+            None => Ok(()),
+        }
+    }
+
+    /// All ids with marks between them, for a fingerprint.
+    pub(super) fn bytes(&self) -> impl Iterator<Item = u8> + '_ {
+        let list = |ids: &[u32]| {
+            let len = ids.len() as u32;
+            std::iter::once(len)
+                .chain(ids.to_vec())
+                .flat_map(u32::to_le_bytes)
+        };
+        let answers = self.answers.iter();
+        list(&self.prompt).chain(answers.flat_map(move |a| list(&a.query).chain(list(&a.answer))))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn answer(query: &[u32]) -> Answer {
+        Answer {
+            query: query.to_vec(),
+            answer: vec![9],
+        }
+    }
+
+    #[test]
+    fn the_query_stands_at_the_start_for_each_answer() {
+        let sample = Sample {
+            prompt: vec![1, 2, 3],
+            answers: vec![answer(&[]), answer(&[5, 6, 7]), answer(&[8])],
+        };
+        let all = sample.query_aware(2, 1);
+        let prompts: Vec<&[u32]> = all.iter().map(|s| s.prompt.as_slice()).collect();
+        assert_eq!(prompts, [&[1, 2, 3][..], &[1, 6, 7, 2, 3], &[1, 8, 2, 3]]);
+        assert!(all.iter().all(|s| s.answers.len() == 1));
+        assert_eq!(sample.tokens(), 3 + 3 + 4);
+    }
+
+    #[test]
+    fn impossible_samples_are_refused() {
+        let good = Sample {
+            prompt: vec![1],
+            answers: vec![answer(&[2])],
+        };
+        good.validate(0, 10).unwrap();
+        let mut none = good.clone();
+        none.answers.clear();
+        let mut empty = good.clone();
+        empty.answers[0].answer.clear();
+        let mut no_prompt = good.clone();
+        no_prompt.prompt.clear();
+        for bad in [none, empty, no_prompt] {
+            assert!(
+                bad.validate(3, 10)
+                    .unwrap_err()
+                    .to_string()
+                    .contains("sample 3")
+            );
+        }
+        assert!(good.validate(0, 9).is_err());
+    }
+}

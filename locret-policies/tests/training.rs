@@ -1,0 +1,556 @@
+//! Training of retaining heads: labels against plain loops, and the promise that a stopped run goes
+//! on to the same result.
+#![cfg(feature = "training")]
+
+use burn::tensor::Device;
+use locret_core::{
+    CacheOptions, CausalLm, KvCachePolicy, LayerUnits, Needs, Phase, SequenceCache, Step, Verdict,
+    conformance::{RandomModel, small_spec},
+    into_f32,
+};
+use locret_policies::{HeadDtype, HeadWeights, LayerHead, training::*};
+use std::{
+    ops::ControlFlow,
+    path::Path,
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicUsize, Ordering},
+    },
+};
+
+const LAYERS: usize = 2;
+const HEADS: usize = 4;
+const KV_HEADS: usize = 2;
+const DIM: usize = 8;
+const FEATURES: usize = (HEADS + 2 * KV_HEADS) * DIM;
+
+fn model() -> RandomModel {
+    RandomModel::new(small_spec(HEADS, KV_HEADS, DIM), 5, &Device::flex()).unwrap()
+}
+
+fn ids(count: usize, salt: u32) -> Vec<u32> {
+    (0..count as u32)
+        .map(|i| (i * i * 7 + i * 3 + salt * 11) % 61)
+        .collect()
+}
+
+fn samples() -> Vec<Sample> {
+    (0..5)
+        .map(|s| Sample {
+            prompt: ids(40 + 7 * s, s as u32),
+            answers: vec![
+                Answer {
+                    query: ids(3, 50 + s as u32),
+                    answer: ids(5, 60 + s as u32),
+                },
+                Answer {
+                    query: Vec::new(),
+                    answer: ids(19, 70 + s as u32),
+                },
+            ],
+        })
+        .collect()
+}
+
+fn goes_on<T>(_: T) -> ControlFlow<()> {
+    ControlFlow::Continue(())
+}
+
+fn collected(folder: &Path, config: &CollectConfig) -> Shards {
+    collect(&model(), &samples(), folder, config, &mut |p| goes_on(p))
+        .unwrap()
+        .unwrap()
+}
+
+/// Writes down the queries, keys and values of everything that is read.
+#[derive(Debug, Default)]
+struct Tape(Mutex<Vec<[Vec<f32>; 3]>>);
+
+impl KvCachePolicy for Tape {
+    fn name(&self) -> String {
+        "tape".into()
+    }
+
+    fn needs(&self) -> Needs {
+        Needs {
+            qkv: true,
+            ..Needs::NOTHING
+        }
+    }
+
+    fn step(&self, _: &Step, units: &LayerUnits<'_>) -> locret_core::Result<Verdict> {
+        let qkv = units.qkv().unwrap();
+        let of = |t: &burn::tensor::Tensor<2>| into_f32(t.clone());
+        self.0
+            .lock()
+            .unwrap()
+            .push([of(&qkv.q)?, of(&qkv.k)?, of(&qkv.v)?]);
+        Ok(Verdict::keep_all())
+    }
+}
+
+/// Per layer, the un-rotated q, k and v of a whole text that is read in one go.
+fn tape(model: &RandomModel, ids: &[u32]) -> Vec<[Vec<f32>; 3]> {
+    let tape = Arc::new(Tape::default());
+    let mut cache = SequenceCache::new(
+        model.spec(),
+        tape.clone(),
+        model.device(),
+        CacheOptions::default(),
+    )
+    .unwrap();
+    cache.begin(Phase::Tail, ids.len(), ids.len()).unwrap();
+    model.hidden(ids, &mut cache).unwrap();
+    cache.finish(None).unwrap();
+    let all = tape.0.lock().unwrap();
+    all.clone()
+}
+
+fn rotated(x: &[f32], position: usize) -> Vec<f64> {
+    let half = DIM / 2;
+    let mut out = vec![0.0; DIM];
+    for i in 0..half {
+        let angle = position as f64 / 10_000f64.powf(2.0 * i as f64 / DIM as f64);
+        let (a, b) = (f64::from(x[i]), f64::from(x[i + half]));
+        out[i] = a * angle.cos() - b * angle.sin();
+        out[i + half] = b * angle.cos() + a * angle.sin();
+    }
+    out
+}
+
+/// `q·k/√d` of query head `head` at token `at` and the unit of token `unit`.
+fn logit(qkv: &[Vec<f32>; 3], head: usize, at: usize, unit: usize) -> f64 {
+    let group = HEADS / KV_HEADS;
+    let q = &qkv[0][(at * HEADS + head) * DIM..][..DIM];
+    let k = &qkv[1][(unit * KV_HEADS + head / group) * DIM..][..DIM];
+    let dot: f64 = rotated(q, at)
+        .iter()
+        .zip(rotated(k, unit))
+        .map(|(a, b)| a * b)
+        .sum();
+    dot / (DIM as f64).sqrt()
+}
+
+/// Labels of a sample in one layer from the whole attention matrix, `[token][kv_head]`.
+fn naive_labels(
+    model: &RandomModel,
+    sample: &Sample,
+    layer: usize,
+    config: &CollectConfig,
+) -> Vec<f64> {
+    let (prompt, group) = (sample.prompt.len(), HEADS / KV_HEADS);
+    let mut labels = vec![f64::NEG_INFINITY; prompt * KV_HEADS];
+    let mut norms = Vec::new();
+    for answer in &sample.answers {
+        let all = [&sample.prompt[..], &answer.query, &answer.answer].concat();
+        let from = match config.observed {
+            Observed::Answer => prompt + answer.query.len(),
+            Observed::QueryAndAnswer => prompt,
+        };
+        let qkv = &tape(model, &all)[layer];
+        norms = (qkv[2].chunks(DIM))
+            .map(|v| v.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>().sqrt())
+            .collect();
+        for head in 0..HEADS {
+            let rows: Vec<Vec<f64>> = (from..all.len())
+                .map(|at| (0..=at).map(|unit| logit(qkv, head, at, unit)).collect())
+                .collect();
+            for unit in 0..prompt {
+                let value = match config.label {
+                    LabelKind::MaxLogit => rows
+                        .iter()
+                        .map(|r| r[unit])
+                        .fold(f64::NEG_INFINITY, f64::max),
+                    LabelKind::Mass => {
+                        let weight =
+                            |r: &Vec<f64>| r[unit].exp() / r.iter().map(|l| l.exp()).sum::<f64>();
+                        (rows.iter().map(weight).sum::<f64>() / rows.len() as f64).ln()
+                    }
+                };
+                let label = &mut labels[unit * KV_HEADS + head / group];
+                *label = label.max(value);
+            }
+        }
+    }
+    if config.value_norm {
+        for (label, norm) in labels.iter_mut().zip(norms) {
+            *label += norm.ln();
+        }
+    }
+    labels
+}
+
+#[test]
+fn labels_equal_a_naive_full_attention() {
+    let model = model();
+    for (label, observed, value_norm) in [
+        (LabelKind::MaxLogit, Observed::Answer, false),
+        (LabelKind::MaxLogit, Observed::QueryAndAnswer, true),
+        (LabelKind::Mass, Observed::Answer, false),
+    ] {
+        let folder = tempfile::tempdir().unwrap();
+        let config = CollectConfig {
+            chunk: 13,
+            label,
+            observed,
+            value_norm,
+            inputs: InputDtype::F16,
+            ..CollectConfig::default()
+        };
+        let shards = collected(folder.path(), &config);
+        for (sample, shard) in samples().iter().zip(shards.all()) {
+            assert_eq!(shard.rows(), sample.prompt.len());
+            for layer in 0..LAYERS {
+                let found = shard.layer(layer).unwrap();
+                let expected = naive_labels(&model, sample, layer, &config);
+                let labels = found.labels();
+                assert_eq!(labels.len(), expected.len());
+                for (i, (a, b)) in labels.iter().zip(&expected).enumerate() {
+                    let error = (f64::from(*a) - b).abs();
+                    assert!(error < 1e-4, "{config:?} layer {layer}, {i}: {a} {b}");
+                }
+                let qkv = &tape(&model, &sample.prompt)[layer];
+                let inputs = found.inputs(0..shard.rows());
+                for token in 0..shard.rows() {
+                    let parts = qkv.iter().flat_map(|part| {
+                        let width = part.len() / shard.rows();
+                        part[token * width..(token + 1) * width].iter()
+                    });
+                    let row = &inputs[token * FEATURES..(token + 1) * FEATURES];
+                    for (a, b) in row.iter().zip(parts) {
+                        assert!((a - b).abs() <= 1e-3 * b.abs().max(1.0), "{a} {b}");
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn a_collection_goes_on_where_it_was_stopped() {
+    let config = CollectConfig {
+        max_rows: 30,
+        span: 10,
+        ..CollectConfig::default()
+    };
+    let (whole, parts) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let expected = collected(whole.path(), &config);
+    let mut calls = 0;
+    let stopped = collect(&model(), &samples(), parts.path(), &config, &mut |p| {
+        calls += 1;
+        if p.samples == 3 {
+            ControlFlow::Break(())
+        } else {
+            goes_on(p)
+        }
+    });
+    assert!(stopped.unwrap().is_none());
+    assert_eq!(calls, 3);
+    let file = |folder: &Path, i: usize| folder.join(format!("sample-{i:05}.safetensors"));
+    // What a kill leaves at worst: a damaged file from elsewhere, and none of the rest.
+    std::fs::write(file(parts.path(), 1), b"half a file").unwrap();
+    assert!(!file(parts.path(), 3).exists());
+    let kept = std::fs::metadata(file(parts.path(), 0))
+        .unwrap()
+        .modified()
+        .unwrap();
+    let found = collected(parts.path(), &config);
+    for (a, b) in expected.all().iter().zip(found.all()) {
+        assert_eq!(a.spans(), b.spans());
+        for layer in 0..LAYERS {
+            let (a, b) = (a.layer(layer).unwrap(), b.layer(layer).unwrap());
+            assert_eq!(a.labels(), b.labels());
+        }
+    }
+    let again = std::fs::metadata(file(parts.path(), 0))
+        .unwrap()
+        .modified()
+        .unwrap();
+    assert_eq!(kept, again, "a sample that is there is not read again");
+    // Other settings do not take over what is there.
+    let other = CollectConfig {
+        value_norm: true,
+        ..config
+    };
+    let labels = collected(parts.path(), &other).all()[0]
+        .layer(0)
+        .unwrap()
+        .labels();
+    assert_ne!(labels, found.all()[0].layer(0).unwrap().labels());
+}
+
+fn settings() -> TrainConfig {
+    TrainConfig {
+        d_r: 16,
+        epochs: 3,
+        span: 16,
+        seed: 4,
+        ranking: 0.3,
+        ..TrainConfig::default()
+    }
+}
+
+fn trained(shards: &Shards, folder: &Path, config: &TrainConfig) -> Trained {
+    train(shards, folder, config, &Device::flex().autodiff(), &|p| {
+        goes_on(p)
+    })
+    .unwrap()
+    .unwrap()
+}
+
+#[test]
+fn a_stopped_training_ends_with_the_same_weights() {
+    let data = tempfile::tempdir().unwrap();
+    let shards = collected(data.path(), &CollectConfig::default());
+    let folders: Vec<_> = (0..3).map(|_| tempfile::tempdir().unwrap()).collect();
+    let expected = trained(&shards, folders[0].path(), &settings());
+    let one_thread = TrainConfig {
+        threads: 1,
+        ..settings()
+    };
+    assert_eq!(
+        trained(&shards, folders[1].path(), &one_thread).heads,
+        expected.heads
+    );
+
+    let device = Device::flex().autodiff();
+    let mut stops = 0;
+    // Each run is broken off after some more steps, in the middle of an epoch.
+    for limit in (5..).step_by(9) {
+        let steps = AtomicUsize::new(0);
+        let run = train(
+            &shards,
+            folders[2].path(),
+            &settings(),
+            &device,
+            &|p| match p {
+                TrainProgress::Step { .. } if steps.fetch_add(1, Ordering::Relaxed) >= limit => {
+                    ControlFlow::Break(())
+                }
+                _ => ControlFlow::Continue(()),
+            },
+        );
+        match run.unwrap() {
+            None => stops += 1,
+            Some(done) => {
+                assert_eq!(done.heads, expected.heads);
+                for (a, b) in done.layers.iter().zip(&expected.layers) {
+                    assert_eq!(a.curve, b.curve);
+                    assert_eq!(a.validation.len(), b.validation.len());
+                    for (a, b) in a.validation.iter().zip(&b.validation) {
+                        // Decimal digits in a checkpoint may lose the last bit.
+                        assert!((a.pearson - b.pearson).abs() < 1e-12, "{a:?} {b:?}");
+                        assert_eq!(a.recall, b.recall);
+                    }
+                }
+                break;
+            }
+        }
+    }
+    assert!(stops >= 2, "{stops}");
+    let other_seed = TrainConfig {
+        seed: 5,
+        ..settings()
+    };
+    assert_ne!(
+        trained(&shards, folders[2].path(), &other_seed).heads,
+        expected.heads
+    );
+}
+
+/// Heads can learn what depends on q, k and v alone.
+#[test]
+fn training_lowers_the_loss_and_ranks_units() {
+    let data = tempfile::tempdir().unwrap();
+    let shards = collected(data.path(), &CollectConfig::default());
+    let folder = tempfile::tempdir().unwrap();
+    let config = TrainConfig {
+        epochs: 60,
+        alpha: 0.0,
+        ranking: 0.0,
+        learning_rate: 3e-3,
+        ..settings()
+    };
+    let result = trained(&shards, folder.path(), &config);
+    for layer in &result.layers {
+        let (first, last) = (layer.curve[0].1, layer.curve[layer.curve.len() - 1].1);
+        assert!(
+            last < 0.5 * first,
+            "layer {}: {first} to {last}",
+            layer.layer
+        );
+        assert_eq!(layer.validation.len(), 60);
+    }
+    let validation = result.validation().unwrap();
+    assert!(validation.pearson > 0.3, "{validation:?}");
+    assert!(validation.recall[2] > 0.35, "{validation:?}");
+
+    let path = folder.path().join("heads.safetensors");
+    result.heads.save(&path, HeadDtype::F32).unwrap();
+    let loaded = HeadWeights::load(&path, model().spec()).unwrap();
+    assert_eq!(loaded.layers, result.heads.layers);
+}
+
+#[test]
+fn fewer_epochs_are_proposed_for_less_time() {
+    let data = tempfile::tempdir().unwrap();
+    let shards = collected(data.path(), &CollectConfig::default());
+    let device = Device::flex().autodiff();
+    let config = settings();
+    assert_eq!(epochs_within(&shards, &config, &device, 0.0).unwrap(), 1);
+    assert_eq!(epochs_within(&shards, &config, &device, 3600.0).unwrap(), 3);
+}
+
+#[test]
+fn impossible_requests_are_errors() {
+    let folder = tempfile::tempdir().unwrap();
+    let model = model();
+    let mut bad = samples();
+    bad[2].answers[0].answer = vec![61];
+    let config = CollectConfig::default();
+    let error = collect(&model, &bad, folder.path(), &config, &mut |p| goes_on(p)).unwrap_err();
+    assert!(error.to_string().contains("sample 2"), "{error}");
+    assert!(collect(&model, &[], folder.path(), &config, &mut |p| goes_on(p)).is_err());
+
+    let shards = collected(folder.path(), &config);
+    let plain = Device::flex();
+    let work = folder.path().join("work");
+    let error = train(&shards, &work, &settings(), &plain, &|p| goes_on(p)).unwrap_err();
+    assert!(error.to_string().contains("autodiff"), "{error}");
+    let hot = TrainConfig {
+        learning_rate: 1e30,
+        warmup: 0.0,
+        ..settings()
+    };
+    let device = Device::flex().autodiff();
+    let error = train(&shards, &work, &hot, &device, &|p| goes_on(p)).unwrap_err();
+    assert!(error.to_string().contains("not finite"), "{error}");
+}
+
+/// Tensors of the golden file, which PyTorch made.
+struct Golden {
+    tensors: Vec<u8>,
+    numbers: serde_json::Value,
+}
+
+impl Golden {
+    fn load() -> Self {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/training");
+        let numbers = std::fs::read(folder.join("golden.json")).unwrap();
+        Self {
+            tensors: std::fs::read(folder.join("golden.safetensors")).unwrap(),
+            numbers: serde_json::from_slice(&numbers).unwrap(),
+        }
+    }
+
+    /// One layer's part of a tensor `[layers, ...]`.
+    fn layer(&self, name: &str, layer: usize) -> Vec<f32> {
+        let all = safetensors::SafeTensors::deserialize(&self.tensors).unwrap();
+        let view = all.tensor(name).unwrap();
+        let values: Vec<f32> = (view.data().chunks_exact(4))
+            .map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]))
+            .collect();
+        let each = values.len() / view.shape()[0];
+        values[layer * each..(layer + 1) * each].to_vec()
+    }
+
+    fn number(&self, key: &str) -> f64 {
+        self.numbers[key].as_f64().unwrap()
+    }
+}
+
+fn assert_close(what: &str, found: &[f32], expected: &[f32]) {
+    assert_eq!(found.len(), expected.len(), "{what}");
+    for (i, (a, b)) in found.iter().zip(expected).enumerate() {
+        assert!((a - b).abs() < 1e-5, "{what}, {i}: {a} {b}");
+    }
+}
+
+#[test]
+fn steps_equal_those_of_pytorch() {
+    let golden = Golden::load();
+    let layers = golden.number("layers") as usize;
+    let rate = golden.number("lr");
+    for name in ["joint", "joint_strong", "layerwise"] {
+        let case = &golden.numbers["cases"][name];
+        let alpha = case["alpha"].as_f64().unwrap() as f32;
+        // The authors average the regression over layers and sum the smoothing. Layer by layer,
+        // everything is the number of layers times as large.
+        let loss = match name {
+            "layerwise" => TrainConfig {
+                alpha,
+                ..TrainConfig::default()
+            }
+            .loss(layers),
+            _ => Loss {
+                regression: 1.0 / layers as f32,
+                smoothing: alpha,
+                ..Loss::default()
+            },
+        };
+        let mut joint = [0.0; 6];
+        for layer in 0..layers {
+            let head = LayerHead {
+                d_r: golden.number("d_r") as usize,
+                fc1: golden.layer("initial.fc1", layer),
+                fc2: golden.layer("initial.fc2", layer),
+            };
+            let mut trainer = HeadTrainer::from_weights(&head, &Device::flex().autodiff()).unwrap();
+            let (inputs, labels) = (golden.layer("inputs", layer), golden.layer("labels", layer));
+            let scores = trainer.scores(inputs.clone()).unwrap();
+            let expected = golden.layer("initial.scores", layer);
+            for (a, b) in scores.iter().zip(&expected) {
+                assert!((a - b).abs() <= 1e-5 * b.abs().max(1.0), "{a} {b}");
+            }
+            for step in 1..=5 {
+                let found = trainer
+                    .step(inputs.clone(), labels.clone(), &loss, rate, 0)
+                    .unwrap();
+                joint[step - 1] += found.total;
+                if name == "layerwise" {
+                    let expected = case["losses"][layer][step - 1].as_f64().unwrap();
+                    assert!(
+                        (f64::from(found.total) - expected).abs() < 1e-5,
+                        "{found:?}"
+                    );
+                }
+                if step == 1 || step == 5 {
+                    let weights = trainer.weights().unwrap();
+                    for (part, found) in [("fc1", &weights.fc1), ("fc2", &weights.fc2)] {
+                        let key = format!("{name}.step{step}.{part}");
+                        assert_close(&key, found, &golden.layer(&key, layer));
+                    }
+                }
+            }
+        }
+        if name != "layerwise" {
+            for (step, found) in joint[..5].iter().enumerate() {
+                let expected = case["losses"][step].as_f64().unwrap();
+                assert!(
+                    (f64::from(*found) - expected).abs() < 1e-5 * expected,
+                    "{name} {found}"
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn the_schedule_is_that_of_the_authors_library() {
+    let golden = Golden::load();
+    let schedule = &golden.numbers["schedule"];
+    let of = |key: &str| schedule[key].as_f64().unwrap();
+    let config = TrainConfig {
+        learning_rate: of("lr"),
+        warmup: of("warmup") / of("total"),
+        ..TrainConfig::default()
+    };
+    for pair in schedule["at"].as_array().unwrap() {
+        let step = pair[0].as_u64().unwrap() as usize;
+        let rate = config.rate(step, of("total") as usize);
+        assert!(
+            (rate - pair[1].as_f64().unwrap()).abs() < 1e-15,
+            "{step}: {rate}"
+        );
+    }
+}
