@@ -118,13 +118,13 @@ const BLOCK_ROWS: usize = 192;
 const FEW_ROWS: usize = 6;
 
 /// With this many rows a tile is copied before it is used.
-const COPY_ROWS: usize = 64;
+pub(super) const COPY_ROWS: usize = 64;
 
 /// A range of units is not cut into pieces shorter than this.
 const PIECE: usize = 256;
 
 /// Below this many multiply-adds the calling thread does all.
-const SERIAL: usize = 1 << 18;
+pub(super) const SERIAL: usize = 1 << 18;
 
 /// One piece of work: some queries of a KV head over some of its units.
 #[derive(Debug, Clone)]
@@ -315,18 +315,18 @@ fn log2_scale(shape: AttnShape) -> f32 {
 }
 
 /// Reads tiles of one KV head.
-struct Loader<'a> {
-    store: &'a dyn KvTiles,
-    rotation: Option<&'a RopeTable>,
-    d: usize,
+pub(super) struct Loader<'a> {
+    pub(super) store: &'a dyn KvTiles,
+    pub(super) rotation: Option<&'a RopeTable>,
+    pub(super) d: usize,
     /// Whether enough rows use a tile to pay for a copy of it.
-    copies: bool,
+    pub(super) copies: bool,
 }
 
 impl Loader<'_> {
     /// The keys of a tile, rotated if they have to be.
     #[inline(always)]
-    fn keys<'s, S: Simd>(
+    pub(super) fn keys<'s, S: Simd>(
         &'s self,
         s: S,
         units: Range<usize>,
@@ -356,7 +356,7 @@ impl Loader<'_> {
     /// Broadcasts walk through a tile in columns. In the store that would be one miss after the
     /// other; a copy is made in the order in which memory is fetched ahead.
     #[inline(always)]
-    fn near_keys<'s, S: Simd>(
+    pub(super) fn near_keys<'s, S: Simd>(
         &'s self,
         s: S,
         units: Range<usize>,
@@ -586,6 +586,19 @@ pub(super) fn scores<S: Simd, const N: usize>(
     go::<S, 1, N>(s, d, k, keys, q, p);
 }
 
+/// Sets scores `[units, lanes]` to -∞ where a lane's limit is reached.
+#[inline(always)]
+pub(super) fn hide(p: &mut [f32], limits: &[usize]) {
+    let rows = p.chunks_exact_mut(limits.len()).enumerate();
+    for (k, p) in rows.skip(limits.iter().copied().min().unwrap_or(0)) {
+        for (p, limit) in p.iter_mut().zip(limits) {
+            if *limit <= k {
+                *p = f32::NEG_INFINITY;
+            }
+        }
+    }
+}
+
 /// One tile against one panel of rows.
 struct Panel<'a> {
     d: usize,
@@ -616,14 +629,7 @@ impl Panel<'_> {
         let p = &mut self.p[..units * width];
         scores::<S, N>(s, d, self.keys, self.q, p);
         if let Some(limits) = self.limits {
-            let from = limits.iter().copied().min().unwrap_or(0).min(units);
-            for (k, p) in p.chunks_exact_mut(width).enumerate().skip(from) {
-                for (p, limit) in p.iter_mut().zip(limits) {
-                    if *limit <= k {
-                        *p = f32::NEG_INFINITY;
-                    }
-                }
-            }
+            hide(p, limits);
         }
         let rescale = softmax_step::<S, N>(s, p, self.top, self.sum);
         if self.finite || self.limits.is_none() {
@@ -756,7 +762,7 @@ fn weigh<S: Simd, const N: usize>(
 
 /// The heads of a group that one pass over a tile serves: three, but two twice rather than three
 /// and one.
-fn heads_at_once(left: usize) -> usize {
+pub(super) fn heads_at_once(left: usize) -> usize {
     match left {
         1 => 1,
         2 | 4 => 2,

@@ -15,6 +15,7 @@
 //! | [`tiles`] | how attention reads keys and values, in whatever type they are stored |
 //! | [`rope`] | cosine and sine tables, rotation and its inverse |
 //! | [`attention`] | causal grouped-query attention for prefill and decode |
+//! | [`observe`] | weights and logits that chosen queries give to each unit |
 //! | [`select`] | the k best of many, keeping rows in place |
 
 pub mod attention;

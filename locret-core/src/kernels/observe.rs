@@ -1,10 +1,31 @@
-//! What chosen queries pay attention to.
+//! What attention pays to each unit, for policies and training labels that ask.
+//!
+//! Only the chosen queries are computed, in blocks: memory is `block × units`, never
+//! `queries × units`.
 
-use super::{attention::AttnShape, rope, rope::RopeTable, tiles::KvTiles};
+use super::{
+    attention::{
+        AttnShape, COPY_ROWS, FEW_TILE, Loader, SERIAL, TILE, dot_scores, heads_at_once, hide,
+        pack_rows, scores,
+    },
+    micro::panel_vectors,
+    rope::RopeTable,
+    scratch::Scratch,
+    simd::{Isa, Simd, dispatch, exp2_nonpositive, load, store},
+    tiles::{Floats, KvTiles, each_type},
+};
+use rayon::prelude::*;
+use std::ops::Range;
 
-/// Per **query** head, per unit, the sum over the chosen queries of the softmax weight.
+/// For each **query head**, for each unit: the sum over the chosen queries of the softmax weight
+/// that the query gives it; `[heads][units of its KV head]`.
 ///
-/// Arguments as in [`attend`](super::attention::attend); `chosen` are ascending numbers of queries.
+/// Inputs are those of [`attend`](super::attention::attend); `chosen` are numbers of queries
+/// (`0..tokens`), strictly ascending. A query gives nothing to units that it does not see. A row
+/// of scores with a NaN or `+∞` makes NaN of all units that its query sees.
+///
+/// # Panics
+/// As `attend`, and if `chosen` is not strictly ascending numbers of queries.
 pub fn observe_weights(
     q: &[f32],
     heads: &[&dyn KvTiles],
@@ -12,24 +33,17 @@ pub fn observe_weights(
     key_rotation: Option<&RopeTable>,
     chosen: &[usize],
 ) -> Vec<Vec<f32>> {
-    let mut all = Vec::with_capacity(shape.heads);
-    for head in 0..shape.heads {
-        let kv = heads[head / shape.group()];
-        let mut sum = vec![0f32; kv.len()];
-        logits(q, kv, shape, key_rotation, chosen, head, |row| {
-            let max = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-            let total: f32 = row.iter().map(|x| (x - max).exp()).sum();
-            for (s, x) in sum.iter_mut().zip(row) {
-                *s += (x - max).exp() / total;
-            }
-        });
-        all.push(sum);
-    }
-    all
+    weights_with(Isa::best(), q, heads, shape, key_rotation, chosen)
 }
 
-/// Per KV head, per unit, the maximum over the chosen queries and the query heads of the group of
-/// `scale · q·k`; `-∞` where no chosen query sees the unit.
+/// For each **KV head**, for each unit: the largest `scale · q·k` over the chosen queries that see
+/// it and the query heads of the group, before softmax; `[kv_heads][units]`, `-∞` where no chosen
+/// query sees the unit, NaN where one of the products is.
+///
+/// Inputs as for [`observe_weights`].
+///
+/// # Panics
+/// As [`observe_weights`].
 pub fn observe_max_logits(
     q: &[f32],
     heads: &[&dyn KvTiles],
@@ -37,45 +51,698 @@ pub fn observe_max_logits(
     key_rotation: Option<&RopeTable>,
     chosen: &[usize],
 ) -> Vec<Vec<f32>> {
-    let mut all: Vec<Vec<f32>> = Vec::with_capacity(shape.kv_heads);
-    for head in 0..shape.heads {
-        let kv = heads[head / shape.group()];
-        if head.is_multiple_of(shape.group()) {
-            all.push(vec![f32::NEG_INFINITY; kv.len()]);
-        }
-        let Some(best) = all.last_mut() else { continue };
-        logits(q, kv, shape, key_rotation, chosen, head, |row| {
-            for (b, x) in best.iter_mut().zip(row) {
-                *b = b.max(*x);
-            }
-        });
-    }
-    all
+    max_logits_with(Isa::best(), q, heads, shape, key_rotation, chosen)
 }
 
-fn logits(
-    q: &[f32],
-    kv: &dyn KvTiles,
-    shape: AttnShape,
-    key_rotation: Option<&RopeTable>,
-    chosen: &[usize],
-    head: usize,
-    mut each: impl FnMut(&[f32]),
-) {
-    let (n, d) = (kv.len(), shape.head_dim);
-    let mut scratch = vec![0f32; n * d];
-    let mut keys = kv.keys(0..n, &mut scratch).to_vec();
-    if let Some(table) = key_rotation {
-        rope::rotate(&mut keys, d, d, table, |row| row, false);
+/// For each unit of a head with `len` units, how many of the chosen queries see it.
+pub fn observers(len: usize, tokens: usize, chosen: &[usize]) -> Vec<u32> {
+    let mut counts = vec![0; len];
+    let mut from = 0;
+    // Query i sees all units before `end`; later queries see more.
+    for (i, query) in chosen.iter().enumerate() {
+        let end = (len + query + 1).saturating_sub(tokens).clamp(from, len);
+        counts[from..end].fill((chosen.len() - i) as u32);
+        from = end;
     }
-    let mut row = vec![0f32; n];
-    for &i in chosen {
-        let at = (i * shape.heads + head) * d;
-        let query = &q[at..at + d];
-        let seen = (n + i + 1).saturating_sub(shape.tokens);
-        for (x, key) in row[..seen].iter_mut().zip(keys.chunks_exact(d)) {
-            *x = query.iter().zip(key).map(|(a, b)| a * b).sum::<f32>() * shape.scale;
+    counts
+}
+
+/// Up to this many chosen queries are handled with features in lanes.
+const FEW: usize = 2;
+
+/// Chosen queries in a task are a multiple of this, which fills panels of any instruction set.
+const BLOCK: usize = 48;
+
+/// Units in a task where units are independent of each other: whole tiles.
+const PIECE: usize = 5 * TILE;
+
+/// Units in a task of few queries: whole tiles.
+const FEW_PIECE: usize = 8 * FEW_TILE;
+
+#[derive(Clone, Copy)]
+struct Call<'a> {
+    q: &'a [f32],
+    heads: &'a [&'a dyn KvTiles],
+    shape: AttnShape,
+    rotation: Option<&'a RopeTable>,
+    chosen: &'a [usize],
+    /// Whether the calling thread does all.
+    serial: bool,
+}
+
+impl<'a> Call<'a> {
+    fn new(
+        q: &'a [f32],
+        heads: &'a [&'a dyn KvTiles],
+        shape: AttnShape,
+        rotation: Option<&'a RopeTable>,
+        chosen: &'a [usize],
+    ) -> Self {
+        shape.check(q, heads, rotation);
+        assert!(
+            chosen.windows(2).all(|w| w[0] < w[1])
+                && chosen.last().is_none_or(|l| *l < shape.tokens),
+            "chosen queries must be strictly ascending and below {}",
+            shape.tokens
+        );
+        let longest = heads.iter().map(|h| h.len()).max().unwrap_or(0);
+        let work = chosen.len() * shape.heads * longest * shape.head_dim;
+        Self {
+            q,
+            heads,
+            shape,
+            rotation,
+            chosen,
+            serial: work < SERIAL || rayon::current_num_threads() == 1,
         }
-        each(&row[..seen]);
+    }
+
+    fn loader(&self, head: usize, rows: usize) -> Loader<'a> {
+        Loader {
+            store: self.heads[head],
+            rotation: self.rotation,
+            d: self.shape.head_dim,
+            copies: rows >= COPY_ROWS,
+        }
+    }
+
+    /// Numbers in buffers for a tile of `units`, as stored and rotated.
+    fn tile(&self, units: usize) -> [usize; 2] {
+        let tile = units * self.shape.head_dim;
+        [tile, if self.rotation.is_some() { tile } else { 0 }]
+    }
+
+    /// The query of a token for query head `h` of a group.
+    fn row(&self, token: usize, head: usize, h: usize) -> &'a [f32] {
+        let (g, d) = (self.shape.group(), self.shape.head_dim);
+        &self.q[(token * self.shape.heads + head * g + h) * d..][..d]
+    }
+
+    fn each<T: Send>(&self, tasks: Vec<T>, f: impl Fn(T) + Sync + Send) {
+        if self.serial {
+            tasks.into_iter().for_each(f);
+        } else {
+            tasks.into_par_iter().with_max_len(1).for_each(f);
+        }
+    }
+}
+
+fn weights_with(
+    isa: Isa,
+    q: &[f32],
+    heads: &[&dyn KvTiles],
+    shape: AttnShape,
+    rotation: Option<&RopeTable>,
+    chosen: &[usize],
+) -> Vec<Vec<f32>> {
+    let call = Call::new(q, heads, shape, rotation, chosen);
+    let g = shape.group();
+    let lens: Vec<usize> = heads.iter().map(|h| h.len()).collect();
+    let mut out: Vec<Vec<f32>> = (0..shape.heads).map(|h| vec![0.0; lens[h / g]]).collect();
+    if chosen.is_empty() || shape.heads == 0 {
+        return out;
+    }
+    if chosen.len() <= FEW {
+        let rows = g * chosen.len();
+        let mut logits: Vec<Vec<f32>> = lens
+            .iter()
+            .map(|len| vec![0.0; len.div_ceil(FEW_PIECE) * FEW_PIECE * rows])
+            .collect();
+        let tasks = logits.iter_mut().enumerate().flat_map(|(head, logits)| {
+            let pieces = logits.chunks_mut(FEW_PIECE * rows).enumerate();
+            pieces.map(move |(piece, logits)| (head, piece * FEW_PIECE, logits))
+        });
+        call.each(tasks.collect(), |(head, start, logits)| {
+            dispatch!(isa, s => few_logits(s, &call, head, start, logits));
+        });
+        let tasks = out.chunks_mut(g).zip(&mut logits).enumerate();
+        call.each(tasks.collect(), |(head, (out, logits))| {
+            dispatch!(isa, s => few_weights(s, &call, head, logits, out));
+        });
+        return out;
+    }
+    // Several tasks for each KV head, each with sums of its own, added up in a fixed order.
+    let parts = 16usize.div_ceil(shape.kv_heads);
+    let per_task = chosen.len().div_ceil(parts).next_multiple_of(BLOCK);
+    let mut sums: Vec<(usize, &[usize], Vec<f32>)> = (0..shape.kv_heads)
+        .flat_map(|head| chosen.chunks(per_task).map(move |part| (head, part)))
+        .map(|(head, part)| (head, part, vec![0.0; g * lens[head]]))
+        .collect();
+    call.each(sums.iter_mut().collect(), |(head, part, sums)| {
+        dispatch!(isa, s => many_weights(s, &call, *head, part, sums));
+    });
+    for (head, _, sums) in sums {
+        if lens[head] > 0 {
+            for (h, sums) in sums.chunks_exact(lens[head]).enumerate() {
+                for (out, sum) in out[head * g + h].iter_mut().zip(sums) {
+                    *out += sum;
+                }
+            }
+        }
+    }
+    out
+}
+
+/// Sums `[group, units]` over some queries of a KV head.
+#[inline(always)]
+fn many_weights<S: Simd>(s: S, call: &Call<'_>, head: usize, chosen: &[usize], sums: &mut [f32]) {
+    let most = if S::LANES == 16 { 3 } else { 2 };
+    for block in chosen.chunks(most * S::LANES) {
+        match block.len().div_ceil(S::LANES) {
+            1 => block_weights::<S, 1>(s, call, head, block, sums),
+            2 => block_weights::<S, 2>(s, call, head, block, sums),
+            _ if S::LANES == 16 => block_weights::<S, 3>(s, call, head, block, sums),
+            _ => unreachable!("blocks have at most two vectors here"),
+        }
+    }
+}
+
+/// The same for at most `N` vectors of queries: a lane is a query, each head has its own panel.
+#[inline(always)]
+fn block_weights<S: Simd, const N: usize>(
+    s: S,
+    call: &Call<'_>,
+    head: usize,
+    chosen: &[usize],
+    sums: &mut [f32],
+) {
+    let (shape, width) = (call.shape, N * S::LANES);
+    let (g, d) = (shape.group(), shape.head_dim);
+    let loader = call.loader(head, g * chosen.len());
+    let len = loader.store.len();
+    // Lanes beyond the chosen queries repeat the last one, with no weight.
+    let query = |lane: usize| chosen[lane.min(chosen.len() - 1)];
+    let mut limits = [0; 48];
+    for (lane, limit) in limits[..width].iter_mut().enumerate() {
+        *limit = shape.sees(len, query(lane));
+    }
+    let limits = &limits[..width];
+    let (all_see, any_sees) = (limits[0], limits[width - 1]);
+    let [tile, rotated] = call.tile(TILE);
+    let lengths = [g * d * width, g * any_sees * width, tile, rotated];
+    let mut memory = Scratch::for_lengths(&lengths);
+    let [q, p, k_buf, rot_buf] = memory.slices(lengths);
+    for (h, q) in q.chunks_exact_mut(d * width).enumerate() {
+        pack_rows(
+            (0..width).map(|lane| call.row(query(lane), head, h)),
+            shape.scale * std::f32::consts::LOG2_E,
+            width,
+            q,
+        );
+    }
+    if any_sees == 0 {
+        return;
+    }
+    for start in (0..any_sees).step_by(TILE) {
+        let units = start..(start + TILE).min(any_sees);
+        let keys = loader.near_keys(s, units.clone(), k_buf, rot_buf);
+        for (q, p) in q
+            .chunks_exact(d * width)
+            .zip(p.chunks_exact_mut(any_sees * width))
+        {
+            scores::<S, N>(s, d, keys, q, &mut p[start * width..units.end * width]);
+        }
+    }
+    for (p, sums) in p
+        .chunks_exact_mut(any_sees * width)
+        .zip(sums.chunks_exact_mut(len))
+    {
+        hide(p, limits);
+        let none = s.splat(f32::NEG_INFINITY);
+        let (mut top, mut total) = ([none; N], [s.splat(0.0); N]);
+        for p in p.chunks_exact(width) {
+            for v in 0..N {
+                top[v] = s.max(top[v], load(s, &p[v * S::LANES..]));
+            }
+        }
+        for top in &mut top {
+            *top = s.if_eq(*top, none, s.splat(0.0), *top);
+        }
+        for p in p.chunks_exact_mut(width) {
+            for v in 0..N {
+                let p = &mut p[v * S::LANES..];
+                let weight = exp2_nonpositive(s, s.sub(load(s, p), top[v]));
+                total[v] = s.add(total[v], weight);
+                store(s, p, weight);
+            }
+        }
+        let mut share = [0.0; 48];
+        for v in 0..N {
+            let one = s.div(s.splat(1.0), total[v]);
+            store(s, &mut share[v * S::LANES..], one);
+        }
+        share[chosen.len()..].fill(0.0);
+        for (k, p) in p.chunks_exact(width).enumerate() {
+            if k < all_see {
+                let mut sum = s.splat(0.0);
+                for v in 0..N {
+                    let at = v * S::LANES;
+                    sum = s.fma(load(s, &p[at..]), load(s, &share[at..]), sum);
+                }
+                sums[k] += s.sum(sum);
+            } else {
+                // A row that is NaN must not reach units that it does not see.
+                for lane in 0..chosen.len() {
+                    if k < limits[lane] {
+                        sums[k] += p[lane] * share[lane];
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Scores in powers of two `[chosen · group, FEW_PIECE]` of units from `start`.
+#[inline(always)]
+fn few_logits<S: Simd>(s: S, call: &Call<'_>, head: usize, start: usize, logits: &mut [f32]) {
+    let (g, d) = (call.shape.group(), call.shape.head_dim);
+    let loader = call.loader(head, 0);
+    let rows = g * call.chosen.len();
+    let [tile, rotated] = call.tile(FEW_TILE);
+    let lengths = [rows * d, 3 * FEW_TILE, tile, rotated];
+    let mut memory = Scratch::for_lengths(&lengths);
+    let [q, p, k_buf, rot_buf] = memory.slices(lengths);
+    for (row, to) in q.chunks_exact_mut(d).enumerate() {
+        let from = call.row(call.chosen[row / g], head, row % g);
+        for (x, to) in from.iter().zip(to) {
+            *to = x * (call.shape.scale * std::f32::consts::LOG2_E);
+        }
+    }
+    let end = (start + FEW_PIECE).min(loader.store.len());
+    for first in (start..end).step_by(FEW_TILE) {
+        let units = first..(first + FEW_TILE).min(end);
+        let keys = match loader.store.stored_keys(units.clone()) {
+            Some(keys) if call.rotation.is_none() => keys,
+            _ => Floats::F32(loader.keys(s, units.clone(), k_buf, rot_buf)),
+        };
+        let mut row = 0;
+        while row < rows {
+            let (n, q) = (heads_at_once(rows - row), &q[row * d..]);
+            each_type!(keys, keys => match n {
+                1 => dot_scores::<S, _, 1>(s, d, keys, q, p),
+                2 => dot_scores::<S, _, 2>(s, d, keys, q, p),
+                _ => dot_scores::<S, _, 3>(s, d, keys, q, p),
+            });
+            for r in 0..n {
+                let to = &mut logits[(row + r) * FEW_PIECE + first - start..][..units.len()];
+                to.copy_from_slice(&p[r * FEW_TILE..][..units.len()]);
+            }
+            row += n;
+        }
+    }
+}
+
+/// Turns the scores of a KV head into weights, and adds them up over the chosen queries.
+#[inline(always)]
+fn few_weights<S: Simd>(
+    s: S,
+    call: &Call<'_>,
+    head: usize,
+    logits: &mut [f32],
+    out: &mut [Vec<f32>],
+) {
+    let (g, len) = (call.shape.group(), call.heads[head].len());
+    let rows = g * call.chosen.len();
+    for row in 0..rows {
+        let sees = call.shape.sees(len, call.chosen[row / g]);
+        // The row's units in each piece; whole vectors, the rest of the last one hidden.
+        let visible = |piece: usize| {
+            let n = sees.saturating_sub(piece * FEW_PIECE).min(FEW_PIECE);
+            (n, n.next_multiple_of(S::LANES))
+        };
+        let mut top = s.splat(f32::NEG_INFINITY);
+        for (piece, logits) in logits.chunks_exact_mut(rows * FEW_PIECE).enumerate() {
+            let (n, whole) = visible(piece);
+            let logits = &mut logits[row * FEW_PIECE..][..whole];
+            logits[n..].fill(f32::NEG_INFINITY);
+            for x in logits.chunks_exact(S::LANES) {
+                top = s.max(top, load(s, x));
+            }
+        }
+        let top = s.largest(top);
+        let top = if top == f32::NEG_INFINITY { 0.0 } else { top };
+        let mut total = s.splat(0.0);
+        for (piece, logits) in logits.chunks_exact_mut(rows * FEW_PIECE).enumerate() {
+            let logits = &mut logits[row * FEW_PIECE..][..visible(piece).1];
+            for x in logits.chunks_exact_mut(S::LANES) {
+                let weight = exp2_nonpositive(s, s.sub(load(s, x), s.splat(top)));
+                total = s.add(total, weight);
+                store(s, x, weight);
+            }
+        }
+        let share = 1.0 / s.sum(total);
+        let out = &mut out[row % g];
+        for (piece, logits) in logits.chunks_exact(rows * FEW_PIECE).enumerate() {
+            let weights = &logits[row * FEW_PIECE..][..visible(piece).0];
+            let from = piece * FEW_PIECE;
+            for (out, weight) in out[from.min(len)..].iter_mut().zip(weights) {
+                *out += weight * share;
+            }
+        }
+    }
+}
+
+fn max_logits_with(
+    isa: Isa,
+    q: &[f32],
+    heads: &[&dyn KvTiles],
+    shape: AttnShape,
+    rotation: Option<&RopeTable>,
+    chosen: &[usize],
+) -> Vec<Vec<f32>> {
+    let call = Call::new(q, heads, shape, rotation, chosen);
+    let mut out: Vec<Vec<f32>> = heads
+        .iter()
+        .map(|h| vec![f32::NEG_INFINITY; h.len()])
+        .collect();
+    if chosen.is_empty() || shape.heads == 0 {
+        return out;
+    }
+    let room = (chosen.len() * shape.group()).next_multiple_of(16) * shape.head_dim;
+    let mut packed = vec![0.0; shape.kv_heads * room];
+    call.each(
+        packed.chunks_mut(room).enumerate().collect(),
+        |(head, q)| {
+            dispatch!(isa, s => pack_all(s, &call, head, q));
+        },
+    );
+    let tasks = out.iter_mut().enumerate().flat_map(|(head, out)| {
+        let pieces = out.chunks_mut(PIECE).enumerate();
+        pieces.map(move |(piece, out)| (head, piece * PIECE, out))
+    });
+    call.each(tasks.collect(), |(head, start, out)| {
+        let q = &packed[head * room..(head + 1) * room];
+        dispatch!(isa, s => piece_max(s, &call, head, start, q, out));
+    });
+    out
+}
+
+/// Packs the chosen queries of a KV head, query by query with the heads of the group within, into
+/// panels.
+#[inline(always)]
+fn pack_all<S: Simd>(_: S, call: &Call<'_>, head: usize, q: &mut [f32]) {
+    let (g, d) = (call.shape.group(), call.shape.head_dim);
+    let rows = g * call.chosen.len();
+    for_panels::<S>(rows, |_, lanes| {
+        // Lanes beyond the rows repeat the last one, which changes no maximum.
+        let row = |lane: usize| {
+            let row = lane.min(rows - 1);
+            call.row(call.chosen[row / g], head, row % g)
+        };
+        let panel = &mut q[lanes.start * d..lanes.end * d];
+        pack_rows(lanes.clone().map(row), call.shape.scale, lanes.len(), panel);
+    });
+}
+
+/// Calls `f` with the vectors and the lanes of each panel.
+#[inline(always)]
+fn for_panels<S: Simd>(rows: usize, mut f: impl FnMut(usize, Range<usize>)) {
+    let vectors = rows.div_ceil(S::LANES);
+    let mut at = 0;
+    while at < vectors {
+        let n = panel_vectors::<S>(vectors - at);
+        f(n, at * S::LANES..(at + n) * S::LANES);
+        at += n;
+    }
+}
+
+/// Maxima for the units from `start`.
+#[inline(always)]
+fn piece_max<S: Simd>(
+    s: S,
+    call: &Call<'_>,
+    head: usize,
+    start: usize,
+    q: &[f32],
+    out: &mut [f32],
+) {
+    let (g, d) = (call.shape.group(), call.shape.head_dim);
+    let rows = g * call.chosen.len();
+    let loader = call.loader(head, rows);
+    let len = loader.store.len();
+    let sees = |lane: usize| call.shape.sees(len, call.chosen[lane.min(rows - 1) / g]);
+    let [tile, rotated] = call.tile(TILE);
+    let lengths = [TILE * 3 * S::LANES, TILE * S::LANES, tile, rotated];
+    let mut memory = Scratch::for_lengths(&lengths);
+    let [p, best, k_buf, rot_buf] = memory.slices(lengths);
+    for (i, out) in out.chunks_mut(TILE).enumerate() {
+        let first = start + i * TILE;
+        let keys = loader.near_keys(s, first..first + out.len(), k_buf, rot_buf);
+        let best = &mut best[..out.len() * S::LANES];
+        best.fill(f32::NEG_INFINITY);
+        let vectors = rows.div_ceil(S::LANES);
+        let mut at = 0;
+        while at < vectors {
+            let n = panel_vectors::<S>(vectors - at);
+            let lanes = at * S::LANES..(at + n) * S::LANES;
+            at += n;
+            let visible = sees(lanes.end - 1).min(first + out.len());
+            if visible <= first {
+                continue;
+            }
+            let mut limits = [usize::MAX; 48];
+            let masked = visible > sees(lanes.start);
+            if masked {
+                for (limit, lane) in limits.iter_mut().zip(lanes.clone()) {
+                    *limit = sees(lane).saturating_sub(first);
+                }
+            }
+            let limits = masked.then_some(&limits[..lanes.len()]);
+            let (keys, q) = (
+                &keys[..(visible - first) * d],
+                &q[lanes.start * d..lanes.end * d],
+            );
+            match n {
+                1 => panel_max::<S, 1>(s, d, keys, q, limits, p, best),
+                2 => panel_max::<S, 2>(s, d, keys, q, limits, p, best),
+                _ if S::LANES == 16 => panel_max::<S, 3>(s, d, keys, q, limits, p, best),
+                _ => unreachable!("panels have at most two vectors here"),
+            }
+        }
+        for (out, best) in out.iter_mut().zip(best.chunks_exact(S::LANES)) {
+            let larger = |a: f32, b: f32| if a > b || a.is_nan() { a } else { b };
+            *out = best.iter().copied().fold(f32::NEG_INFINITY, larger);
+        }
+    }
+}
+
+/// Maxima `[units, LANES]` over the vectors of a panel.
+#[inline(always)]
+fn panel_max<S: Simd, const N: usize>(
+    s: S,
+    d: usize,
+    keys: &[f32],
+    q: &[f32],
+    limits: Option<&[usize]>,
+    p: &mut [f32],
+    best: &mut [f32],
+) {
+    let width = N * S::LANES;
+    let p = &mut p[..keys.len() / d * width];
+    scores::<S, N>(s, d, keys, q, p);
+    if let Some(limits) = limits {
+        hide(p, limits);
+    }
+    for (p, best) in p.chunks_exact(width).zip(best.chunks_exact_mut(S::LANES)) {
+        let mut top = load(s, best);
+        for v in 0..N {
+            top = s.max_nan(top, load(s, &p[v * S::LANES..]));
+        }
+        store(s, best, top);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::{rope, testing::*, tiles::DenseTiles};
+    use super::*;
+    use proptest::prelude::*;
+
+    /// `[heads][chosen][units seen]` logits in double precision.
+    fn logits(
+        q: &[f32],
+        keys: &[Vec<f32>],
+        shape: AttnShape,
+        table: Option<&RopeTable>,
+        chosen: &[usize],
+    ) -> Vec<Vec<Vec<f64>>> {
+        let d = shape.head_dim;
+        (0..shape.heads)
+            .map(|head| {
+                let mut keys = keys[head / shape.group()].clone();
+                if let Some(table) = table {
+                    rope::rotate(&mut keys, d, d, table, |i| i, false);
+                }
+                let row = |query: &usize| {
+                    let seen = (keys.len() / d + query + 1).saturating_sub(shape.tokens);
+                    let q = &q[(query * shape.heads + head) * d..][..d];
+                    let dot = |k: usize| -> f64 {
+                        q.iter()
+                            .zip(&keys[k * d..])
+                            .map(|(a, b)| f64::from(*a) * f64::from(*b))
+                            .sum::<f64>()
+                            * f64::from(shape.scale)
+                    };
+                    (0..seen).map(dot).collect()
+                };
+                chosen.iter().map(row).collect()
+            })
+            .collect()
+    }
+
+    fn same(a: &[f32], b: &[f64], tolerance: f64) -> Result<(), String> {
+        if a.len() != b.len() {
+            return Err(format!("{} numbers for {}", a.len(), b.len()));
+        }
+        for (i, (a, b)) in a.iter().zip(b).enumerate() {
+            let a = f64::from(*a);
+            if !((a - b).abs() <= tolerance * (1.0 + b.abs())
+                || a == *b
+                || (a.is_nan() && b.is_nan()))
+            {
+                return Err(format!("at {i}: {a} for {b}"));
+            }
+        }
+        Ok(())
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(96))]
+        #[test]
+        fn both_agree_with_the_textbook(
+            (tokens, kv_heads, group) in (1usize..120, 1usize..4, 1usize..5),
+            d in prop_oneof![1usize..20, Just(64), Just(80)],
+            more in prop::collection::vec(prop_oneof![Just(0usize), 0usize..40, 0usize..700], 3),
+            every in prop_oneof![Just(1usize), 1usize..6, Just(200)],
+            skip in 0usize..120,
+            rotary in any::<bool>(),
+            bad in prop::option::of((0usize..3, any::<prop::sample::Index>(), any::<bool>())),
+            seed in any::<u64>(),
+        ) {
+            let shape = AttnShape { tokens, heads: kv_heads * group, kv_heads, head_dim: d, scale: 0.3 };
+            let lens: Vec<usize> = (0..kv_heads).map(|h| tokens + more[h]).collect();
+            let chosen: Vec<usize> = (skip % tokens..tokens).step_by(every).collect();
+            let mut rng = Numbers::new(seed);
+            let mut q = rng.take(tokens * shape.heads * d);
+            q.iter_mut().for_each(|x| *x *= 4.0);
+            let mut keys: Vec<Vec<f32>> = lens.iter().map(|n| rng.take(n * d)).collect();
+            if let Some((which, place, in_q)) = bad {
+                let list = if in_q { &mut q } else { &mut keys[0] };
+                let n = list.len();
+                list[place.index(n)] = [f32::NAN, f32::INFINITY, f32::NEG_INFINITY][which];
+            }
+            let table = rotary.then(|| {
+                let f: Vec<f32> = (0..d / 2).map(|i| 1.0 / (1.0 + i as f32)).collect();
+                RopeTable::new(&f, 1.0, 0..*lens.iter().max().unwrap())
+            });
+            let expected = logits(&q, &keys, shape, table.as_ref(), &chosen);
+            let tiles: Vec<DenseTiles<'_>> = keys.iter().map(|k| DenseTiles::new(&k[..], &k[..], d)).collect();
+            let heads: Vec<&dyn KvTiles> = tiles.iter().map(|t| t as &dyn KvTiles).collect();
+            for isa in Isa::all() {
+                let weights = weights_with(isa, &q, &heads, shape, table.as_ref(), &chosen);
+                for (head, weights) in weights.iter().enumerate() {
+                    let mut sums = vec![0.0; lens[head / group]];
+                    for row in &expected[head] {
+                        let top = row.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+                        let total: f64 = row.iter().map(|x| (x - top).exp()).sum();
+                        for (sum, x) in sums.iter_mut().zip(row) {
+                            *sum += (x - top).exp() / total;
+                        }
+                    }
+                    if let Err(e) = same(weights, &sums, 2e-5) {
+                        prop_assert!(false, "{isa:?} weights of head {head}: {e}");
+                    }
+                }
+                let best = max_logits_with(isa, &q, &heads, shape, table.as_ref(), &chosen);
+                for (head, best) in best.iter().enumerate() {
+                    let mut tops = vec![f64::NEG_INFINITY; lens[head]];
+                    for row in expected[head * group..(head + 1) * group].iter().flatten() {
+                        for (top, x) in tops.iter_mut().zip(row) {
+                            if !(top.is_nan() || *top > *x) {
+                                *top = *x;
+                            }
+                        }
+                    }
+                    if let Err(e) = same(best, &tops, 1e-5) {
+                        prop_assert!(false, "{isa:?} logits of KV head {head}: {e}");
+                    }
+                }
+            }
+        }
+
+        #[test]
+        fn observers_are_counted(
+            tokens in 1usize..30,
+            len in 0usize..60,
+            every in 1usize..5,
+        ) {
+            let chosen: Vec<usize> = (0..tokens).step_by(every).collect();
+            let expected: Vec<u32> = (0..len)
+                .map(|unit| chosen.iter().filter(|i| unit + tokens < len + **i + 1).count() as u32)
+                .collect();
+            prop_assert_eq!(observers(len, tokens, &chosen), expected);
+        }
+    }
+
+    #[test]
+    fn results_do_not_depend_on_threads() {
+        let (tokens, d) = (200, 64);
+        let shape = AttnShape {
+            tokens,
+            heads: 6,
+            kv_heads: 2,
+            head_dim: d,
+            scale: 0.125,
+        };
+        let mut rng = Numbers::new(11);
+        let q = rng.take(tokens * 6 * d);
+        let keys = [rng.take(1500 * d), rng.take(700 * d)];
+        let tiles = keys.each_ref().map(|k| DenseTiles::new(&k[..], &k[..], d));
+        let heads = tiles.each_ref().map(|t| t as &dyn KvTiles);
+        for chosen in [vec![199], (3..200).collect::<Vec<_>>()] {
+            let run = |threads| {
+                let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build();
+                pool.unwrap().install(|| {
+                    (
+                        observe_weights(&q, &heads, shape, None, &chosen),
+                        observe_max_logits(&q, &heads, shape, None, &chosen),
+                    )
+                })
+            };
+            assert_eq!(run(1), run(3));
+        }
+    }
+
+    #[test]
+    fn no_chosen_query_observes_nothing() {
+        let shape = AttnShape {
+            tokens: 1,
+            heads: 1,
+            kv_heads: 1,
+            head_dim: 2,
+            scale: 1.0,
+        };
+        let tiles = DenseTiles::new(&[1f32; 6][..], &[1f32; 6][..], 2);
+        let heads: [&dyn KvTiles; 1] = [&tiles];
+        let q = [1.0; 2];
+        assert_eq!(observe_weights(&q, &heads, shape, None, &[]), [[0.0; 3]]);
+        assert_eq!(
+            observe_max_logits(&q, &heads, shape, None, &[]),
+            [[f32::NEG_INFINITY; 3]]
+        );
+    }
+
+    #[test]
+    #[should_panic(expected = "strictly ascending and below 2")]
+    fn queries_that_do_not_exist_are_refused() {
+        let shape = AttnShape {
+            tokens: 2,
+            heads: 1,
+            kv_heads: 1,
+            head_dim: 1,
+            scale: 1.0,
+        };
+        let tiles = DenseTiles::new(&[1f32; 2][..], &[1f32; 2][..], 1);
+        observe_weights(&[1.0; 2], &[&tiles], shape, None, &[1, 2]);
     }
 }
