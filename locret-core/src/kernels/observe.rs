@@ -68,7 +68,7 @@ pub fn observers(len: usize, tokens: usize, chosen: &[usize]) -> Vec<u32> {
 }
 
 /// Up to this many chosen queries are handled with features in lanes.
-const FEW: usize = 2;
+const FEW: usize = 5;
 
 /// Chosen queries in a task are a multiple of this, which fills panels of any instruction set.
 const BLOCK: usize = 48;
