@@ -1,0 +1,558 @@
+//! One view of a model's weights, whatever the file format.
+
+use crate::{Encoding, ModelError, Result};
+use burn::tensor::{DType, Device, Tensor, TensorData};
+use half::{bf16, f16};
+use rayon::prelude::*;
+use std::{
+    borrow::Cow,
+    collections::BTreeSet,
+    fmt::Debug,
+    ops::Range,
+    path::Path,
+    sync::{Mutex, PoisonError},
+};
+
+/// Rows are converted in bands of about this many values, so that pages of the file can be let go
+/// of while a large tensor is being read.
+const BAND_VALUES: usize = 8 << 20;
+/// What one thread converts at a time.
+const PIECE_VALUES: usize = 64 << 10;
+
+/// Shape and storage of a tensor in a file.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TensorInfo {
+    /// Dimensions, slowest first: `[rows, columns]` of a matrix.
+    pub shape: Vec<usize>,
+    /// How values are stored.
+    pub encoding: Encoding,
+}
+
+impl TensorInfo {
+    /// Values in a row: the last dimension; 1 for a scalar.
+    pub fn cols(&self) -> usize {
+        self.shape.last().copied().unwrap_or(1)
+    }
+
+    /// How many rows: the product of all dimensions but the last.
+    pub fn rows(&self) -> usize {
+        self.shape.iter().rev().skip(1).product()
+    }
+}
+
+/// The weights of a model under the names that Hugging Face transformers gives them.
+///
+/// Implemented by [`SafetensorsDir`](crate::SafetensorsDir) and by [`GgufWeights`](crate::GgufWeights),
+/// so that an adapter sees one naming scheme, one row order, and one conversion.
+pub trait Weights: Debug + Send + Sync {
+    /// The file or folder, for messages.
+    fn path(&self) -> &Path;
+
+    /// All names, sorted.
+    fn names(&self) -> Vec<&str>;
+
+    /// Shape and storage of a tensor; `None` if there is no such tensor.
+    fn info(&self, name: &str) -> Option<&TensorInfo>;
+
+    /// The bytes of some rows in their encoding: whole blocks, row after row.
+    ///
+    /// # Errors
+    /// [`ModelError::MissingTensors`] for an unknown name; [`ModelError::Format`] for rows that the
+    /// tensor does not have.
+    fn raw_rows(&self, name: &str, rows: Range<usize>) -> Result<Cow<'_, [u8]>>;
+
+    /// A hint that some rows have been read and that their pages need not stay in memory.
+    fn release_rows(&self, name: &str, rows: Range<usize>) {
+        let _ = (name, rows);
+    }
+}
+
+/// The type that weights are held in.
+#[derive(
+    Debug, Clone, Copy, PartialEq, Eq, Hash, Default, serde::Serialize, serde::Deserialize,
+)]
+#[serde(rename_all = "lowercase")]
+pub enum WeightDtype {
+    /// Single precision.
+    #[default]
+    F32,
+    /// IEEE half precision. Values beyond 65504 are refused.
+    F16,
+    /// The upper half of single precision, rounded to nearest even.
+    BF16,
+    /// As the file has it: `f16` and `bf16` stay, everything else becomes `f32`.
+    File,
+}
+
+impl WeightDtype {
+    /// The resident type of a tensor that is stored as `encoding`.
+    pub fn resident(self, encoding: Encoding) -> DType {
+        match (self, encoding) {
+            (Self::F16, _) | (Self::File, Encoding::F16) => DType::F16,
+            (Self::BF16, _) | (Self::File, Encoding::BF16) => DType::BF16,
+            (Self::F32 | Self::File, _) => DType::F32,
+        }
+    }
+}
+
+/// A number that a weight can become.
+trait Resident: Copy + Default + Send + Sync + 'static {
+    const NAME: &'static str;
+    fn from_f32(x: f32) -> Self;
+    fn is_finite(self) -> bool;
+}
+
+impl Resident for f32 {
+    const NAME: &'static str = "f32";
+    fn from_f32(x: f32) -> Self {
+        x
+    }
+    fn is_finite(self) -> bool {
+        self.is_finite()
+    }
+}
+
+impl Resident for f16 {
+    const NAME: &'static str = "f16";
+    fn from_f32(x: f32) -> Self {
+        Self::from_f32(x)
+    }
+    fn is_finite(self) -> bool {
+        self.is_finite()
+    }
+}
+
+impl Resident for bf16 {
+    const NAME: &'static str = "bf16";
+    fn from_f32(x: f32) -> Self {
+        Self::from_f32(x)
+    }
+    fn is_finite(self) -> bool {
+        self.is_finite()
+    }
+}
+
+impl dyn Weights + '_ {
+    fn expect(&self, name: &str) -> Result<&TensorInfo> {
+        self.info(name).ok_or_else(|| ModelError::MissingTensors {
+            path: self.path().to_path_buf(),
+            names: vec![name.to_owned()],
+        })
+    }
+
+    /// A tensor's values in row-major order.
+    ///
+    /// # Errors
+    /// [`ModelError::MissingTensors`]; [`ModelError::NotFinite`].
+    pub fn tensor_f32(&self, name: &str) -> Result<Vec<f32>> {
+        let rows = self.expect(name)?.rows();
+        self.convert(name, 0..rows)
+    }
+
+    /// Some rows of a tensor, for instance the embeddings of a few tokens.
+    ///
+    /// # Errors
+    /// [`ModelError::MissingTensors`]; [`ModelError::NotFinite`]; [`ModelError::Format`] for rows
+    /// that the tensor does not have.
+    pub fn tensor_rows_f32(&self, name: &str, rows: Range<usize>) -> Result<Vec<f32>> {
+        self.convert(name, rows)
+    }
+
+    /// A tensor on a device, of shape `expected`, in the type that `dtype` says.
+    ///
+    /// Host memory holds the tensor once, in its resident type.
+    ///
+    /// # Errors
+    /// [`ModelError::MissingTensors`]; [`ModelError::Shape`]; [`ModelError::NotFinite`];
+    /// [`ModelError::UnsupportedDtype`] if the device does not have the type.
+    pub fn load<const D: usize>(
+        &self,
+        name: &str,
+        expected: [usize; D],
+        dtype: WeightDtype,
+        device: &Device,
+    ) -> Result<Tensor<D>> {
+        let info = self.expect(name)?;
+        if info.shape != expected {
+            return Err(ModelError::Shape {
+                path: self.path().to_path_buf(),
+                tensor: name.to_owned(),
+                expected: expected.to_vec(),
+                found: info.shape.clone(),
+            });
+        }
+        let rows = 0..info.rows();
+        let dtype = dtype.resident(info.encoding);
+        if !device.supports_dtype(dtype) {
+            return Err(ModelError::UnsupportedDtype {
+                dtype: format!("{dtype:?}").to_lowercase(),
+            });
+        }
+        let data = match dtype {
+            DType::F16 => TensorData::new(self.convert::<f16>(name, rows)?, expected),
+            DType::BF16 => TensorData::new(self.convert::<bf16>(name, rows)?, expected),
+            _ => TensorData::new(self.convert::<f32>(name, rows)?, expected),
+        };
+        Ok(Tensor::from_data(data, (device, dtype)))
+    }
+
+    /// Converts rows, band by band, each band by all threads.
+    fn convert<T: Resident>(&self, name: &str, rows: Range<usize>) -> Result<Vec<T>> {
+        let info = self.expect(name)?;
+        if rows.start > rows.end || rows.end > info.rows() {
+            return Err(ModelError::format(
+                self.path(),
+                format!("rows of tensor {name:?}"),
+                format!("a range within 0..{}", info.rows()),
+                format!("{rows:?}"),
+            ));
+        }
+        let (cols, encoding) = (info.cols(), info.encoding);
+        if cols == 0 {
+            return Ok(Vec::new());
+        }
+        let band = (BAND_VALUES / cols).max(1);
+        let piece = (PIECE_VALUES / cols).max(1);
+        let mut out = vec![T::default(); rows.len() * cols];
+        for (i, out) in out.chunks_mut(band * cols).enumerate() {
+            let start = rows.start + i * band;
+            let end = start + out.len() / cols;
+            let bytes = self.raw_rows(name, start..end)?;
+            let row_bytes = bytes.len() / (end - start);
+            out.par_chunks_mut(piece * cols)
+                .zip(bytes.par_chunks(piece * row_bytes))
+                .enumerate()
+                .try_for_each(|(j, (out, bytes))| {
+                    decode_finite(encoding, bytes, out).map_err(|(at, value)| {
+                        ModelError::NotFinite {
+                            path: self.path().to_path_buf(),
+                            tensor: name.to_owned(),
+                            row: start + j * piece + at / cols,
+                            value,
+                            dtype: T::NAME,
+                        }
+                    })
+                })?;
+            drop(bytes);
+            self.release_rows(name, start..end);
+        }
+        Ok(out)
+    }
+}
+
+/// Converts blocks; fails with the index and the value of the first that is not finite.
+fn decode_finite<T: Resident>(
+    encoding: Encoding,
+    bytes: &[u8],
+    out: &mut [T],
+) -> Result<(), (usize, f32)> {
+    /// A multiple of every block length.
+    const STEP: usize = 2048;
+    let mut buffer = [0.0; STEP];
+    let step_bytes = STEP / encoding.block_len() * encoding.block_bytes();
+    for (i, (out, bytes)) in out
+        .chunks_mut(STEP)
+        .zip(bytes.chunks(step_bytes))
+        .enumerate()
+    {
+        let buffer = &mut buffer[..out.len()];
+        encoding.decode(bytes, buffer);
+        for (x, &value) in out.iter_mut().zip(&*buffer) {
+            *x = T::from_f32(value);
+        }
+        if !out.iter().fold(true, |all, x| all & x.is_finite()) {
+            let at = out.iter().position(|x| !x.is_finite()).unwrap_or(0);
+            return Err((i * STEP + at, buffer[at]));
+        }
+    }
+    Ok(())
+}
+
+/// Loads a model's tensors and keeps count of them.
+///
+/// A name that a model asks for and that is not there is an error at once; [`finish`](Self::finish)
+/// finds those that the model never asked for. Both mean that file and model are not of one kind.
+#[derive(Debug)]
+pub struct Loader<'a> {
+    weights: &'a dyn Weights,
+    dtype: WeightDtype,
+    device: Device,
+    used: Mutex<BTreeSet<String>>,
+}
+
+impl<'a> Loader<'a> {
+    /// A loader of `weights` that nothing has been taken from.
+    pub fn new(weights: &'a dyn Weights, dtype: WeightDtype, device: &Device) -> Self {
+        Self {
+            weights,
+            dtype,
+            device: device.clone(),
+            used: Mutex::default(),
+        }
+    }
+
+    /// The weights.
+    pub fn weights(&self) -> &'a dyn Weights {
+        self.weights
+    }
+
+    /// The type that weights are held in.
+    pub fn dtype(&self) -> WeightDtype {
+        self.dtype
+    }
+
+    /// Counts a tensor as used and checks that it is there in shape `expected`.
+    ///
+    /// # Errors
+    /// [`ModelError::MissingTensors`]; [`ModelError::Shape`].
+    pub fn check(&self, name: &str, expected: &[usize]) -> Result<()> {
+        self.skip(name);
+        let info = self.weights.expect(name)?;
+        if info.shape != expected {
+            return Err(ModelError::Shape {
+                path: self.weights.path().to_path_buf(),
+                tensor: name.to_owned(),
+                expected: expected.to_vec(),
+                found: info.shape.clone(),
+            });
+        }
+        Ok(())
+    }
+
+    /// Where tensors go.
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
+    /// Whether there is a tensor of this name. This does not count as use.
+    pub fn has(&self, name: &str) -> bool {
+        self.weights.info(name).is_some()
+    }
+
+    /// Marks a tensor as known to the model although it is not loaded.
+    pub fn skip(&self, name: &str) {
+        self.used
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .insert(name.to_owned());
+    }
+
+    /// A tensor of shape `expected` in the loader's type.
+    ///
+    /// # Errors
+    /// [`ModelError::MissingTensors`]; [`ModelError::Shape`]; [`ModelError::NotFinite`];
+    /// [`ModelError::UnsupportedDtype`].
+    pub fn load<const D: usize>(&self, name: &str, expected: [usize; D]) -> Result<Tensor<D>> {
+        self.load_as(name, expected, self.dtype)
+    }
+
+    /// A tensor of shape `expected` in another type, for instance a norm that stays `f32`.
+    ///
+    /// # Errors
+    /// As [`load`](Self::load).
+    pub fn load_as<const D: usize>(
+        &self,
+        name: &str,
+        expected: [usize; D],
+        dtype: WeightDtype,
+    ) -> Result<Tensor<D>> {
+        self.skip(name);
+        self.weights.load(name, expected, dtype, &self.device)
+    }
+
+    /// Values of a tensor of shape `expected`, `f32`, in row-major order.
+    ///
+    /// # Errors
+    /// As [`load`](Self::load).
+    pub fn values(&self, name: &str, expected: &[usize]) -> Result<Vec<f32>> {
+        self.skip(name);
+        match self.weights.info(name) {
+            Some(info) if info.shape != expected => Err(ModelError::Shape {
+                path: self.weights.path().to_path_buf(),
+                tensor: name.to_owned(),
+                expected: expected.to_vec(),
+                found: info.shape.clone(),
+            }),
+            _ => self.weights.tensor_f32(name),
+        }
+    }
+
+    /// The names that nothing has asked for.
+    pub fn unused(&self) -> Vec<String> {
+        let used = self.used.lock().unwrap_or_else(PoisonError::into_inner);
+        self.weights
+            .names()
+            .into_iter()
+            .filter(|name| !used.contains(*name))
+            .map(str::to_owned)
+            .collect()
+    }
+
+    /// Ends the loading.
+    ///
+    /// # Errors
+    /// [`ModelError::UnusedTensors`] if a tensor was never asked for.
+    pub fn finish(self) -> Result<()> {
+        let names = self.unused();
+        if names.is_empty() {
+            return Ok(());
+        }
+        Err(ModelError::UnusedTensors {
+            path: self.weights.path().to_path_buf(),
+            names,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::{collections::BTreeMap, path::PathBuf};
+
+    #[derive(Debug)]
+    struct Memory {
+        path: PathBuf,
+        tensors: BTreeMap<String, (TensorInfo, Vec<u8>)>,
+    }
+
+    impl Weights for Memory {
+        fn path(&self) -> &Path {
+            &self.path
+        }
+        fn names(&self) -> Vec<&str> {
+            self.tensors.keys().map(String::as_str).collect()
+        }
+        fn info(&self, name: &str) -> Option<&TensorInfo> {
+            self.tensors.get(name).map(|t| &t.0)
+        }
+        fn raw_rows(&self, name: &str, rows: Range<usize>) -> Result<Cow<'_, [u8]>> {
+            let (info, bytes) = &self.tensors[name];
+            let n = info.encoding.row_bytes(info.cols()).unwrap();
+            Ok(Cow::Borrowed(&bytes[rows.start * n..rows.end * n]))
+        }
+    }
+
+    fn memory(tensors: &[(&str, &[usize], Encoding, Vec<u8>)]) -> Memory {
+        Memory {
+            path: "memory".into(),
+            tensors: tensors
+                .iter()
+                .map(|(name, shape, encoding, bytes)| {
+                    let info = TensorInfo {
+                        shape: shape.to_vec(),
+                        encoding: *encoding,
+                    };
+                    (name.to_string(), (info, bytes.clone()))
+                })
+                .collect(),
+        }
+    }
+
+    fn f32s(values: &[f32]) -> Vec<u8> {
+        values.iter().flat_map(|x| x.to_le_bytes()).collect()
+    }
+
+    #[test]
+    fn large_tensors_in_bands_equal_one_conversion() {
+        // More than one band, and pieces that do not divide it.
+        let (rows, cols) = (7000, 1500);
+        let values: Vec<f32> = (0..rows * cols).map(|i| (i % 9973) as f32 - 17.0).collect();
+        let memory = memory(&[("w", &[rows, cols], Encoding::F32, f32s(&values))]);
+        let weights: &dyn Weights = &memory;
+        assert!(weights.tensor_f32("w").unwrap() == values);
+        let part = weights.tensor_rows_f32("w", 6990..7000).unwrap();
+        assert!(part == values[6990 * cols..]);
+        assert!(weights.tensor_rows_f32("w", 6990..7001).is_err());
+        assert!(weights.tensor_rows_f32("w", 0..0).unwrap().is_empty());
+    }
+
+    #[test]
+    fn resident_types() {
+        let device = Device::flex();
+        let bf: Vec<u8> = [1.5f32, -2.0]
+            .iter()
+            .flat_map(|&x| bf16::from_f32(x).to_le_bytes())
+            .collect();
+        let memory = memory(&[
+            ("f32", &[2], Encoding::F32, f32s(&[1.001, -2.0])),
+            ("bf16", &[1, 2], Encoding::BF16, bf),
+        ]);
+        let weights: &dyn Weights = &memory;
+        for (name, dtype, found) in [
+            ("f32", WeightDtype::File, DType::F32),
+            ("f32", WeightDtype::BF16, DType::BF16),
+            ("f32", WeightDtype::F16, DType::F16),
+        ] {
+            let tensor = weights.load(name, [2], dtype, &device).unwrap();
+            assert_eq!(tensor.dtype(), found);
+        }
+        for (dtype, found) in [
+            (WeightDtype::File, DType::BF16),
+            (WeightDtype::F32, DType::F32),
+            (WeightDtype::F16, DType::F16),
+        ] {
+            let tensor = weights.load("bf16", [1, 2], dtype, &device).unwrap();
+            assert_eq!(tensor.dtype(), found);
+            let values = tensor.into_data().convert::<f32>();
+            assert_eq!(values.as_slice::<f32>().unwrap(), [1.5, -2.0]);
+        }
+    }
+
+    #[test]
+    fn values_that_are_not_finite_are_named() {
+        let mut values = vec![1.0; 3 * 100_000];
+        values[250_000] = f32::NAN;
+        let memory = memory(&[
+            ("nan", &[3, 100_000], Encoding::F32, f32s(&values)),
+            ("large", &[2], Encoding::F32, f32s(&[1.0, 1e6])),
+        ]);
+        let weights: &dyn Weights = &memory;
+        let device = Device::flex();
+        assert!(matches!(
+            weights.load("nan", [3, 100_000], WeightDtype::BF16, &device),
+            Err(ModelError::NotFinite { tensor, row: 2, value, .. })
+                if tensor == "nan" && value.is_nan()
+        ));
+        weights
+            .load("large", [2], WeightDtype::F32, &device)
+            .unwrap();
+        // 1e6 is no f16: an infinity must not arise in silence.
+        assert!(matches!(
+            weights.load("large", [2], WeightDtype::F16, &device),
+            Err(ModelError::NotFinite { row: 0, value, .. }) if value == 1e6
+        ));
+    }
+
+    #[test]
+    fn the_loader_keeps_count() {
+        let memory = memory(&[
+            ("a", &[2], Encoding::F32, f32s(&[1.0, 2.0])),
+            ("b", &[2], Encoding::F32, f32s(&[1.0, 2.0])),
+            ("c", &[2], Encoding::F32, f32s(&[1.0, 2.0])),
+        ]);
+        let device = Device::flex();
+        let loader = Loader::new(&memory, WeightDtype::F32, &device);
+        loader.load("a", [2]).unwrap();
+        assert!(matches!(
+            loader.load("a", [1, 2]),
+            Err(ModelError::Shape { expected, found, .. }) if expected == [1, 2] && found == [2]
+        ));
+        assert!(matches!(
+            loader.load("d", [2]),
+            Err(ModelError::MissingTensors { names, .. }) if names == ["d"]
+        ));
+        assert_eq!(loader.values("b", &[2]).unwrap(), [1.0, 2.0]);
+        assert!(loader.values("b", &[3]).is_err());
+        assert!(loader.has("c") && !loader.has("d"));
+        assert_eq!(loader.unused(), ["c"]);
+        assert!(matches!(
+            loader.finish(),
+            Err(ModelError::UnusedTensors { names, .. }) if names == ["c"]
+        ));
+        let loader = Loader::new(&memory, WeightDtype::F32, &device);
+        for name in ["a", "b", "c"] {
+            loader.skip(name);
+        }
+        loader.finish().unwrap();
+    }
+}
