@@ -1,0 +1,107 @@
+//! What a verdict costs: choosing the best units, keeping them in place, and Locret's scores.
+
+use burn::tensor::Device;
+use criterion::{BatchSize, Criterion, Throughput, criterion_group, criterion_main};
+use locret_benches::{numbers, smollm2};
+use locret_core::{
+    Dense, KvDtype, LayerSpec, Placement, Qkv, from_f32, is_host_device, kernels::select::top_k,
+};
+use locret_policies::{HeadWeights, LayerHead, RetainingHeads};
+use std::hint::black_box;
+
+const HEADS: usize = 8;
+const UNITS: usize = 16_384;
+const KEPT: usize = 4096;
+
+fn selection(c: &mut Criterion) {
+    let mut group = c.benchmark_group("selection");
+    group.throughput(Throughput::Elements((HEADS * UNITS) as u64));
+    let scores: Vec<Vec<f32>> = (0..HEADS)
+        .map(|head| numbers(UNITS, head as u64, 1.0))
+        .collect();
+    let protected = [0..4, UNITS - 64..UNITS];
+    group.bench_function("4096 of 8 x 16384", |b| {
+        b.iter(|| {
+            for head in black_box(&scores) {
+                black_box(top_k(head, KEPT, &protected)).expect("no NaN");
+            }
+        });
+    });
+    group.finish();
+}
+
+fn compaction(c: &mut Criterion) {
+    const DIM: usize = 64;
+    let mut group = c.benchmark_group("compaction, 8 x 16384 units of 64 features to 4096");
+    group.sample_size(10);
+    let device = Device::flex();
+    let layer = LayerSpec {
+        index: 0,
+        layers: 1,
+        heads: HEADS,
+        kv_heads: HEADS,
+        head_dim: DIM,
+    };
+    let kept: Vec<Vec<u32>> = (0..HEADS)
+        .map(|head| top_k(&numbers(UNITS, head as u64, 1.0), KEPT, &[]).expect("no NaN"))
+        .collect();
+    let values = numbers(UNITS * HEADS * DIM, 7, 1.0);
+    for dtype in [KvDtype::F32, KvDtype::Bf16] {
+        let place = Placement {
+            device: device.clone(),
+            dtype,
+            host: is_host_device(&device),
+        };
+        let mut full = Dense::boxed(&layer, &place);
+        let tensor = || from_f32(values.clone(), [UNITS, HEADS * DIM], &device);
+        full.append(tensor(), tensor()).expect("units fit");
+        group.bench_function(format!("{dtype:?}").to_lowercase(), |b| {
+            b.iter_batched(
+                || full.fork(),
+                |mut store| {
+                    store.retain(black_box(&kept)).expect("units are there");
+                    store
+                },
+                BatchSize::PerIteration,
+            );
+        });
+    }
+    group.finish();
+}
+
+fn scoring(c: &mut Criterion) {
+    const WIDTH: usize = 1024;
+    let mut group = c.benchmark_group("locret scores of one layer");
+    group.sample_size(20);
+    let (model, device) = (smollm2().spec, Device::flex());
+    let features = model.layer(0).qkv_features();
+    let head = LayerHead {
+        d_r: WIDTH,
+        fc1: numbers(WIDTH * features, 1, 0.05),
+        fc2: numbers(model.kv_heads * WIDTH, 2, 0.05),
+    };
+    let weights = HeadWeights {
+        layers: vec![head; model.layers],
+        ..HeadWeights::default()
+    };
+    let heads = RetainingHeads::new(&weights, &model, &device).expect("the heads fit");
+    for tokens in [512, 1] {
+        let rows = |width: usize, seed| {
+            from_f32(numbers(tokens * width, seed, 1.0), [tokens, width], &device)
+        };
+        let kv = model.kv_heads * model.head_dim;
+        let qkv = Qkv {
+            q: rows(model.heads * model.head_dim, 3),
+            k: rows(kv, 4),
+            v: rows(kv, 5),
+        };
+        group.throughput(Throughput::Elements(tokens as u64));
+        group.bench_function(format!("{tokens} tokens, d_R {WIDTH}"), |b| {
+            b.iter(|| heads.scores(0, black_box(&qkv)).expect("the input fits"));
+        });
+    }
+    group.finish();
+}
+
+criterion_group!(benches, selection, compaction, scoring);
+criterion_main!(benches);
