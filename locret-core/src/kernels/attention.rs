@@ -454,7 +454,7 @@ fn many<S: Simd>(
     };
     let mut at = 0;
     while at < vectors {
-        let n = panel_vectors::<S>(vectors - at);
+        let n = panel_vectors(S::LANES, vectors - at);
         let first = at * S::LANES;
         pack_rows(
             (first..rows).map(row_of),
@@ -473,7 +473,7 @@ fn many<S: Simd>(
         let finite = units.end <= sees(0) || all_finite(s, values);
         let mut at = 0;
         while at < vectors {
-            let n = panel_vectors::<S>(vectors - at);
+            let n = panel_vectors(S::LANES, vectors - at);
             let lanes = at * S::LANES..(at + n) * S::LANES;
             at += n;
             let visible = units.end.min(sees(lanes.end - 1));
@@ -513,7 +513,7 @@ fn many<S: Simd>(
     sum_out[..rows].copy_from_slice(&sum[..rows]);
     let mut at = 0;
     while at < vectors {
-        let n = panel_vectors::<S>(vectors - at) * S::LANES;
+        let n = panel_vectors(S::LANES, vectors - at) * S::LANES;
         let first = at * S::LANES;
         let panel = &acc[first * d..(first + n) * d];
         for row in first..(first + n).min(rows) {

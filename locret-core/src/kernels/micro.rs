@@ -1,6 +1,7 @@
 //! The inner loop of every matrix product here.
 
 use super::simd::Simd;
+use std::ops::Range;
 
 /// `acc[b][v] += Σ_k a[b, k] · x[k, v·LANES..]`, an outer product per step `k`: each `a` is
 /// broadcast, each `x` is a row of `N` vectors.
@@ -46,11 +47,22 @@ pub(super) unsafe fn outer<S: Simd, const B: usize, const N: usize>(
 /// Two, with which twelve sums (six broadcasts), the row and a broadcast fit sixteen registers; of
 /// 32 registers, three (eight broadcasts), but two twice rather than three and one.
 #[inline(always)]
-pub(super) fn panel_vectors<S: Simd>(left: usize) -> usize {
+pub(super) const fn panel_vectors(lanes: usize, left: usize) -> usize {
     match left {
         1 => 1,
         2 | 4 => 2,
-        _ if S::LANES == 16 => 3,
+        _ if lanes == 16 => 3,
         _ => 2,
     }
+}
+
+/// The lanes of each panel that `rows` rows take, in order.
+pub(super) fn panels(lanes: usize, rows: usize) -> impl Iterator<Item = Range<usize>> {
+    let vectors = rows.div_ceil(lanes);
+    let mut at = 0;
+    std::iter::from_fn(move || {
+        let first = at;
+        at += panel_vectors(lanes, vectors - at);
+        (first < vectors).then_some(first * lanes..at * lanes)
+    })
 }

@@ -16,11 +16,13 @@
 //! | [`rope`] | cosine and sine tables, rotation and its inverse |
 //! | [`attention`] | causal grouped-query attention for prefill and decode |
 //! | [`observe`] | weights and logits that chosen queries give to each unit |
+//! | [`linear`] | products with weights in the type of their file, packed ones included |
 //! | [`elementwise`] | SiLU, SwiGLU, RMS norm with a residual |
 //! | [`select`] | the k best of many, keeping rows in place |
 
 pub mod attention;
 pub mod elementwise;
+pub mod linear;
 pub mod observe;
 pub mod rope;
 pub mod select;

@@ -460,7 +460,7 @@ fn for_panels<S: Simd>(rows: usize, mut f: impl FnMut(usize, Range<usize>)) {
     let vectors = rows.div_ceil(S::LANES);
     let mut at = 0;
     while at < vectors {
-        let n = panel_vectors::<S>(vectors - at);
+        let n = panel_vectors(S::LANES, vectors - at);
         f(n, at * S::LANES..(at + n) * S::LANES);
         at += n;
     }
@@ -493,7 +493,7 @@ fn piece_max<S: Simd>(
         let vectors = rows.div_ceil(S::LANES);
         let mut at = 0;
         while at < vectors {
-            let n = panel_vectors::<S>(vectors - at);
+            let n = panel_vectors(S::LANES, vectors - at);
             let lanes = at * S::LANES..(at + n) * S::LANES;
             at += n;
             let visible = sees(lanes.end - 1).min(first + out.len());

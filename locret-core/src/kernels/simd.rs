@@ -19,6 +19,8 @@ pub(super) trait Simd: Copy + Send + Sync + 'static {
 
     /// All lanes `x`.
     fn splat(self, x: f32) -> Self::V;
+    /// All lanes the IEEE half-precision number with these bits.
+    fn splat_f16(self, bits: u16) -> Self::V;
     /// `a + b`
     fn add(self, a: Self::V, b: Self::V) -> Self::V;
     /// `a - b`
@@ -47,6 +49,8 @@ pub(super) trait Simd: Copy + Send + Sync + 'static {
     /// Largest lane; NaN lanes may be dropped.
     fn largest(self, a: Self::V) -> f32;
 
+    /// Asks for the cache line at `p`, which may be any address.
+    fn prefetch(self, p: *const u8);
     /// Reads [`Self::LANES`] numbers.
     ///
     /// # Safety
@@ -170,6 +174,17 @@ impl Isa {
         all
     }
 
+    /// Numbers in a vector.
+    pub(super) fn lanes(self) -> usize {
+        match self {
+            Isa::Portable(_) => Portable::LANES,
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2(_) => x86::Avx2::LANES,
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512(_) => x86::Avx512::LANES,
+        }
+    }
+
     pub(super) fn name(self) -> &'static str {
         match self {
             Isa::Portable(_) => "portable",
@@ -236,6 +251,10 @@ impl Simd for Portable {
         F32x4([x; 4])
     }
     #[inline(always)]
+    fn splat_f16(self, bits: u16) -> F32x4 {
+        F32x4([f16_bits_to_f32(bits); 4])
+    }
+    #[inline(always)]
     fn add(self, a: F32x4, b: F32x4) -> F32x4 {
         map2(a, b, |a, b| a + b)
     }
@@ -298,6 +317,8 @@ impl Simd for Portable {
     fn largest(self, a: F32x4) -> f32 {
         a.0[0].max(a.0[2]).max(a.0[1].max(a.0[3]))
     }
+    #[inline(always)]
+    fn prefetch(self, _: *const u8) {}
     #[inline(always)]
     unsafe fn load(self, p: *const f32) -> F32x4 {
         // SAFETY: the caller promises four readable numbers.
@@ -426,6 +447,10 @@ pub(super) mod x86 {
             intrinsic!(_mm256_set1_ps(x))
         }
         #[inline(always)]
+        fn splat_f16(self, bits: u16) -> __m256 {
+            intrinsic!(_mm256_cvtph_ps(_mm_set1_epi16(bits.cast_signed())))
+        }
+        #[inline(always)]
         fn add(self, a: __m256, b: __m256) -> __m256 {
             intrinsic!(_mm256_add_ps(a, b))
         }
@@ -499,6 +524,10 @@ pub(super) mod x86 {
             })
         }
         #[inline(always)]
+        fn prefetch(self, p: *const u8) {
+            intrinsic!(_mm_prefetch::<_MM_HINT_T0>(p.cast()))
+        }
+        #[inline(always)]
         unsafe fn load(self, p: *const f32) -> __m256 {
             memory!(_mm256_loadu_ps(p))
         }
@@ -550,6 +579,10 @@ pub(super) mod x86 {
         #[inline(always)]
         fn splat(self, x: f32) -> __m512 {
             intrinsic!(_mm512_set1_ps(x))
+        }
+        #[inline(always)]
+        fn splat_f16(self, bits: u16) -> __m512 {
+            intrinsic!(_mm512_cvtph_ps(_mm256_set1_epi16(bits.cast_signed())))
         }
         #[inline(always)]
         fn add(self, a: __m512, b: __m512) -> __m512 {
@@ -626,6 +659,10 @@ pub(super) mod x86 {
         #[inline(always)]
         fn largest(self, a: __m512) -> f32 {
             intrinsic!(_mm512_reduce_max_ps(a))
+        }
+        #[inline(always)]
+        fn prefetch(self, p: *const u8) {
+            intrinsic!(_mm_prefetch::<_MM_HINT_T0>(p.cast()))
         }
         #[inline(always)]
         unsafe fn load(self, p: *const f32) -> __m512 {

@@ -1,0 +1,1188 @@
+//! Products with weight matrices that stay in the type of their file.
+//!
+//! `y = x · Wᵀ` with `x` `[tokens, columns]` in `f32` and `W` `[rows, columns]` in `f32`, a 16-bit
+//! float type or blocks of packed integers as in GGUF files. Weights are converted as they are
+//! read; **activations are never rounded**: sums are in `f32` of exact products of what the weights
+//! stand for.
+//!
+//! - **Few tokens** (decode): bound by the reading of `W`, which is read once for up to four
+//!   tokens; rows of `W` are dot products in registers.
+//! - **Many tokens** (prefill): blocks of `W` are converted once for hundreds of tokens, whose
+//!   activations are packed into panels; the inner loop is the outer product of broadcast weights
+//!   with lanes of tokens.
+//!
+//! Work is cut by rows of `W` in a way that depends on shapes alone, so that results don't depend
+//! on the number of threads.
+
+use super::{
+    attention::pack_rows,
+    micro::{outer, panels},
+    scratch::Scratch,
+    simd::{Isa, Simd, dispatch, load, store},
+    tiles::Element,
+};
+use half::{bf16, f16};
+use rayon::prelude::*;
+use std::{borrow::Cow, fmt, ops::Range};
+
+/// The type that the numbers of a weight matrix are stored in; all little-endian.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Format {
+    /// Single precision.
+    F32,
+    /// IEEE half precision.
+    F16,
+    /// bfloat16.
+    Bf16,
+    /// Blocks of 32: a half-precision scale and 32 signed bytes; `x = scale · q`.
+    Q8_0,
+    /// Blocks of 32: a half-precision scale and 16 bytes, which hold numbers `i` in their low and
+    /// `i + 16` in their high four bits; `x = scale · (q - 8)`.
+    Q4_0,
+    /// As `Q4_0` with a half-precision minimum after the scale; `x = scale · q + minimum`.
+    Q4_1,
+}
+
+impl Format {
+    /// Numbers in a block.
+    pub fn block(self) -> usize {
+        match self {
+            Format::F32 | Format::F16 | Format::Bf16 => 1,
+            Format::Q8_0 | Format::Q4_0 | Format::Q4_1 => BLOCK,
+        }
+    }
+
+    /// Bytes of a block.
+    pub fn block_bytes(self) -> usize {
+        match self {
+            Format::F32 => 4,
+            Format::F16 | Format::Bf16 => 2,
+            Format::Q8_0 => 34,
+            Format::Q4_0 => 18,
+            Format::Q4_1 => 20,
+        }
+    }
+}
+
+/// Numbers in a block of packed integers.
+const BLOCK: usize = 32;
+
+/// Bytes that are not the matrix they are said to be.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum WeightError {
+    /// The rows of the matrix don't consist of whole blocks.
+    Columns {
+        /// The columns that were asked for.
+        columns: usize,
+        /// Numbers in a block.
+        block: usize,
+    },
+    /// There are more or fewer bytes than the matrix has.
+    Bytes {
+        /// Bytes of the matrix; `None` where the number does not fit.
+        expected: Option<usize>,
+        /// Bytes that were given.
+        found: usize,
+    },
+}
+
+impl fmt::Display for WeightError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Columns { columns, block } => {
+                write!(f, "{columns} columns are not whole blocks of {block}")
+            }
+            Self::Bytes {
+                expected: Some(expected),
+                found,
+            } => write!(f, "{found} bytes where the matrix has {expected}"),
+            Self::Bytes {
+                expected: None,
+                found,
+            } => write!(f, "{found} bytes where the matrix has more than fit memory"),
+        }
+    }
+}
+
+impl std::error::Error for WeightError {}
+
+/// A weight matrix `[rows, columns]`, row-major, each row whole blocks; `rows` are outputs and
+/// `columns` inputs. Bytes may be borrowed (of a mapped file) or owned and need no alignment.
+#[derive(Clone)]
+pub struct Weight<'a> {
+    format: Format,
+    rows: usize,
+    columns: usize,
+    bytes: Cow<'a, [u8]>,
+}
+
+impl fmt::Debug for Weight<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "Weight({:?} [{}, {}])",
+            self.format, self.rows, self.columns
+        )
+    }
+}
+
+impl<'a> Weight<'a> {
+    /// From the bytes of a file.
+    ///
+    /// # Errors
+    /// [`WeightError`] if the bytes cannot be such a matrix.
+    pub fn new(
+        format: Format,
+        rows: usize,
+        columns: usize,
+        bytes: impl Into<Cow<'a, [u8]>>,
+    ) -> Result<Self, WeightError> {
+        let (bytes, block) = (bytes.into(), format.block());
+        if !columns.is_multiple_of(block) {
+            return Err(WeightError::Columns { columns, block });
+        }
+        let expected = (columns / block)
+            .checked_mul(format.block_bytes())
+            .and_then(|row| row.checked_mul(rows));
+        if expected != Some(bytes.len()) {
+            return Err(WeightError::Bytes {
+                expected,
+                found: bytes.len(),
+            });
+        }
+        Ok(Self {
+            format,
+            rows,
+            columns,
+            bytes,
+        })
+    }
+
+    /// From numbers in single precision, `[rows, columns]`.
+    ///
+    /// # Errors
+    /// [`WeightError`] if there are not as many.
+    pub fn from_f32(x: &'a [f32], rows: usize, columns: usize) -> Result<Self, WeightError> {
+        // SAFETY: any bytes of f32 may be read as bytes.
+        let bytes = unsafe { std::slice::from_raw_parts(x.as_ptr().cast(), size_of_val(x)) };
+        Self::new(Format::F32, rows, columns, bytes)
+    }
+
+    /// The type of the numbers.
+    pub fn format(&self) -> Format {
+        self.format
+    }
+
+    /// Outputs.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Inputs.
+    pub fn columns(&self) -> usize {
+        self.columns
+    }
+
+    /// The bytes, row by row.
+    pub fn bytes(&self) -> &[u8] {
+        &self.bytes
+    }
+
+    /// A row in single precision (an embedding, say).
+    ///
+    /// # Panics
+    /// If there is no such row, or `out` has another length than a row.
+    pub fn row(&self, row: usize, out: &mut [f32]) {
+        self.row_with(Isa::best(), row, out);
+    }
+
+    fn row_with(&self, isa: Isa, row: usize, out: &mut [f32]) {
+        assert_eq!(out.len(), self.columns, "length of a row");
+        assert!(row < self.rows, "row {row} of {}", self.rows);
+        dispatch!(isa, s => convert(s, self, row, 0..self.columns, out));
+    }
+
+    fn row_bytes(&self) -> usize {
+        self.columns / self.format.block() * self.format.block_bytes()
+    }
+}
+
+/// `out = x · Wᵀ`.
+///
+/// # Shapes
+/// - `x`: `[tokens, columns]`
+/// - `out`: `[tokens, rows]`
+///
+/// Numbers that are not finite reach the outputs that they take part in.
+///
+/// # Panics
+/// If the lengths don't fit each other.
+pub fn matmul(x: &[f32], weight: &Weight<'_>, out: &mut [f32]) {
+    matmul_with(Isa::best(), x, &[weight], out);
+}
+
+/// Several products of the same input side by side (queries, keys and values; gate and up), with
+/// one start of the threads and one packing: `out = x · [W₁; W₂; …]ᵀ`. Formats may differ.
+///
+/// # Shapes
+/// - `x`: `[tokens, columns]`, the same columns for all weights
+/// - `out`: `[tokens, Σ rows]`
+///
+/// # Panics
+/// If the lengths don't fit each other.
+pub fn matmul_fused(x: &[f32], weights: &[&Weight<'_>], out: &mut [f32]) {
+    matmul_with(Isa::best(), x, weights, out);
+}
+
+/// Up to this many tokens, weights are read row by row.
+const FEW: usize = 8;
+
+/// Weights in a job of few tokens, about.
+const FEW_JOB: usize = 1 << 15;
+
+/// Below this many multiply-adds the calling thread does all.
+const SERIAL: usize = 1 << 16;
+
+/// Rows in a job of many tokens; whole groups of any inner loop.
+const ROWS: usize = 96;
+
+/// Columns that are converted at a time: a panel of as many fits the first cache.
+const DEPTH: usize = 256;
+
+/// Tokens in a job of many tokens.
+const TOKENS: usize = 512;
+
+fn matmul_with(isa: Isa, x: &[f32], weights: &[&Weight<'_>], out: &mut [f32]) {
+    let Some(columns) = weights.first().map(|w| w.columns) else {
+        assert!(out.is_empty(), "an output without weights");
+        return;
+    };
+    assert!(
+        weights.iter().all(|w| w.columns == columns),
+        "fused weights have the same columns"
+    );
+    let rows: usize = weights.iter().map(|w| w.rows).sum();
+    if rows == 0 || columns == 0 {
+        out.fill(0.0);
+        return;
+    }
+    let tokens = x.len() / columns;
+    assert!(
+        x.len() == tokens * columns && out.len() == tokens * rows,
+        "{} inputs and {} outputs for {weights:?}",
+        x.len(),
+        out.len()
+    );
+    if tokens == 0 {
+        return;
+    }
+    let serial = tokens * rows * columns < SERIAL || rayon::current_num_threads() == 1;
+    if tokens <= FEW {
+        few_tokens(isa, x, tokens, weights, rows, out, serial);
+    } else {
+        many_tokens(isa, x, tokens, weights, rows, out, serial);
+    }
+}
+
+/// Rows of one weight and where their outputs stand.
+#[derive(Debug, Clone)]
+struct Job {
+    weight: usize,
+    rows: Range<usize>,
+    /// The column of the output of the first row.
+    column: usize,
+}
+
+/// Cuts weights into jobs of at most `size` rows.
+fn jobs(weights: &[&Weight<'_>], size: usize) -> Vec<Job> {
+    let mut jobs = Vec::new();
+    let mut column = 0;
+    for (weight, w) in weights.iter().enumerate() {
+        for start in (0..w.rows).step_by(size) {
+            let rows = start..(start + size).min(w.rows);
+            jobs.push(Job {
+                weight,
+                column: column + start,
+                rows,
+            });
+        }
+        column += w.rows;
+    }
+    jobs
+}
+
+fn few_tokens(
+    isa: Isa,
+    x: &[f32],
+    tokens: usize,
+    weights: &[&Weight<'_>],
+    rows: usize,
+    out: &mut [f32],
+    serial: bool,
+) {
+    let columns = x.len() / tokens;
+    // Sums over blocks of the activations, which packed weights with an offset need.
+    let blocks = columns / BLOCK;
+    let offsets = weights
+        .iter()
+        .any(|w| matches!(w.format, Format::Q4_0 | Format::Q4_1));
+    let lengths = [
+        if offsets { tokens * blocks * 16 } else { 0 },
+        if tokens == 1 { 0 } else { tokens * rows },
+    ];
+    let mut memory = Scratch::for_lengths(&lengths);
+    let [sums, turned] = memory.slices(lengths);
+    if offsets {
+        dispatch!(isa, s => block_sums(s, x, columns, sums));
+    }
+    let input = FewInput {
+        x,
+        sums,
+        tokens,
+        columns,
+    };
+    // Outputs by row of the weights, then by token.
+    let results = if tokens == 1 { &mut *out } else { &mut *turned };
+    let jobs = jobs(weights, (FEW_JOB / columns).next_multiple_of(4).max(4));
+    let mut rest = &mut *results;
+    let parts: Vec<(Job, &mut [f32])> = jobs
+        .into_iter()
+        .map(|job| {
+            let (part, tail) = std::mem::take(&mut rest).split_at_mut(job.rows.len() * tokens);
+            rest = tail;
+            (job, part)
+        })
+        .collect();
+    let run = |(job, out): (Job, &mut [f32])| {
+        dispatch!(isa, s => few_rows(s, weights[job.weight], job.rows, input, out));
+    };
+    if serial {
+        parts.into_iter().for_each(run);
+    } else {
+        parts.into_par_iter().for_each(run);
+    }
+    if tokens > 1 {
+        for (token, out) in out.chunks_exact_mut(rows).enumerate() {
+            for (out, row) in out.iter_mut().zip(turned.chunks_exact(tokens)) {
+                *out = row[token];
+            }
+        }
+    }
+}
+
+/// The activations of few tokens.
+#[derive(Clone, Copy)]
+struct FewInput<'a> {
+    /// `[tokens, columns]`
+    x: &'a [f32],
+    /// `[tokens, blocks, LANES]`: vectors whose lanes add up to the sum over a block.
+    sums: &'a [f32],
+    tokens: usize,
+    columns: usize,
+}
+
+#[inline(always)]
+fn block_sums<S: Simd>(s: S, x: &[f32], columns: usize, sums: &mut [f32]) {
+    let mut sums = sums.chunks_exact_mut(S::LANES);
+    for row in x.chunks_exact(columns) {
+        for block in row.chunks_exact(BLOCK) {
+            let mut sum = s.splat(0.0);
+            for x in block.chunks_exact(S::LANES) {
+                sum = s.add(sum, load(s, x));
+            }
+            if let Some(to) = sums.next() {
+                store(s, to, sum);
+            }
+        }
+    }
+}
+
+/// `out` `[rows, tokens]`.
+#[inline(always)]
+fn few_rows<S: Simd>(
+    s: S,
+    weight: &Weight<'_>,
+    rows: Range<usize>,
+    input: FewInput<'_>,
+    out: &mut [f32],
+) {
+    match weight.format {
+        Format::F32 => few_of::<S, Float<f32>>(s, weight, rows, input, out),
+        Format::F16 => few_of::<S, Float<f16>>(s, weight, rows, input, out),
+        Format::Bf16 => few_of::<S, Float<bf16>>(s, weight, rows, input, out),
+        Format::Q8_0 => few_of::<S, Bytes>(s, weight, rows, input, out),
+        Format::Q4_0 => few_of::<S, Nibbles<false>>(s, weight, rows, input, out),
+        Format::Q4_1 => few_of::<S, Nibbles<true>>(s, weight, rows, input, out),
+    }
+}
+
+#[inline(always)]
+fn few_of<S: Simd, D: Dot>(
+    s: S,
+    weight: &Weight<'_>,
+    rows: Range<usize>,
+    input: FewInput<'_>,
+    out: &mut [f32],
+) {
+    let mut from = rows.start;
+    while from < rows.end {
+        // A few rows at a time, so that the tokens of the second pass find them in the cache.
+        let n = (rows.end - from).min(4);
+        let out = &mut out[(from - rows.start) * input.tokens..][..n * input.tokens];
+        let mut token = 0;
+        while token < input.tokens {
+            match input.tokens - token {
+                1 => {
+                    dots::<S, D, 4, 1>(s, weight, from, n, input, token, out);
+                    token += 1;
+                }
+                2 | 3 => {
+                    dots::<S, D, 4, 2>(s, weight, from, n, input, token, out);
+                    token += 2;
+                }
+                _ => {
+                    dots::<S, D, 2, 4>(s, weight, from, n, input, token, out);
+                    token += 4;
+                }
+            }
+        }
+        from += n;
+    }
+}
+
+/// Dot products of `n` rows from `from` with `T` tokens from `token`, `R` rows at a time.
+#[inline(always)]
+fn dots<S: Simd, D: Dot, const R: usize, const T: usize>(
+    s: S,
+    weight: &Weight<'_>,
+    from: usize,
+    n: usize,
+    input: FewInput<'_>,
+    token: usize,
+    out: &mut [f32],
+) {
+    let (columns, row_bytes) = (input.columns, weight.row_bytes());
+    assert!(from + n <= weight.rows && weight.bytes.len() == weight.rows * row_bytes);
+    assert!(input.x.len() >= (token + T) * columns && weight.columns == columns);
+    assert!(!D::SUMS || input.sums.len() >= (token + T) * (columns / BLOCK) * S::LANES);
+    for first in (0..n).step_by(R) {
+        let (mut rows, mut xs, mut sums) = (
+            [std::ptr::null(); R],
+            [std::ptr::null(); T],
+            [std::ptr::null(); T],
+        );
+        for (r, row) in rows.iter_mut().enumerate() {
+            // Beyond the last row it is read again, and what comes of it is left out.
+            *row = weight.bytes[(from + (first + r).min(n - 1)) * row_bytes..].as_ptr();
+        }
+        for t in 0..T {
+            xs[t] = input.x[(token + t) * columns..].as_ptr();
+            if D::SUMS {
+                sums[t] = input.sums[(token + t) * (columns / BLOCK) * S::LANES..].as_ptr();
+            }
+        }
+        // SAFETY: each row has `row_bytes` bytes, each token `columns` numbers and a vector for
+        // each block where the format needs them (all checked above).
+        let dots = unsafe { D::dots::<S, R, T>(s, columns, rows, xs, sums) };
+        for r in 0..R.min(n - first) {
+            for t in 0..T {
+                out[(first + r) * input.tokens + token + t] = dots[r][t];
+            }
+        }
+    }
+}
+
+/// How many bytes ahead of their use weights are asked for. Rows are read one after the other, in
+/// the order of memory.
+const AHEAD: usize = 1024;
+
+/// A format's dot products and conversion.
+trait Dot {
+    /// Whether it needs sums over blocks of activations.
+    const SUMS: bool;
+
+    /// Dot products of `R` rows with `T` tokens.
+    ///
+    /// # Safety
+    /// Each of `rows` must be valid for reading the bytes of a row of `columns` numbers, each of
+    /// `x` for `columns` numbers, and if [`Self::SUMS`] each of `sums` for a vector for each block.
+    unsafe fn dots<S: Simd, const R: usize, const T: usize>(
+        s: S,
+        columns: usize,
+        rows: [*const u8; R],
+        x: [*const f32; T],
+        sums: [*const f32; T],
+    ) -> [[f32; T]; R];
+
+    /// Some numbers of a row, from a multiple of the block on, in whole blocks.
+    ///
+    /// # Safety
+    /// `row` must be valid for reading the bytes of a row that has the numbers from `from` on that
+    /// fill `out`.
+    unsafe fn convert<S: Simd>(s: S, row: *const u8, from: usize, out: &mut [f32]);
+}
+
+/// Sums over the lanes of `R · T` vectors.
+#[inline(always)]
+fn sum_all<S: Simd, const R: usize, const T: usize>(s: S, acc: [[S::V; T]; R]) -> [[f32; T]; R] {
+    let mut out = [[0.0; T]; R];
+    if R == 4 {
+        for t in 0..T {
+            let sums = s.sum4([acc[0][t], acc[1 % R][t], acc[2 % R][t], acc[3 % R][t]]);
+            for r in 0..R {
+                out[r][t] = sums[r];
+            }
+        }
+    } else if T == 4 {
+        for r in 0..R {
+            let a = acc[r];
+            out[r].copy_from_slice(&s.sum4([a[0], a[1 % T], a[2 % T], a[3 % T]]));
+        }
+    } else {
+        for r in 0..R {
+            for t in 0..T {
+                out[r][t] = s.sum(acc[r][t]);
+            }
+        }
+    }
+    out
+}
+
+/// Plain floats.
+struct Float<E>(std::marker::PhantomData<E>);
+
+impl<E: Element> Dot for Float<E> {
+    const SUMS: bool = false;
+
+    #[inline(always)]
+    unsafe fn dots<S: Simd, const R: usize, const T: usize>(
+        s: S,
+        columns: usize,
+        rows: [*const u8; R],
+        x: [*const f32; T],
+        _: [*const f32; T],
+    ) -> [[f32; T]; R] {
+        let mut acc = [[s.splat(0.0); T]; R];
+        let whole = columns - columns % S::LANES;
+        let quads = columns - columns % (4 * S::LANES);
+        for r in 0..R {
+            let row = rows[r].cast::<E>();
+            // Four sums for each token, so that no addition waits for the one before it.
+            let mut sums = [[s.splat(0.0); T]; 4];
+            for c in (0..quads).step_by(4 * S::LANES) {
+                s.prefetch(row.wrapping_add(c).cast::<u8>().wrapping_add(AHEAD));
+                for (i, sums) in sums.iter_mut().enumerate() {
+                    let c = c + i * S::LANES;
+                    // SAFETY: c + LANES <= columns; loads of vectors need no alignment.
+                    let weight = unsafe { E::load(s, row.wrapping_add(c)) };
+                    for t in 0..T {
+                        // SAFETY: as above.
+                        let x = unsafe { s.load(x[t].add(c)) };
+                        sums[t] = s.fma(weight, x, sums[t]);
+                    }
+                }
+            }
+            for c in (quads..whole).step_by(S::LANES) {
+                // SAFETY: as above.
+                let weight = unsafe { E::load(s, row.wrapping_add(c)) };
+                for t in 0..T {
+                    // SAFETY: as above.
+                    let x = unsafe { s.load(x[t].add(c)) };
+                    sums[0][t] = s.fma(weight, x, sums[0][t]);
+                }
+            }
+            for t in 0..T {
+                acc[r][t] = s.add(s.add(sums[0][t], sums[1][t]), s.add(sums[2][t], sums[3][t]));
+            }
+        }
+        let mut out = sum_all(s, acc);
+        for c in whole..columns {
+            for r in 0..R {
+                // SAFETY: c < columns.
+                let weight = unsafe { rows[r].cast::<E>().wrapping_add(c).read_unaligned().get() };
+                for t in 0..T {
+                    // SAFETY: c < columns.
+                    out[r][t] += weight * unsafe { *x[t].add(c) };
+                }
+            }
+        }
+        out
+    }
+
+    #[inline(always)]
+    unsafe fn convert<S: Simd>(s: S, row: *const u8, from: usize, out: &mut [f32]) {
+        let row = row.cast::<E>().wrapping_add(from);
+        let whole = out.len() - out.len() % S::LANES;
+        for i in (0..whole).step_by(S::LANES) {
+            // SAFETY: the row has as many numbers as `out`; loads need no alignment.
+            store(s, &mut out[i..], unsafe { E::load(s, row.wrapping_add(i)) });
+        }
+        for (i, out) in out.iter_mut().enumerate().skip(whole) {
+            // SAFETY: as above.
+            *out = unsafe { row.wrapping_add(i).read_unaligned().get() };
+        }
+    }
+}
+
+/// Two bytes as they stand.
+///
+/// # Safety
+/// `p` must be valid for reading two bytes.
+#[inline(always)]
+unsafe fn half_at(p: *const u8) -> u16 {
+    // SAFETY: promised by the caller.
+    u16::from_le_bytes(unsafe { p.cast::<[u8; 2]>().read() })
+}
+
+/// `Q8_0`
+struct Bytes;
+
+impl Dot for Bytes {
+    const SUMS: bool = false;
+
+    #[inline(always)]
+    unsafe fn dots<S: Simd, const R: usize, const T: usize>(
+        s: S,
+        columns: usize,
+        rows: [*const u8; R],
+        x: [*const f32; T],
+        _: [*const f32; T],
+    ) -> [[f32; T]; R] {
+        let mut acc = [[s.splat(0.0); T]; R];
+        for r in 0..R {
+            for block in 0..columns / BLOCK {
+                // SAFETY: the row has a block of 34 bytes here, each token 32 numbers.
+                unsafe {
+                    let at = rows[r].add(block * 34);
+                    s.prefetch(at.wrapping_add(AHEAD));
+                    let scale = s.splat_f16(half_at(at));
+                    let mut sums = [s.splat(0.0); T];
+                    for i in (0..BLOCK).step_by(S::LANES) {
+                        let weight = s.load_i8(at.add(2 + i).cast());
+                        for t in 0..T {
+                            let x = s.load(x[t].add(block * BLOCK + i));
+                            sums[t] = s.fma(weight, x, sums[t]);
+                        }
+                    }
+                    for t in 0..T {
+                        acc[r][t] = s.fma(scale, sums[t], acc[r][t]);
+                    }
+                }
+            }
+        }
+        sum_all(s, acc)
+    }
+
+    #[inline(always)]
+    unsafe fn convert<S: Simd>(s: S, row: *const u8, from: usize, out: &mut [f32]) {
+        for (block, out) in out.chunks_exact_mut(BLOCK).enumerate() {
+            // SAFETY: the row has a block of 34 bytes for each 32 numbers of `out`.
+            unsafe {
+                let at = row.add((from / BLOCK + block) * 34);
+                let scale = s.splat_f16(half_at(at));
+                for i in (0..BLOCK).step_by(S::LANES) {
+                    store(
+                        s,
+                        &mut out[i..],
+                        s.mul(scale, s.load_i8(at.add(2 + i).cast())),
+                    );
+                }
+            }
+        }
+    }
+}
+
+/// `Q4_1`, or `Q4_0` without a minimum.
+struct Nibbles<const MINIMUM: bool>;
+
+impl<const MINIMUM: bool> Nibbles<MINIMUM> {
+    const BYTES: usize = if MINIMUM { 20 } else { 18 };
+    const HEAD: usize = if MINIMUM { 4 } else { 2 };
+
+    /// Scale and minimum of a block.
+    ///
+    /// # Safety
+    /// `at` must be valid for reading a block.
+    #[inline(always)]
+    unsafe fn head<S: Simd>(s: S, at: *const u8) -> (S::V, S::V) {
+        // SAFETY: a block starts with one or two halves.
+        unsafe {
+            let scale = s.splat_f16(half_at(at));
+            let minimum = if MINIMUM {
+                s.splat_f16(half_at(at.add(2)))
+            } else {
+                s.mul(scale, s.splat(-8.0))
+            };
+            (scale, minimum)
+        }
+    }
+}
+
+impl<const MINIMUM: bool> Dot for Nibbles<MINIMUM> {
+    const SUMS: bool = true;
+
+    #[inline(always)]
+    unsafe fn dots<S: Simd, const R: usize, const T: usize>(
+        s: S,
+        columns: usize,
+        rows: [*const u8; R],
+        x: [*const f32; T],
+        sums: [*const f32; T],
+    ) -> [[f32; T]; R] {
+        let mut acc = [[s.splat(0.0); T]; R];
+        for r in 0..R {
+            // A sum of its own: a block would wait for two additions of the one before it.
+            let mut offset = [s.splat(0.0); T];
+            for block in 0..columns / BLOCK {
+                // SAFETY: the row has a block here, each token 32 numbers and a vector of sums.
+                unsafe {
+                    let at = rows[r].add(block * Self::BYTES);
+                    s.prefetch(at.wrapping_add(AHEAD));
+                    let (scale, minimum) = Self::head(s, at);
+                    let mut dot = [s.splat(0.0); T];
+                    for i in (0..BLOCK / 2).step_by(S::LANES) {
+                        let (low, high) = s.load_nibbles(at.add(Self::HEAD + i));
+                        for t in 0..T {
+                            let x = x[t].add(block * BLOCK + i);
+                            dot[t] = s.fma(low, s.load(x), dot[t]);
+                            dot[t] = s.fma(high, s.load(x.add(BLOCK / 2)), dot[t]);
+                        }
+                    }
+                    for t in 0..T {
+                        let sum = s.load(sums[t].add(block * S::LANES));
+                        acc[r][t] = s.fma(scale, dot[t], acc[r][t]);
+                        offset[t] = s.fma(minimum, sum, offset[t]);
+                    }
+                }
+            }
+            for t in 0..T {
+                acc[r][t] = s.add(acc[r][t], offset[t]);
+            }
+        }
+        sum_all(s, acc)
+    }
+
+    #[inline(always)]
+    unsafe fn convert<S: Simd>(s: S, row: *const u8, from: usize, out: &mut [f32]) {
+        for (block, out) in out.chunks_exact_mut(BLOCK).enumerate() {
+            let (lows, highs) = out.split_at_mut(BLOCK / 2);
+            // SAFETY: the row has a block for each 32 numbers of `out`.
+            unsafe {
+                let at = row.add((from / BLOCK + block) * Self::BYTES);
+                let (scale, minimum) = Self::head(s, at);
+                for i in (0..BLOCK / 2).step_by(S::LANES) {
+                    let (low, high) = s.load_nibbles(at.add(Self::HEAD + i));
+                    store(s, &mut lows[i..], s.fma(scale, low, minimum));
+                    store(s, &mut highs[i..], s.fma(scale, high, minimum));
+                }
+            }
+        }
+    }
+}
+
+/// Numbers of a row in single precision; `columns` are whole blocks.
+#[inline(always)]
+fn convert<S: Simd>(s: S, weight: &Weight<'_>, row: usize, columns: Range<usize>, out: &mut [f32]) {
+    let (block, row_bytes) = (weight.format.block(), weight.row_bytes());
+    assert!(row < weight.rows && columns.end <= weight.columns && out.len() == columns.len());
+    assert!(columns.start.is_multiple_of(block) && columns.len().is_multiple_of(block));
+    let at = weight.bytes[row * row_bytes..(row + 1) * row_bytes].as_ptr();
+    // SAFETY: `at` is a row of whole blocks that has these columns.
+    unsafe {
+        match weight.format {
+            Format::F32 => Float::<f32>::convert(s, at, columns.start, out),
+            Format::F16 => Float::<f16>::convert(s, at, columns.start, out),
+            Format::Bf16 => Float::<bf16>::convert(s, at, columns.start, out),
+            Format::Q8_0 => Bytes::convert(s, at, columns.start, out),
+            Format::Q4_0 => Nibbles::<false>::convert(s, at, columns.start, out),
+            Format::Q4_1 => Nibbles::<true>::convert(s, at, columns.start, out),
+        }
+    }
+}
+
+/// Columns of the output, which jobs write side by side.
+#[derive(Clone, Copy)]
+struct Columns {
+    out: *mut f32,
+    /// Numbers in a row of the output.
+    stride: usize,
+    tokens: usize,
+}
+
+// SAFETY: jobs on different threads write different columns (see `write`).
+unsafe impl Send for Columns {}
+// SAFETY: as above.
+unsafe impl Sync for Columns {}
+
+impl Columns {
+    /// Writes some numbers of one token's row.
+    ///
+    /// # Safety
+    /// No other thread may access these numbers, and the output must still be borrowed.
+    #[inline(always)]
+    unsafe fn write(self, token: usize, column: usize, values: impl ExactSizeIterator<Item = f32>) {
+        assert!(token < self.tokens && column + values.len() <= self.stride);
+        // SAFETY: within the output, and promised to be ours alone.
+        unsafe {
+            let to = self.out.add(token * self.stride + column);
+            for (i, value) in values.enumerate() {
+                to.add(i).write(value);
+            }
+        }
+    }
+}
+
+fn many_tokens(
+    isa: Isa,
+    x: &[f32],
+    tokens: usize,
+    weights: &[&Weight<'_>],
+    rows: usize,
+    out: &mut [f32],
+    serial: bool,
+) {
+    let columns = x.len() / tokens;
+    let jobs = jobs(weights, ROWS);
+    let out = Columns {
+        out: out.as_mut_ptr(),
+        stride: rows,
+        tokens,
+    };
+    for first in (0..tokens).step_by(TOKENS) {
+        let tokens = (tokens - first).min(TOKENS);
+        let x = &x[first * columns..(first + tokens) * columns];
+        let panels: Vec<Range<usize>> = panels(isa.lanes(), tokens).collect();
+        let room = panels.last().map_or(0, |p| p.end) * columns;
+        let mut memory = Scratch::for_lengths(&[room]);
+        let [packed] = memory.slices([room]);
+        let mut rest = &mut *packed;
+        let parts: Vec<(&Range<usize>, &mut [f32])> = panels
+            .iter()
+            .map(|panel| {
+                let (part, tail) = std::mem::take(&mut rest).split_at_mut(panel.len() * columns);
+                rest = tail;
+                (panel, part)
+            })
+            .collect();
+        let pack = |(panel, part): (&Range<usize>, &mut [f32])| {
+            let rows = panel.start..panel.end.min(tokens);
+            let rows = rows.map(|token| &x[token * columns..(token + 1) * columns]);
+            pack_rows(rows, 1.0, panel.len(), part);
+        };
+        if serial {
+            parts.into_iter().for_each(pack);
+        } else {
+            parts.into_par_iter().for_each(pack);
+        }
+        let panels = Panels {
+            columns,
+            tokens: first..first + tokens,
+            lanes: &panels,
+            packed: &*packed,
+        };
+        let run = |job: &Job| {
+            dispatch!(isa, s => many_rows(s, weights[job.weight], job, &panels, out));
+        };
+        if serial {
+            jobs.iter().for_each(run);
+        } else {
+            jobs.par_iter().with_max_len(1).for_each(run);
+        }
+    }
+}
+
+/// The activations of many tokens.
+struct Panels<'a> {
+    columns: usize,
+    tokens: Range<usize>,
+    /// The tokens in each panel, from 0; the last one may go beyond them.
+    lanes: &'a [Range<usize>],
+    /// For each panel `[columns, lanes]`.
+    packed: &'a [f32],
+}
+
+#[inline(always)]
+fn many_rows<S: Simd>(s: S, weight: &Weight<'_>, job: &Job, panels: &Panels<'_>, out: Columns) {
+    let (n, columns) = (job.rows.len(), panels.columns);
+    let width = panels.lanes.last().map_or(0, |p| p.end);
+    let lengths = [n * DEPTH, n * width];
+    let mut memory = Scratch::for_lengths(&lengths);
+    let [near, sums] = memory.slices(lengths);
+    for from in (0..columns).step_by(DEPTH) {
+        let depth = DEPTH.min(columns - from);
+        let near = &mut near[..n * depth];
+        for (row, near) in job.rows.clone().zip(near.chunks_exact_mut(depth)) {
+            convert(s, weight, row, from..from + depth, near);
+        }
+        for lanes in panels.lanes {
+            let width = lanes.len();
+            let x = &panels.packed[lanes.start * columns + from * width..][..depth * width];
+            let sums = &mut sums[lanes.start * n..lanes.end * n];
+            if from == 0 {
+                sums.fill(0.0);
+            }
+            match width / S::LANES {
+                1 => block::<S, 1>(s, depth, near, x, sums),
+                2 => block::<S, 2>(s, depth, near, x, sums),
+                _ if S::LANES == 16 => block::<S, 3>(s, depth, near, x, sums),
+                _ => unreachable!("panels have at most two vectors here"),
+            }
+        }
+    }
+    for lanes in panels.lanes {
+        let sums = &sums[lanes.start * n..lanes.end * n];
+        for lane in 0..lanes.len().min(panels.tokens.len() - lanes.start) {
+            let token = panels.tokens.start + lanes.start + lane;
+            let values = sums.chunks_exact(lanes.len()).map(|row| row[lane]);
+            // SAFETY: each job has its own columns, and the caller of `many_tokens` lends the
+            // output until all are done.
+            unsafe { out.write(token, job.column, values) };
+        }
+    }
+}
+
+/// `sums[r] += Σ_k near[r, k] · x[k]` for rows of `N` vectors.
+#[inline(always)]
+fn block<S: Simd, const N: usize>(s: S, depth: usize, near: &[f32], x: &[f32], sums: &mut [f32]) {
+    #[inline(always)]
+    fn go<S: Simd, const B: usize, const N: usize>(
+        s: S,
+        depth: usize,
+        from: usize,
+        near: &[f32],
+        x: &[f32],
+        sums: &mut [f32],
+    ) -> usize {
+        let (n, width) = (near.len() / depth, N * S::LANES);
+        let mut r = from;
+        while r + B <= n {
+            let near = &near[r * depth..(r + B) * depth];
+            let rows = &mut sums[r * width..(r + B) * width];
+            let mut acc = [[s.splat(0.0); N]; B];
+            for (acc, row) in acc.iter_mut().zip(rows.chunks_exact(width)) {
+                for v in 0..N {
+                    acc[v] = load(s, &row[v * S::LANES..]);
+                }
+            }
+            // SAFETY: `near` holds B rows of `depth` numbers, `x` as many rows of N vectors
+            // (checked below).
+            unsafe { outer(s, depth, near.as_ptr(), depth, 1, x.as_ptr(), &mut acc) };
+            for (acc, row) in acc.iter().zip(rows.chunks_exact_mut(width)) {
+                for (v, acc) in acc.iter().enumerate() {
+                    store(s, &mut row[v * S::LANES..], *acc);
+                }
+            }
+            r += B;
+        }
+        r
+    }
+    assert!(x.len() >= depth * N * S::LANES);
+    let mut r = 0;
+    if S::LANES == 16 || N == 1 {
+        r = go::<S, 8, N>(s, depth, r, near, x, sums);
+    } else {
+        r = go::<S, 6, N>(s, depth, r, near, x, sums);
+    }
+    r = go::<S, 4, N>(s, depth, r, near, x, sums);
+    r = go::<S, 2, N>(s, depth, r, near, x, sums);
+    go::<S, 1, N>(s, depth, r, near, x, sums);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::testing::Numbers;
+    use super::*;
+    use proptest::prelude::*;
+
+    const FORMATS: [Format; 6] = [
+        Format::F32,
+        Format::F16,
+        Format::Bf16,
+        Format::Q8_0,
+        Format::Q4_0,
+        Format::Q4_1,
+    ];
+
+    /// Bytes of a matrix and what they stand for, by the definition of the format.
+    fn matrix(format: Format, rows: usize, columns: usize, seed: u64) -> (Vec<u8>, Vec<f32>) {
+        let mut rng = Numbers::new(seed);
+        let mut bytes = Vec::new();
+        let mut numbers = Vec::new();
+        for _ in 0..rows * columns / format.block() {
+            let random = rng.take(34);
+            let half = |x: f32, bytes: &mut Vec<u8>| {
+                let x = f16::from_f32(x);
+                bytes.extend(x.to_le_bytes());
+                x.to_f32()
+            };
+            let byte = |i: usize| (random[i] * 128.0).floor() as i8;
+            match format {
+                Format::F32 => {
+                    bytes.extend(random[0].to_le_bytes());
+                    numbers.push(random[0]);
+                }
+                Format::F16 => numbers.push(half(random[0], &mut bytes)),
+                Format::Bf16 => {
+                    let x = bf16::from_f32(random[0]);
+                    bytes.extend(x.to_le_bytes());
+                    numbers.push(x.to_f32());
+                }
+                Format::Q8_0 => {
+                    let scale = half(random[33] / 128.0, &mut bytes);
+                    for i in 0..32 {
+                        bytes.push(byte(i) as u8);
+                        numbers.push(scale * f32::from(byte(i)));
+                    }
+                }
+                Format::Q4_0 | Format::Q4_1 => {
+                    let scale = half(random[33] / 8.0, &mut bytes);
+                    let minimum = match format {
+                        Format::Q4_1 => half(random[32], &mut bytes),
+                        _ => -8.0 * scale,
+                    };
+                    bytes.extend((0..16).map(|i| byte(i) as u8));
+                    let value = |q: u8| scale * f32::from(q) + minimum;
+                    numbers.extend((0..16).map(|i| value(byte(i) as u8 & 15)));
+                    numbers.extend((0..16).map(|i| value(byte(i) as u8 >> 4)));
+                }
+            }
+        }
+        (bytes, numbers)
+    }
+
+    /// `x · Wᵀ` in double precision, and the same of magnitudes as a measure of rounding.
+    fn oracle(x: &[f32], w: &[f32], columns: usize) -> Vec<(f64, f64)> {
+        let mut out = Vec::new();
+        for x in x.chunks(columns) {
+            for w in w.chunks(columns) {
+                let products = x.iter().zip(w).map(|(x, w)| f64::from(*x) * f64::from(*w));
+                out.push((products.clone().sum(), products.map(f64::abs).sum()));
+            }
+        }
+        out
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(128))]
+        #[test]
+        fn every_format_and_path_agrees_with_the_definition(
+            tokens in prop_oneof![1usize..12, 12usize..70],
+            shapes in prop::collection::vec((0usize..6, prop_oneof![1usize..12, 90usize..110]), 1..3),
+            blocks in 1usize..12,
+            tail in 0usize..32,
+            bad in prop::option::of(any::<prop::sample::Index>()),
+            seed in any::<u64>(),
+        ) {
+            let packed = shapes.iter().any(|(f, _)| FORMATS[*f].block() > 1);
+            let columns = if packed { blocks * 32 } else { blocks * 32 - tail };
+            let made: Vec<_> = shapes
+                .iter()
+                .enumerate()
+                .map(|(i, (f, rows))| matrix(FORMATS[*f], *rows, columns, seed ^ i as u64))
+                .collect();
+            let weights: Vec<Weight<'_>> = made
+                .iter()
+                .zip(&shapes)
+                .map(|((bytes, _), (f, rows))| Weight::new(FORMATS[*f], *rows, columns, bytes.as_slice()).unwrap())
+                .collect();
+            let weights: Vec<&Weight<'_>> = weights.iter().collect();
+            let all: Vec<f32> = made.iter().flat_map(|(_, n)| n.iter().copied()).collect();
+            let mut x = Numbers::new(!seed).take(tokens * columns);
+            if let Some(bad) = bad {
+                let at = bad.index(x.len());
+                x[at] = f32::NAN;
+            }
+            let expected = oracle(&x, &all, columns);
+            for isa in Isa::all() {
+                let mut out = vec![f32::INFINITY; expected.len()];
+                matmul_with(isa, &x, &weights, &mut out);
+                for (i, (y, (sum, size))) in out.iter().zip(&expected).enumerate() {
+                    // A weight near 0 is the difference of its scaled code and its offset.
+                    prop_assert!(
+                        (f64::from(*y) - sum).abs() <= 2e-6 * (size + columns as f64 / 8.0) || (y.is_nan() && sum.is_nan()),
+                        "{isa:?} {weights:?} output {i}: {y} for {sum}"
+                    );
+                }
+                let mut row = vec![0.0; columns];
+                for (weight, (_, numbers)) in weights.iter().zip(&made) {
+                    weight.row_with(isa, weight.rows() - 1, &mut row);
+                    for (a, b) in row.iter().zip(&numbers[(weight.rows() - 1) * columns..]) {
+                        prop_assert!((a - b).abs() <= 1e-6, "{isa:?} {weight:?}: {a} for {b}");
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn results_do_not_depend_on_threads() {
+        for format in FORMATS {
+            let (rows, columns) = (500, 640);
+            let (bytes, _) = matrix(format, rows, columns, 3);
+            let weight = Weight::new(format, rows, columns, bytes).unwrap();
+            for tokens in [1, 7, 30, 700] {
+                let x = Numbers::new(4).take(tokens * columns);
+                let run = |threads| {
+                    let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build();
+                    pool.unwrap().install(|| {
+                        let mut out = vec![0.0; tokens * rows];
+                        matmul(&x, &weight, &mut out);
+                        out
+                    })
+                };
+                let one = run(1);
+                assert_eq!(one, run(2), "{format:?}");
+                assert_eq!(one, run(5), "{format:?}");
+                // The last tokens alone.
+                let mut last = vec![0.0; rows];
+                matmul(&x[(tokens - 1) * columns..], &weight, &mut last);
+                for (a, b) in last.iter().zip(&one[(tokens - 1) * rows..]) {
+                    assert!((a - b).abs() < 1e-3, "{format:?} {a} {b}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn bytes_that_are_no_matrix_are_refused() {
+        let error = Weight::new(Format::Q4_1, 2, 40, &[0u8; 40][..]).unwrap_err();
+        assert_eq!(error.to_string(), "40 columns are not whole blocks of 32");
+        let error = Weight::new(Format::Q4_1, 2, 64, &[0u8; 79][..]).unwrap_err();
+        assert_eq!(error.to_string(), "79 bytes where the matrix has 80");
+        let error = Weight::new(Format::F32, usize::MAX, 64, &[0u8; 4][..]).unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "4 bytes where the matrix has more than fit memory"
+        );
+        let error = Weight::from_f32(&[0.0; 5], 2, 3).unwrap_err();
+        assert_eq!(
+            error,
+            WeightError::Bytes {
+                expected: Some(24),
+                found: 20
+            }
+        );
+    }
+
+    #[test]
+    fn empty_shapes_are_fine() {
+        let weight = Weight::from_f32(&[], 0, 3).unwrap();
+        matmul(&[1.0; 6], &weight, &mut []);
+        let weight = Weight::from_f32(&[], 3, 0).unwrap();
+        let mut out = [1.0; 6];
+        matmul(&[], &weight, &mut out);
+        assert_eq!(out, [0.0; 6]);
+        matmul_fused(&[1.0; 6], &[], &mut []);
+        let weight = Weight::from_f32(&[1.0; 6], 2, 3).unwrap();
+        matmul(&[], &weight, &mut []);
+    }
+
+    #[test]
+    #[should_panic(expected = "5 inputs and 2 outputs")]
+    fn lengths_must_fit() {
+        let weight = Weight::from_f32(&[1.0; 6], 2, 3).unwrap();
+        matmul(&[0.0; 5], &weight, &mut [0.0; 2]);
+    }
+}
