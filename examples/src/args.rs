@@ -1,0 +1,518 @@
+//! Groups of command-line flags that several examples take (`#[command(flatten)]`).
+
+use crate::{
+    Error, Result,
+    corpus::Essays,
+    runtime::Runtime,
+    tasks::{self, Kind, Recipe, Task},
+};
+use clap::Args;
+use locret_core::{Budget, CacheOptions, DecodeEviction, KvDtype, Positions, Prefill, Sampling};
+use locret_models::{FetchOptions, LoadOptions, WeightDtype};
+use locret_policies::{Method, PolicyConfig};
+use serde_json::json;
+use sha2::{Digest, Sha256};
+use std::{fs, path::PathBuf};
+
+/// Which model runs, and where.
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Model")]
+pub struct ModelArgs {
+    /// smollm2, a .gguf file, a folder with config.json and safetensors, or hf:owner/name
+    #[arg(long, value_name = "MODEL", default_value = "smollm2")]
+    pub model: String,
+    /// flex (CPU), or cuda, vulkan, metal where built with that feature
+    #[arg(long, value_name = "NAME", default_value = "flex")]
+    pub device: String,
+    /// Type of the weights in memory: f32, f16, bf16, or file (as they are)
+    #[arg(long, value_name = "TYPE", default_value = "f32", value_parser = parse_weights)]
+    pub weights: WeightDtype,
+    /// LongRoPE (Phi-3) with its long factors at every length
+    #[arg(long)]
+    pub always_long: bool,
+    /// Folder for downloads
+    #[arg(long, value_name = "DIR")]
+    pub cache: Option<PathBuf>,
+    /// Never use the network
+    #[arg(long)]
+    pub offline: bool,
+}
+
+impl Default for ModelArgs {
+    /// SmolLM2 on the CPU.
+    fn default() -> Self {
+        Self {
+            model: "smollm2".into(),
+            device: "flex".into(),
+            weights: WeightDtype::F32,
+            always_long: false,
+            cache: None,
+            offline: false,
+        }
+    }
+}
+
+impl ModelArgs {
+    /// Where downloads are kept.
+    pub fn fetch(&self) -> FetchOptions {
+        FetchOptions {
+            cache: self.cache.clone(),
+            offline: self.offline,
+            ..FetchOptions::default()
+        }
+    }
+
+    /// How the model is loaded.
+    pub fn options(&self) -> LoadOptions {
+        LoadOptions {
+            weights: self.weights,
+            always_long: self.always_long,
+            ..LoadOptions::default()
+        }
+    }
+
+    /// Fetches the model if need be, and loads it.
+    ///
+    /// # Errors
+    /// As [`Runtime::load`].
+    pub fn load(&self) -> Result<Runtime> {
+        Runtime::load(self)
+    }
+}
+
+/// Which policy decides what stays.
+#[derive(Debug, Clone, Default, Args)]
+#[command(next_help_heading = "Policy")]
+pub struct PolicyArgs {
+    /// full, window, random, key-norm, key-diff, sirllm, locret, h2o, snapkv or tova
+    #[arg(long, value_name = "NAME")]
+    pub policy: Option<String>,
+    /// The policy from a TOML or JSON file; other flags of this group override it
+    #[arg(long, value_name = "FILE")]
+    pub policy_file: Option<PathBuf>,
+    /// What each KV head keeps: units (256), a share of the prompt (12.5%), or bytes for all
+    /// layers (4MiB)
+    #[arg(long, value_name = "N", value_parser = parse_budget)]
+    pub budget: Option<Budget>,
+    /// Newest units protected while further chunks follow
+    #[arg(long, value_name = "N")]
+    pub stabilizers: Option<usize>,
+    /// First units of the text that always stay
+    #[arg(long, value_name = "N")]
+    pub sinks: Option<usize>,
+    /// Newest units that always stay
+    #[arg(long, value_name = "N")]
+    pub recent: Option<usize>,
+    /// File of Locret's retaining heads (.safetensors or .bin)
+    #[arg(long, value_name = "FILE")]
+    pub heads: Option<PathBuf>,
+    /// original: units keep their places in the text; compact: they move together
+    #[arg(long, value_name = "original|compact", value_parser = parse_positions)]
+    pub positions: Option<Positions>,
+    /// Select on scores max-pooled over this many neighbours (odd)
+    #[arg(long, value_name = "N")]
+    pub pool: Option<usize>,
+    /// Evict while generating, whenever the budget is exceeded by N units
+    #[arg(long, value_name = "N")]
+    pub decode_every: Option<usize>,
+    /// sirllm: factor on older scores when a further turn begins
+    #[arg(long, value_name = "X")]
+    pub decay: Option<f32>,
+    /// random: seed
+    #[arg(long, value_name = "N")]
+    pub policy_seed: Option<u64>,
+    /// snapkv: how many of the last queries are observed
+    #[arg(long, value_name = "N")]
+    pub observe: Option<usize>,
+    /// snapkv: width of the average pooling (odd)
+    #[arg(long, value_name = "N")]
+    pub kernel: Option<usize>,
+}
+
+impl PolicyArgs {
+    /// The policy that is asked for; the full cache where none is.
+    ///
+    /// # Errors
+    /// [`Error::Policy`] for an unknown name, an unreadable file or contradictory settings.
+    pub fn config(&self) -> Result<PolicyConfig> {
+        let mut config = match (&self.policy_file, &self.policy) {
+            (Some(_), Some(_)) => {
+                return Err(Error::Usage(
+                    "--policy and --policy-file both name a policy: give one of them".into(),
+                ));
+            }
+            (Some(file), None) => PolicyConfig::load(file)?,
+            (None, Some(name)) => PolicyConfig::new(name.parse()?),
+            (None, None) => PolicyConfig::new(Method::Full),
+        };
+        let decode = self.decode_every.map(DecodeEviction::Every);
+        set(&mut config.budget, self.budget);
+        set(&mut config.stabilizers, self.stabilizers);
+        set(&mut config.sinks, self.sinks);
+        set(&mut config.recent, self.recent);
+        set(&mut config.heads, self.heads.clone());
+        set(&mut config.positions, self.positions);
+        set(&mut config.pool, self.pool);
+        set(&mut config.decode, decode);
+        set(&mut config.decay, self.decay);
+        set(&mut config.seed, self.policy_seed);
+        set(&mut config.window, self.observe);
+        set(&mut config.kernel, self.kernel);
+        Ok(config)
+    }
+}
+
+fn set<T>(to: &mut Option<T>, from: Option<T>) {
+    if from.is_some() {
+        *to = from;
+    }
+}
+
+/// How a prompt is read.
+#[derive(Debug, Clone, Copy, Args)]
+#[command(next_help_heading = "Reading")]
+pub struct PrefillArgs {
+    /// Tokens that go through the model together; the cache peaks at budget + chunk
+    #[arg(long, value_name = "N", default_value_t = 256)]
+    pub chunk: usize,
+    /// The prompt's last tokens, which are read without eviction
+    #[arg(long, value_name = "N", default_value_t = 32)]
+    pub local: usize,
+    /// Type of the cached keys and values: f32, f16 or bf16
+    #[arg(long, value_name = "TYPE", default_value = "f32", value_parser = parse_dtype)]
+    pub kv: KvDtype,
+}
+
+impl PrefillArgs {
+    /// The engine's settings.
+    pub fn prefill(&self) -> Prefill {
+        Prefill {
+            chunk: self.chunk,
+            local: self.local,
+        }
+    }
+
+    /// The cache's settings.
+    pub fn cache(&self) -> CacheOptions {
+        CacheOptions {
+            dtype: self.kv,
+            ..CacheOptions::default()
+        }
+    }
+}
+
+/// What is read.
+#[derive(Debug, Clone, Default, Args)]
+#[command(next_help_heading = "Prompt")]
+pub struct PromptArgs {
+    /// The prompt
+    #[arg(long, value_name = "TEXT", conflicts_with = "prompt_file")]
+    pub prompt: Option<String>,
+    /// A file with the prompt
+    #[arg(long, value_name = "FILE")]
+    pub prompt_file: Option<PathBuf>,
+    /// Take the prompt as a user's turn of the model's chat template
+    #[arg(long)]
+    pub chat: bool,
+    /// Take control tokens that are written in the prompt as control tokens
+    #[arg(long)]
+    pub control_tokens: bool,
+}
+
+impl PromptArgs {
+    /// The prompt's tokens.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] if there is no prompt, [`Error::Read`], [`Error::Model`].
+    pub fn ids(&self, runtime: &Runtime) -> Result<Vec<u32>> {
+        let text = match (&self.prompt, &self.prompt_file) {
+            (Some(text), _) => text.clone(),
+            (None, Some(file)) => fs::read_to_string(file).map_err(|e| Error::read(file, e))?,
+            (None, None) => {
+                return Err(Error::Usage("give a --prompt or a --prompt-file".into()));
+            }
+        };
+        runtime.prompt(&text, self.chat, self.control_tokens)
+    }
+}
+
+/// What is asked.
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Tasks")]
+pub struct TaskArgs {
+    /// Tasks as JSON lines: {"id", "task", "context", "queries": [{"query", "answer"}]}
+    #[arg(long = "tasks", value_name = "FILE.jsonl")]
+    pub file: Option<PathBuf>,
+    /// Built-in tasks, separated by commas
+    #[arg(
+        long,
+        value_name = "NAMES",
+        value_delimiter = ',',
+        conflicts_with = "file"
+    )]
+    pub kinds: Vec<String>,
+    /// Tokens of a built-in task's context
+    #[arg(long, value_name = "N", default_value_t = 2000)]
+    pub tokens: usize,
+    /// Contexts of each built-in kind
+    #[arg(long, value_name = "N", default_value_t = 8)]
+    pub samples: usize,
+    /// Seed of the built-in tasks
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub seed: u64,
+    /// Put built-in tasks as plain text although the model has a chat template
+    #[arg(long)]
+    pub plain: bool,
+    /// Write the built-in tasks to a file as well
+    #[arg(long, value_name = "FILE.jsonl")]
+    pub write_tasks: Option<PathBuf>,
+}
+
+impl TaskArgs {
+    /// The tasks: from the file, or generated.
+    ///
+    /// # Errors
+    /// As [`tasks::read`], [`Essays::for_evaluation`] and [`Recipe::generate`].
+    pub fn tasks(&self, runtime: &Runtime, fetch: &FetchOptions) -> Result<Vec<Task>> {
+        if let Some(file) = &self.file {
+            return tasks::read(file);
+        }
+        let kinds = match &self.kinds[..] {
+            [] => Ok(Kind::DEFAULT.to_vec()),
+            names => names.iter().map(|n| n.parse()).collect::<Result<_>>(),
+        };
+        let recipe = Recipe {
+            kinds: kinds?,
+            tokens: self.tokens,
+            samples: self.samples,
+            seed: self.seed,
+        };
+        let essays = Essays::for_evaluation(fetch)?;
+        let frame = runtime.frame(self.plain.then_some(false))?;
+        let all = recipe.generate(&frame, &essays, &|text| runtime.count(text))?;
+        if let Some(file) = &self.write_tasks {
+            tasks::write(file, &all)?;
+        }
+        Ok(all)
+    }
+
+    /// What the tasks depend on, for results.
+    pub fn settings(&self, tasks: &[Task]) -> serde_json::Value {
+        // Two files of one name with other content are other tasks.
+        let text = serde_json::to_vec(tasks).unwrap_or_default();
+        let digest: String = (Sha256::digest(&text).iter())
+            .take(8)
+            .map(|byte| format!("{byte:02x}"))
+            .collect();
+        match &self.file {
+            Some(file) => json!({ "file": file, "sha256": digest }),
+            None => json!({
+                "builtin": self.kinds,
+                "tokens": self.tokens,
+                "samples": self.samples,
+                "seed": self.seed,
+                "plain": self.plain,
+                "sha256": digest,
+            }),
+        }
+    }
+}
+
+/// How tokens are chosen.
+#[derive(Debug, Clone, Copy, Args)]
+#[command(next_help_heading = "Sampling")]
+pub struct SamplingArgs {
+    /// Divides the logits; 0 takes the most likely token
+    #[arg(long, value_name = "X", default_value_t = 0.0)]
+    pub temperature: f32,
+    /// Only the N most likely tokens; 0 for all
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub top_k: usize,
+    /// Only the most likely tokens that together have this probability
+    #[arg(long, value_name = "P", default_value_t = 1.0)]
+    pub top_p: f32,
+    /// Only tokens at least P times as likely as the most likely one
+    #[arg(long, value_name = "P", default_value_t = 0.0)]
+    pub min_p: f32,
+    /// Makes tokens that have occurred less likely; 1 changes nothing
+    #[arg(long, value_name = "X", default_value_t = 1.0)]
+    pub repetition_penalty: f32,
+    /// Seed of the draws
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub seed: u64,
+}
+
+impl SamplingArgs {
+    /// The engine's settings.
+    pub fn sampling(&self) -> Sampling {
+        Sampling {
+            temperature: self.temperature,
+            top_k: self.top_k,
+            top_p: self.top_p,
+            min_p: self.min_p,
+            repetition_penalty: self.repetition_penalty,
+            seed: self.seed,
+        }
+    }
+}
+
+/// `256`, `12.5%`, or bytes.
+fn parse_budget(text: &str) -> Result<Budget, String> {
+    let text = text.trim();
+    if let Some(share) = text.strip_suffix('%') {
+        return Ok(Budget::Ratio(number(share)? / 100.0));
+    }
+    if text.ends_with('B') {
+        return parse_bytes(text).map(Budget::Bytes);
+    }
+    let units = text.parse();
+    units
+        .map(Budget::Units)
+        .map_err(|_| "expected units (256), a share (12.5%) or bytes (4MiB)".into())
+}
+
+/// Bytes: `4MiB`; also `KiB`, `GiB`, and `B`.
+///
+/// # Errors
+/// A message for anything else.
+pub fn parse_bytes(text: &str) -> Result<usize, String> {
+    for (unit, shift) in [("KiB", 10), ("MiB", 20), ("GiB", 30), ("B", 0)] {
+        if let Some(n) = text.trim().strip_suffix(unit) {
+            let bytes = number(n)? * f64::from(1u32 << shift);
+            if !(0.0..9e15).contains(&bytes) {
+                return Err("expected a size in bytes".into());
+            }
+            return Ok(bytes as usize);
+        }
+    }
+    Err("expected bytes, such as 4MiB".into())
+}
+
+fn number(text: &str) -> Result<f64, String> {
+    let text = text.trim();
+    text.parse().map_err(|_| format!("{text:?} is no number"))
+}
+
+fn parse_positions(text: &str) -> Result<Positions, String> {
+    match text {
+        "original" => Ok(Positions::Original),
+        "compact" => Ok(Positions::Compact),
+        _ => Err("expected original or compact".into()),
+    }
+}
+
+fn parse_weights(text: &str) -> Result<WeightDtype, String> {
+    match text {
+        "f32" => Ok(WeightDtype::F32),
+        "f16" => Ok(WeightDtype::F16),
+        "bf16" => Ok(WeightDtype::BF16),
+        "file" => Ok(WeightDtype::File),
+        _ => Err("expected f32, f16, bf16 or file".into()),
+    }
+}
+
+fn parse_dtype(text: &str) -> Result<KvDtype, String> {
+    match text {
+        "f32" => Ok(KvDtype::F32),
+        "f16" => Ok(KvDtype::F16),
+        "bf16" => Ok(KvDtype::Bf16),
+        _ => Err("expected f32, f16 or bf16".into()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::Parser;
+
+    #[derive(Debug, Parser)]
+    struct All {
+        #[command(flatten)]
+        policy: PolicyArgs,
+        #[command(flatten)]
+        prefill: PrefillArgs,
+        #[command(flatten)]
+        sampling: SamplingArgs,
+    }
+
+    fn parse(flags: &str) -> Result<All, clap::Error> {
+        All::try_parse_from(["x"].into_iter().chain(flags.split_whitespace()))
+    }
+
+    #[test]
+    fn no_flags_are_a_full_cache_and_greedy() {
+        let all = parse("").unwrap();
+        assert_eq!(
+            all.policy.config().unwrap(),
+            PolicyConfig::new(Method::Full)
+        );
+        assert_eq!(all.sampling.sampling(), Sampling::greedy());
+    }
+
+    #[test]
+    fn flags_become_a_configuration() {
+        let all = parse(
+            "--policy locret --budget 160 --stabilizers 32 --chunk 128 --local 16 --heads h.bin \
+             --positions original --sinks 4 --decode-every 8 --kv bf16",
+        )
+        .unwrap();
+        let config = all.policy.config().unwrap();
+        let expected = PolicyConfig {
+            stabilizers: Some(32),
+            heads: Some("h.bin".into()),
+            sinks: Some(4),
+            decode: Some(DecodeEviction::Every(8)),
+            ..PolicyConfig::new(Method::Locret)
+                .budget(Budget::Units(160))
+                .positions(Positions::Original)
+        };
+        assert_eq!(config, expected);
+        let prefill = all.prefill;
+        assert_eq!(
+            (prefill.prefill().chunk, prefill.prefill().local),
+            (128, 16)
+        );
+        assert_eq!(prefill.cache().dtype, KvDtype::Bf16);
+    }
+
+    #[test]
+    fn budgets_in_units_shares_and_bytes() {
+        assert_eq!(parse_budget("256"), Ok(Budget::Units(256)));
+        assert_eq!(parse_budget("12.5%"), Ok(Budget::Ratio(0.125)));
+        assert_eq!(parse_budget("4MiB"), Ok(Budget::Bytes(4 << 20)));
+        assert_eq!(parse_budget("1.5 KiB"), Ok(Budget::Bytes(1536)));
+        for bad in ["", "-1", "x", "1.5", "GiB", "-1MiB", "NaN B"] {
+            assert!(parse_budget(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn files_can_be_overridden_and_names_are_checked() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("p.toml");
+        std::fs::write(&file, "policy = \"window\"\nbudget = 100\nsinks = 2").unwrap();
+        let flags = format!("--policy-file {} --budget 64", file.display());
+        let config = parse(&flags).unwrap().policy.config().unwrap();
+        assert_eq!(config.policy, Method::Window);
+        assert_eq!(
+            (config.budget, config.sinks),
+            (Some(Budget::Units(64)), Some(2))
+        );
+        let both = format!("--policy full {flags}");
+        assert!(parse(&both).unwrap().policy.config().is_err());
+        let unknown = parse("--policy windows")
+            .unwrap()
+            .policy
+            .config()
+            .unwrap_err();
+        assert!(unknown.to_string().contains("windows"), "{unknown}");
+        assert!(
+            parse("--policy-file /none.toml")
+                .unwrap()
+                .policy
+                .config()
+                .is_err()
+        );
+        assert!(parse("--positions relative").is_err());
+    }
+}

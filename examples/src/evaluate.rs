@@ -1,0 +1,462 @@
+//! Runs tasks: a context is read once, and each of its queries on a fork of the cache.
+
+use crate::{
+    Error, Result,
+    progress::Progress,
+    report::{self, Table},
+    tasks::Task,
+};
+use locret_core::{
+    CacheOptions, CausalLm, ChunkDone, Generate, KvCachePolicy, Prefill, Session, TokenScore,
+};
+use serde::{Deserialize, Serialize};
+use std::{
+    collections::{BTreeMap, HashMap},
+    fs::{self, File},
+    io::Write,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Instant,
+};
+
+/// Gives the tokens of a text: control tokens in it are control tokens, nothing is added.
+pub type Encode<'a> = &'a dyn Fn(&str) -> Result<Vec<u32>>;
+
+/// What reads the contexts and answers the queries.
+#[derive(Debug, Clone)]
+pub struct Reader {
+    /// The model.
+    pub model: Arc<dyn CausalLm>,
+    /// The policy.
+    pub policy: Arc<dyn KvCachePolicy>,
+    /// The cache's settings.
+    pub cache: CacheOptions,
+    /// How contexts are read. Their last `local` tokens are not evicted, nor is any token of a
+    /// query or an answer.
+    pub prefill: Prefill,
+    /// Whether the policy evicts while it generates, so that greedy answers have to be generated.
+    pub evicts_while_decoding: bool,
+}
+
+/// How one query was answered.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct Answered {
+    /// Whether the greedy continuation is the answer, token for token.
+    pub exact: bool,
+    /// Tokens of the answer that were the most likely ones after the right tokens before them.
+    pub right: usize,
+    /// Tokens of the answer.
+    pub tokens: usize,
+    /// Sum over the answer's tokens of `-ln p`.
+    pub nll: f64,
+}
+
+/// How one task went.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Case {
+    /// [`Task::id`]
+    pub id: String,
+    /// [`Task::task`]
+    pub task: String,
+    /// [`Task::is_continuation`]
+    pub continuation: bool,
+    /// Tokens of the context.
+    pub context_tokens: usize,
+    /// One for each query.
+    pub queries: Vec<Answered>,
+    /// The most bytes of keys and values at any moment.
+    pub peak_kv_bytes: usize,
+    /// Bytes of keys and values when the context was read.
+    pub kept_kv_bytes: usize,
+    /// Tokens of the context and bytes of keys and values after each chunk.
+    pub curve: Vec<(usize, usize)>,
+    /// Wall-clock time.
+    pub seconds: f64,
+}
+
+impl Reader {
+    /// Reads a task's context and answers its queries. `on_chunk` sees the cache after every chunk
+    /// of the context.
+    ///
+    /// The greedy answer equals the expected one exactly if every token of it is the most likely
+    /// one after the right tokens before it, so that one pass over the answer gives all three
+    /// scores. Only where the policy evicts while it generates are answers generated as well.
+    ///
+    /// # Errors
+    /// Those of `encode` and of the engine; [`Error::Usage`] for a text without tokens.
+    pub fn run(
+        &self,
+        task: &Task,
+        encode: Encode<'_>,
+        on_chunk: &mut dyn FnMut(&ChunkDone<'_>),
+    ) -> Result<Case> {
+        let started = Instant::now();
+        let ids = encode(&task.context)?;
+        let mut session =
+            Session::with_options(self.model.clone(), self.policy.clone(), self.cache)?;
+        let mut curve = Vec::new();
+        session.prefill_with(&ids, &self.prefill, &mut |chunk| {
+            curve.push((chunk.done, chunk.cache.bytes()));
+            on_chunk(chunk);
+            Ok(())
+        })?;
+        let kept = session.report().kv_bytes;
+        let mut peak = session.report().peak.bytes;
+        let mut queries = Vec::with_capacity(task.queries.len());
+        for (i, query) in task.queries.iter().enumerate() {
+            let (asked, answer) = (encode(&query.query)?, encode(&query.answer)?);
+            if answer.is_empty() {
+                let id = &task.id;
+                return Err(Error::Usage(format!(
+                    "task {id}: the answer of query {} has no tokens",
+                    i + 1
+                )));
+            }
+            let mut fork = session.fork()?;
+            let exact = if self.evicts_while_decoding && !task.is_continuation() {
+                let mut fork = session.fork()?;
+                fork.score(&asked)?;
+                let greedy = fork.generate(Generate::greedy(answer.len()))?;
+                Some(greedy.collect::<Result<Vec<u32>, _>>()? == answer)
+            } else {
+                None
+            };
+            let all = fork.score(&[asked.as_slice(), &answer].concat())?;
+            queries.push(Answered::of(&all[asked.len()..], exact));
+            peak = peak.max(fork.report().peak.bytes);
+        }
+        Ok(Case {
+            context_tokens: ids.len(),
+            queries,
+            peak_kv_bytes: peak,
+            kept_kv_bytes: kept,
+            curve,
+            seconds: started.elapsed().as_secs_f64(),
+            ..Case::from(task)
+        })
+    }
+}
+
+impl From<&Task> for Case {
+    /// Before anything has been run.
+    fn from(task: &Task) -> Self {
+        Self {
+            id: task.id.clone(),
+            task: task.task.clone(),
+            continuation: task.is_continuation(),
+            context_tokens: 0,
+            queries: Vec::new(),
+            peak_kv_bytes: 0,
+            kept_kv_bytes: 0,
+            curve: Vec::new(),
+            seconds: 0.0,
+        }
+    }
+}
+
+impl Answered {
+    fn of(scores: &[TokenScore], exact: Option<bool>) -> Self {
+        let right = scores.iter().filter(|s| s.top).count();
+        Self {
+            exact: exact.unwrap_or(right == scores.len()),
+            right,
+            tokens: scores.len(),
+            nll: scores.iter().map(|s| f64::from(s.nll)).sum(),
+        }
+    }
+}
+
+/// Runs all tasks, and writes each result to `partial` at once: a run that is started again with
+/// the same `settings` goes on where it was.
+///
+/// # Errors
+/// As [`Reader::run`]; [`Error::Write`].
+pub fn run_all(
+    reader: &Reader,
+    tasks: &[Task],
+    encode: Encode<'_>,
+    partial: Option<(&Path, &serde_json::Value)>,
+    progress: &mut Progress,
+) -> Result<Vec<Case>> {
+    let mut log = match partial {
+        Some((path, settings)) => Some(Log::open(path, settings)?),
+        None => None,
+    };
+    let mut cases = Vec::with_capacity(tasks.len());
+    for (i, task) in tasks.iter().enumerate() {
+        progress.label(format!("{} {}", reader.policy.name(), task.id));
+        let known = log.as_mut().and_then(|l| l.take(&task.task, &task.id));
+        let case = match known {
+            Some(case) => case,
+            None => {
+                let case = reader.run(task, encode, &mut |_| {})?;
+                if let Some(log) = &mut log {
+                    log.add(&case)?;
+                }
+                case
+            }
+        };
+        cases.push(case);
+        progress.set(i as u64 + 1);
+    }
+    Ok(cases)
+}
+
+/// Results as JSON lines, the settings first.
+#[derive(Debug)]
+struct Log {
+    path: PathBuf,
+    file: File,
+    known: HashMap<(String, String), Case>,
+}
+
+impl Log {
+    fn open(path: &Path, settings: &serde_json::Value) -> Result<Self> {
+        let head = serde_json::json!({ "settings": settings });
+        let mut known = HashMap::new();
+        // Anything unreadable is run again: a line that was cut off when the run was killed, or
+        // the results of other settings.
+        if let Ok(text) = fs::read_to_string(path) {
+            let mut lines = text.lines();
+            let first = lines.next().map(serde_json::from_str::<serde_json::Value>);
+            if matches!(first, Some(Ok(found)) if found == head) {
+                for case in lines.map_while(|line| serde_json::from_str::<Case>(line).ok()) {
+                    known.insert((case.task.clone(), case.id.clone()), case);
+                }
+            }
+        }
+        let write = || -> std::io::Result<File> {
+            if let Some(folder) = path.parent().filter(|p| !p.as_os_str().is_empty()) {
+                fs::create_dir_all(folder)?;
+            }
+            let mut file = File::create(path)?;
+            let mut text = format!("{head}\n");
+            for case in known.values() {
+                text += &format!("{}\n", serde_json::to_string(case)?);
+            }
+            file.write_all(text.as_bytes())?;
+            Ok(file)
+        };
+        let file = write().map_err(|e| Error::write(path, e))?;
+        Ok(Self {
+            path: path.to_owned(),
+            file,
+            known,
+        })
+    }
+
+    fn take(&mut self, task: &str, id: &str) -> Option<Case> {
+        self.known.remove(&(task.to_owned(), id.to_owned()))
+    }
+
+    fn add(&mut self, case: &Case) -> Result<()> {
+        let line = serde_json::to_string(case).map_err(std::io::Error::from);
+        line.and_then(|line| {
+            self.file.write_all(format!("{line}\n").as_bytes())?;
+            self.file.flush()
+        })
+        .map_err(|e| Error::write(&self.path, e))
+    }
+}
+
+/// Scores of a kind of task.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct Scores {
+    /// Share of queries whose greedy answer is the expected one.
+    pub exact: f64,
+    /// Share of the answers' tokens that were right, teacher-forced.
+    pub tokens: f64,
+    /// Mean of `-ln p` over the answers' tokens.
+    pub nll: f64,
+    /// Queries.
+    pub n: usize,
+}
+
+/// What `evaluate` writes.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Results {
+    /// The policy's name.
+    pub policy: String,
+    /// Everything that the numbers depend on.
+    pub settings: serde_json::Value,
+    /// Scores by kind of task.
+    pub tasks: BTreeMap<String, Scores>,
+    /// The mean over the kinds that have questions (`n`: all their queries). `None` if there is
+    /// no such kind.
+    pub mean: Option<Scores>,
+    /// The most bytes of keys and values at any moment of any task.
+    pub peak_kv_bytes: usize,
+    /// Wall-clock time of all tasks.
+    pub seconds: f64,
+    /// Kinds without questions, which the mean leaves out.
+    #[serde(skip)]
+    pub continuations: Vec<String>,
+}
+
+impl Results {
+    /// Gathers the results of cases.
+    pub fn of(policy: &str, settings: serde_json::Value, cases: &[Case]) -> Self {
+        let mut kinds: BTreeMap<String, Vec<&Case>> = BTreeMap::new();
+        for case in cases {
+            kinds.entry(case.task.clone()).or_default().push(case);
+        }
+        let continues = |cases: &[&Case]| cases.iter().all(|c| c.continuation);
+        let asked: Vec<Scores> = (kinds.values())
+            .filter(|cases| !continues(cases))
+            .map(|cases| Scores::of(cases))
+            .collect();
+        let mean = |f: fn(&Scores) -> f64| asked.iter().map(f).sum::<f64>() / asked.len() as f64;
+        Self {
+            policy: policy.into(),
+            settings,
+            mean: (!asked.is_empty()).then(|| Scores {
+                exact: mean(|s| s.exact),
+                tokens: mean(|s| s.tokens),
+                nll: mean(|s| s.nll),
+                n: asked.iter().map(|s| s.n).sum(),
+            }),
+            tasks: (kinds.iter())
+                .map(|(kind, cases)| (kind.clone(), Scores::of(cases)))
+                .collect(),
+            peak_kv_bytes: cases.iter().map(|c| c.peak_kv_bytes).max().unwrap_or(0),
+            seconds: cases.iter().map(|c| c.seconds).sum(),
+            continuations: (kinds.iter())
+                .filter(|(_, cases)| continues(cases))
+                .map(|(kind, _)| kind.clone())
+                .collect(),
+        }
+    }
+
+    /// A table with 95 % intervals of the exact matches.
+    pub fn table(&self) -> Table {
+        let mut table = Table::new(&["task", ">exact", "95 %", ">tokens", ">nll", ">n"]);
+        let row = |name: &str, s: &Scores| {
+            let right = (s.exact * s.n as f64).round() as usize;
+            let (low, high) = report::wilson(right, s.n);
+            [
+                name.to_owned(),
+                format!("{:.3}", s.exact),
+                format!("{low:.2}–{high:.2}"),
+                format!("{:.3}", s.tokens),
+                format!("{:.3}", s.nll),
+                s.n.to_string(),
+            ]
+        };
+        for (name, scores) in &self.tasks {
+            table.row(row(name, scores));
+        }
+        if let Some(mean) = &self.mean {
+            table.row(row("mean of questions", mean));
+        }
+        table
+    }
+}
+
+impl Scores {
+    fn of(cases: &[&Case]) -> Self {
+        let queries: Vec<&Answered> = cases.iter().flat_map(|c| &c.queries).collect();
+        let n = queries.len();
+        let tokens = queries.iter().map(|q| q.tokens).sum::<usize>().max(1) as f64;
+        Self {
+            exact: queries.iter().filter(|q| q.exact).count() as f64 / n.max(1) as f64,
+            tokens: queries.iter().map(|q| q.right).sum::<usize>() as f64 / tokens,
+            nll: queries.iter().map(|q| q.nll).sum::<f64>() / tokens,
+            n,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn case(task: &str, id: &str, continuation: bool, queries: &[(bool, usize, usize)]) -> Case {
+        Case {
+            id: id.into(),
+            task: task.into(),
+            continuation,
+            context_tokens: 10,
+            queries: (queries.iter())
+                .map(|(exact, right, tokens)| Answered {
+                    exact: *exact,
+                    right: *right,
+                    tokens: *tokens,
+                    nll: *tokens as f64 * 0.5,
+                })
+                .collect(),
+            peak_kv_bytes: 100 * queries.len(),
+            kept_kv_bytes: 50,
+            curve: vec![(10, 50)],
+            seconds: 1.5,
+        }
+    }
+
+    #[test]
+    fn results_keep_perplexity_apart_from_the_mean() {
+        let cases = [
+            case("a", "1", false, &[(true, 5, 5), (false, 1, 5)]),
+            case("b", "1", false, &[(true, 2, 2)]),
+            case("b", "2", false, &[(false, 0, 2)]),
+            case("text", "1", true, &[(false, 30, 100)]),
+        ];
+        let r = Results::of("window", json!({"chunk": 8}), &cases);
+        assert_eq!(r.tasks["a"].exact, 0.5);
+        assert_eq!(r.tasks["a"].tokens, 0.6);
+        assert_eq!((r.tasks["b"].exact, r.tasks["b"].n), (0.5, 2));
+        assert_eq!(r.tasks["text"].tokens, 0.3);
+        let mean = r.mean.unwrap();
+        assert_eq!(
+            (mean.exact, mean.tokens, mean.nll, mean.n),
+            (0.5, 0.55, 0.5, 4)
+        );
+        assert_eq!((r.peak_kv_bytes, r.seconds), (200, 6.0));
+        assert_eq!(r.table().len(), 4);
+
+        let value = serde_json::to_value(&r).unwrap();
+        let keys: Vec<&String> = value.as_object().unwrap().keys().collect();
+        assert_eq!(
+            keys,
+            [
+                "mean",
+                "peak_kv_bytes",
+                "policy",
+                "seconds",
+                "settings",
+                "tasks"
+            ]
+        );
+        assert_eq!(
+            value["tasks"]["b"],
+            json!({"exact": 0.5, "tokens": 0.5, "nll": 0.5, "n": 2})
+        );
+        assert_eq!(Results::of("full", json!({}), &cases[3..]).mean, None);
+    }
+
+    #[test]
+    fn a_log_goes_on_after_a_cut_line_and_forgets_other_settings() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("out.json.part");
+        let settings = json!({"budget": 64});
+        let mut log = Log::open(&path, &settings).unwrap();
+        log.add(&case("a", "1", false, &[(true, 1, 1)])).unwrap();
+        log.add(&case("a", "2", false, &[(false, 0, 1)])).unwrap();
+        drop(log);
+        // As if the run had been killed while it wrote.
+        let text = fs::read_to_string(&path).unwrap();
+        fs::write(&path, &text[..text.len() - 20]).unwrap();
+        let mut log = Log::open(&path, &settings).unwrap();
+        assert_eq!(
+            log.take("a", "1"),
+            Some(case("a", "1", false, &[(true, 1, 1)]))
+        );
+        assert_eq!(log.take("a", "2"), None);
+        log.add(&case("a", "2", false, &[(false, 0, 1)])).unwrap();
+        drop(log);
+        let mut log = Log::open(&path, &settings).unwrap();
+        assert!(log.take("a", "1").is_some() && log.take("a", "2").is_some());
+        drop(log);
+        let mut log = Log::open(&path, &json!({"budget": 65})).unwrap();
+        assert_eq!(log.take("a", "1"), None);
+    }
+}

@@ -1,0 +1,300 @@
+//! A model that is ready to run, on a device that is there.
+
+use crate::{Error, Result, args::ModelArgs, progress, report, tasks::Frame};
+use burn::tensor::{Device, Tensor};
+use locret_core::CausalLm;
+use locret_models::{
+    ChatTemplate, LoadedModel, Message, ModelFiles, SpecialTokens, Tokenizer, load_model, resolve,
+};
+use sha2::{Digest, Sha256};
+use std::{
+    cell::OnceCell,
+    fs::File,
+    io::{self, Read},
+    panic::{self, AssertUnwindSafe},
+    path::PathBuf,
+    sync::Arc,
+    time::Instant,
+};
+
+/// A loaded model and what belongs to it.
+#[derive(Debug)]
+pub struct Runtime {
+    /// What it was asked for by.
+    pub name: String,
+    /// Its file or folder.
+    pub path: PathBuf,
+    /// The model, and what its files say.
+    pub loaded: LoadedModel,
+    /// Where it runs.
+    pub device: Device,
+    /// Made when it is first needed: token ids need none.
+    tokenizer: OnceCell<Tokenizer>,
+}
+
+impl Runtime {
+    /// Fetches a model if need be, loads it, and says how long that took.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] for a device that is not there, [`Error::Model`].
+    pub fn load(args: &ModelArgs) -> Result<Self> {
+        let device = device(&args.device)?;
+        let shown = progress::Fetching::new();
+        let path = resolve(&args.model, &args.fetch(), &|p| shown.show(p))?;
+        drop(shown);
+        let started = Instant::now();
+        let loaded = load_model(&path, &args.options(), &device)?;
+        eprintln!(
+            "loaded {} in {}",
+            args.model,
+            report::duration(started.elapsed().as_secs_f64())
+        );
+        Ok(Self {
+            name: args.model.clone(),
+            path,
+            loaded,
+            device,
+            tokenizer: OnceCell::new(),
+        })
+    }
+
+    /// The model.
+    pub fn model(&self) -> Arc<dyn CausalLm> {
+        self.loaded.model.clone()
+    }
+
+    /// The model's tokenizer.
+    ///
+    /// # Errors
+    /// [`Error::Model`] if its files have none, or a damaged one.
+    pub fn tokenizer(&self) -> Result<&Tokenizer> {
+        if let Some(made) = self.tokenizer.get() {
+            return Ok(made);
+        }
+        let made = match &self.loaded.files {
+            ModelFiles::Gguf(gguf) => Tokenizer::from_gguf(gguf)?,
+            ModelFiles::Folder(dir) => Tokenizer::from_dir(dir)?,
+        };
+        Ok(self.tokenizer.get_or_init(|| made))
+    }
+
+    /// Tokens of a part of a text: control tokens in it are control tokens, nothing is added.
+    ///
+    /// # Errors
+    /// [`Error::Model`].
+    pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
+        Ok(self
+            .tokenizer()?
+            .encode_part(text, SpecialTokens::Interpret)?)
+    }
+
+    /// How many tokens [`encode`](Self::encode) gives.
+    ///
+    /// # Errors
+    /// [`Error::Model`].
+    pub fn count(&self, text: &str) -> Result<usize> {
+        Ok(self.encode(text)?.len())
+    }
+
+    /// Tokens of a prompt: what the tokenizer puts around a text is there. With `chat` it is a
+    /// user's turn; names of control tokens in it mean nothing unless `control` asks for it.
+    ///
+    /// # Errors
+    /// [`Error::Model`]; [`Error::Usage`] if a chat is asked for and there is no template for it.
+    pub fn prompt(&self, text: &str, chat: bool, control: bool) -> Result<Vec<u32>> {
+        if chat {
+            let template = self.chat_template()?.ok_or_else(no_template)?;
+            let turn = [Message::new("user", text)];
+            if control {
+                return self.encode(&template.render(&turn, true)?);
+            }
+            return Ok(template.encode(self.tokenizer()?, &turn, true)?);
+        }
+        let special = if control {
+            SpecialTokens::Interpret
+        } else {
+            SpecialTokens::Plain
+        };
+        Ok(self.tokenizer()?.encode(text, special)?)
+    }
+
+    /// The text of each token; of a character of several tokens the last one has it.
+    ///
+    /// # Errors
+    /// [`Error::Model`].
+    pub fn pieces(&self, ids: &[u32]) -> Result<Vec<String>> {
+        let mut stream = self.tokenizer()?.decode_stream(false);
+        let mut pieces: Vec<String> = ids.iter().map(|id| stream.push(*id)).collect();
+        if let Some(last) = pieces.last_mut() {
+            *last += &stream.finish();
+        }
+        Ok(pieces)
+    }
+
+    /// Tokens that end a turn.
+    ///
+    /// # Errors
+    /// [`Error::Model`].
+    pub fn end_of_turn(&self) -> Result<Vec<u32>> {
+        Ok(self.tokenizer()?.end_of_turn(&self.loaded.config.eos))
+    }
+
+    /// How contexts and questions are put: as turns of the model's chat template, or as plain
+    /// text. `chat` asks for one of them; `None` takes the chat wherever there is a template.
+    ///
+    /// # Errors
+    /// [`Error::Model`]; [`Error::Usage`] if a chat is asked for and there is no template for it.
+    pub fn frame(&self, chat: Option<bool>) -> Result<Frame> {
+        if chat == Some(false) {
+            return Ok(Frame::plain(&self.begin()?));
+        }
+        let template = self.chat_template()?;
+        let framed = match &template {
+            None => None,
+            Some(template) => Frame::chat(&self.begin()?, |turns| {
+                let turns = turns.iter().map(|(role, text)| Message::new(*role, *text));
+                template.render(&turns.collect::<Vec<_>>(), true)
+            })?,
+        };
+        match (framed, chat) {
+            (Some(frame), _) => Ok(frame),
+            (None, None) => Ok(Frame::plain(&self.begin()?)),
+            (None, Some(_)) => Err(no_template()),
+        }
+    }
+
+    fn chat_template(&self) -> Result<Option<ChatTemplate>> {
+        Ok(match &self.loaded.files {
+            ModelFiles::Gguf(gguf) => ChatTemplate::from_gguf(gguf)?,
+            ModelFiles::Folder(dir) => ChatTemplate::from_dir(dir)?,
+        })
+    }
+
+    /// The beginning-of-text token's name where texts begin with it.
+    fn begin(&self) -> Result<String> {
+        let tokenizer = self.tokenizer()?;
+        let bos = tokenizer.bos();
+        let first = tokenizer
+            .encode("a", SpecialTokens::Plain)?
+            .first()
+            .copied();
+        let named = bos
+            .filter(|_| first == bos)
+            .and_then(|id| tokenizer.id_to_token(id));
+        Ok(named.unwrap_or_default())
+    }
+
+    /// SHA-256 of the model's file; `None` for a folder.
+    ///
+    /// # Errors
+    /// [`Error::Read`].
+    pub fn sha256(&self) -> Result<Option<String>> {
+        if !self.path.is_file() {
+            return Ok(None);
+        }
+        let digest = || -> io::Result<String> {
+            let mut file = File::open(&self.path)?;
+            let mut hash = Sha256::new();
+            let mut buffer = vec![0; 1 << 20];
+            loop {
+                match file.read(&mut buffer)? {
+                    0 => break,
+                    n => hash.update(&buffer[..n]),
+                }
+            }
+            let bytes = hash.finalize();
+            Ok(bytes.iter().map(|byte| format!("{byte:02x}")).collect())
+        };
+        digest().map(Some).map_err(|e| Error::read(&self.path, e))
+    }
+}
+
+fn no_template() -> Error {
+    Error::Usage("the model has no chat template".into())
+}
+
+/// A device by name, and how it is made.
+type NamedDevice = (&'static str, fn() -> Device);
+
+/// Devices beside the CPU that this program was built with.
+const ACCELERATORS: &[NamedDevice] = &[
+    #[cfg(feature = "cuda")]
+    ("cuda", || Device::cuda(burn::tensor::DeviceIndex::Default)),
+    #[cfg(feature = "vulkan")]
+    ("vulkan", || {
+        Device::vulkan(burn::tensor::DeviceKind::DefaultDevice)
+    }),
+    #[cfg(feature = "metal")]
+    ("metal", || {
+        Device::metal(burn::tensor::DeviceKind::DefaultDevice)
+    }),
+];
+
+/// The device called `name`.
+///
+/// # Errors
+/// [`Error::Usage`] for a name that is unknown or that this program was built without, and for a
+/// device that cannot compute.
+pub fn device(name: &str) -> Result<Device> {
+    #[cfg(feature = "flex")]
+    if name == "flex" {
+        return Ok(Device::flex());
+    }
+    if !["flex", "cuda", "vulkan", "metal"].contains(&name) {
+        return Err(Error::Usage(format!(
+            "unknown device {name:?}: there are flex, cuda, vulkan, metal"
+        )));
+    }
+    let Some((_, make)) = ACCELERATORS.iter().find(|d| d.0 == name) else {
+        return Err(Error::Usage(format!(
+            "this program was built without {name}: build it with --features {name}"
+        )));
+    };
+    // A missing driver or card shows as a panic in the backend when the first tensor is made.
+    let hook = panic::take_hook();
+    panic::set_hook(Box::new(|_| {}));
+    let tried = panic::catch_unwind(AssertUnwindSafe(|| {
+        let device = make();
+        let sum = Tensor::<1>::ones([8], &device).sum();
+        let right = sum.try_into_data().is_ok_and(|d| {
+            let values = d.convert::<f32>().try_into_vec::<f32>();
+            values.is_ok_and(|v| v == [8.0])
+        });
+        right.then_some(device)
+    }));
+    panic::set_hook(hook);
+    match tried {
+        Ok(Some(device)) => Ok(device),
+        Ok(None) => Err(Error::Usage(format!("the device {name} cannot compute"))),
+        Err(cause) => {
+            let text = cause
+                .downcast_ref::<String>()
+                .map(String::as_str)
+                .or_else(|| cause.downcast_ref::<&str>().copied())
+                .unwrap_or("it panicked");
+            Err(Error::Usage(format!(
+                "the device {name} is not usable here: {}",
+                report::shorten(text, 200)
+            )))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn devices_that_are_not_there_are_errors() {
+        assert!(device("flex").is_ok());
+        let unknown = device("abacus").unwrap_err().to_string();
+        assert!(unknown.contains("flex, cuda, vulkan, metal"), "{unknown}");
+        #[cfg(not(feature = "metal"))]
+        assert!(
+            device("metal")
+                .unwrap_err()
+                .to_string()
+                .contains("--features metal")
+        );
+    }
+}

@@ -1,0 +1,47 @@
+//! Evaluation tasks: contexts, and questions with known answers.
+//!
+//! A task is one object a line of a JSON lines file ([`read`], [`write`]), or comes from a seeded
+//! generator ([`Recipe`]).
+
+mod file;
+mod frame;
+mod generate;
+pub mod words;
+
+pub use file::{read, write};
+pub use frame::Frame;
+pub use generate::{Count, Kind, Recipe};
+
+use serde::{Deserialize, Serialize};
+
+/// A context, and what is asked about it.
+///
+/// Context, query and answer are tokenised apart, control tokens in them are taken as control
+/// tokens, and nothing is added: the text is all there is.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Task {
+    /// Tells this task from the others of a file.
+    pub id: String,
+    /// What kind of task it is; results are gathered by it.
+    pub task: String,
+    /// What is read before any query.
+    pub context: String,
+    /// Each is answered on its own, after the context.
+    pub queries: Vec<Query>,
+}
+
+/// A question and the answer that is expected.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Query {
+    /// What follows the context; empty where the answer is the text's own continuation.
+    pub query: String,
+    /// What the model should go on with.
+    pub answer: String,
+}
+
+impl Task {
+    /// Whether the task measures how well a text is predicted and asks nothing.
+    pub fn is_continuation(&self) -> bool {
+        self.queries.iter().all(|q| q.query.is_empty())
+    }
+}

@@ -1,0 +1,192 @@
+//! The examples on SmolLM2-135M-Instruct, which is fetched once: short texts, every path.
+
+use clap::Parser;
+use locret_examples::{
+    args::ModelArgs,
+    evaluate::Results,
+    tasks::{self, Query, Task},
+};
+use std::{fs, path::Path};
+
+#[path = "../ablation.rs"]
+mod ablation;
+#[path = "../custom_policy.rs"]
+mod custom_policy;
+#[path = "../evaluate.rs"]
+mod evaluate;
+#[path = "../generate.rs"]
+mod generate;
+#[path = "../quickstart.rs"]
+mod quickstart;
+
+fn evaluated(flags: &[&str]) -> Result<(), String> {
+    let all = ["evaluate"].into_iter().chain(flags.iter().copied());
+    let args = evaluate::Args::try_parse_from(all).map_err(|e| e.to_string())?;
+    evaluate::run(&args).map_err(|e| e.chain())
+}
+
+fn results(path: &Path) -> Results {
+    serde_json::from_str(&fs::read_to_string(path).unwrap()).unwrap()
+}
+
+#[test]
+fn generate_streams_whole_characters_and_stops_at_the_end_of_a_turn() {
+    let run = |flags: &[&str]| {
+        let all = ["generate"].into_iter().chain(flags.iter().copied());
+        let args = generate::Args::parse_from(all);
+        let mut out = Vec::new();
+        generate::run(&args, &mut out).map_err(|e| e.chain())?;
+        Ok::<String, String>(String::from_utf8(out).unwrap())
+    };
+    let prompt = "Say exactly this and nothing else: Paris is the capital of France.";
+    let text = run(&["--chat", "--prompt", prompt, "--max-new", "40"]).unwrap();
+    assert!(
+        text.contains("Paris") && !text.contains("<|im_end|>"),
+        "{text}"
+    );
+    let bounded = [
+        "--policy", "window", "--budget", "64", "--chunk", "32", "--local", "8",
+    ];
+    let more = ["--prompt", "One, two, three, four,", "--max-new", "6"];
+    let text = run(&[&more[..], &bounded].concat()).unwrap();
+    assert!(text.contains("five"), "{text}");
+    // Sampling by a seed gives the same text again.
+    let drawn = ["--temperature", "0.9", "--top-p", "0.9", "--seed", "3"];
+    let all = [&more[..], &drawn].concat();
+    assert_eq!(run(&all), run(&all));
+    assert!(
+        run(&["--max-new", "3"])
+            .unwrap_err()
+            .contains("--prompt-file")
+    );
+    assert!(
+        run(&["--prompt-file", "/none.txt"])
+            .unwrap_err()
+            .contains("/none.txt")
+    );
+    assert!(run(&["--prompt", ""]).unwrap_err().contains("empty"));
+    let hot = ["--prompt", "a", "--temperature", "-1"];
+    assert!(run(&hot.map(|s| if s == "-1" { "101" } else { s })).is_err());
+}
+
+#[test]
+fn evaluate_runs_a_file_and_goes_on_where_it_was() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("tasks.jsonl");
+    let task = |id: &str, task: &str, context: &str, queries: &[(&str, &str)]| Task {
+        id: id.into(),
+        task: task.into(),
+        context: context.into(),
+        queries: (queries.iter())
+            .map(|(query, answer)| Query {
+                query: (*query).into(),
+                answer: (*answer).into(),
+            })
+            .collect(),
+    };
+    let counting =
+        "<|im_start|>user\nCount.<|im_end|>\n<|im_start|>assistant\n1, 2, 3, 4, 5, 6, 7, ";
+    tasks::write(
+        &file,
+        &[
+            task(
+                "a",
+                "count",
+                counting,
+                &[("8, 9, ", "10"), ("8, ", "9"), ("8, ", "3")],
+            ),
+            task(
+                "b",
+                "text",
+                "The quick brown fox jumps over",
+                &[("", " the lazy dog")],
+            ),
+        ],
+    )
+    .unwrap();
+    let (file, out) = (file.display().to_string(), dir.path().join("out.json"));
+    let json = out.display().to_string();
+    let flags = [
+        "--tasks", &file, "--json", &json, "--policy", "window", "--budget", "32",
+    ];
+    evaluated(&flags).unwrap();
+    let first = results(&out);
+    assert_eq!(first.policy, "window");
+    let count = first.tasks["count"];
+    assert_eq!((count.n, count.exact), (3, 2.0 / 3.0), "{count:?}");
+    let text = first.tasks["text"];
+    assert!(text.nll < 1.0 && text.tokens > 0.5, "{text:?}");
+    // Only the questions count in the mean.
+    assert_eq!(first.mean, Some(count));
+    assert!(first.peak_kv_bytes > 0 && first.seconds > 0.0);
+    let settings = &first.settings;
+    assert_eq!(settings["policy"]["budget"]["units"], 32);
+
+    // As if the run had been killed after the first task: what is known is not run again.
+    let part = dir.path().join("out.json.part");
+    assert!(!part.exists());
+    let known = serde_json::json!({
+        "id": "a", "task": "count", "continuation": false, "context_tokens": 1, "queries":
+        [{"exact": true, "right": 1, "tokens": 1, "nll": 0.25}],
+        "peak_kv_bytes": 1, "kept_kv_bytes": 1, "curve": [], "seconds": 0.0
+    });
+    let head = serde_json::json!({ "settings": settings });
+    fs::write(&part, format!("{head}\n{known}\n{{\"id\": \"b\", \"ta")).unwrap();
+    evaluated(&flags).unwrap();
+    let second = results(&out);
+    assert_eq!(
+        (second.tasks["count"].n, second.tasks["count"].nll),
+        (1, 0.25)
+    );
+    assert_eq!(second.tasks["text"], text);
+
+    fs::write(dir.path().join("bad.jsonl"), "{\"id\": 1}\n").unwrap();
+    let bad = dir.path().join("bad.jsonl").display().to_string();
+    let error = evaluated(&["--tasks", &bad, "--json", &json]).unwrap_err();
+    assert!(error.contains("bad.jsonl, line 1"), "{error}");
+    let error = evaluated(&["--kinds", "riddle", "--json", &json]).unwrap_err();
+    assert!(error.contains("passkey, number"), "{error}");
+}
+
+#[test]
+fn a_grid_is_run_once_and_drawn() {
+    let dir = tempfile::tempdir().unwrap();
+    let grid = dir.path().join("grid.toml");
+    fs::write(
+        &grid,
+        "tasks = [\"passkey\", \"perplexity\"]\nlengths = [600]\nsamples = 1\nbudgets = [96]\n\
+         chunk = 128\nlocal = 16\n[[policies]]\npolicy = \"full\"\n[[policies]]\nlabel = \
+         \"StreamingLLM\"\npolicy = \"window\"\n",
+    )
+    .unwrap();
+    let out = dir.path().join("out");
+    let run = || {
+        let (grid, out) = (grid.display().to_string(), out.display().to_string());
+        let args = ablation::Args::parse_from(["ablation", "--grid", &grid, "--out", &out]);
+        ablation::run(&args).unwrap();
+        fs::read_to_string(format!("{out}/results.jsonl")).unwrap()
+    };
+    let first = run();
+    assert_eq!(first.lines().count(), 4);
+    assert_eq!(run(), first, "a second run adds nothing");
+    let table = fs::read_to_string(out.join("table.md")).unwrap();
+    assert!(
+        table.contains("| StreamingLLM") && table.contains("| full"),
+        "{table}"
+    );
+    for file in ["quality-600.svg", "memory-600.svg", "kept-streamingllm.svg"] {
+        let svg = fs::read_to_string(out.join(file)).unwrap();
+        assert!(svg.starts_with("<svg") && svg.len() < 200_000, "{file}");
+    }
+    let page = fs::read_to_string(out.join("kept-streamingllm.html")).unwrap();
+    assert!(
+        page.contains("class=\"s10\"") && page.contains("grass is green"),
+        "{page}"
+    );
+}
+
+#[test]
+fn quickstart_and_custom_policy_run() {
+    quickstart::run(&ModelArgs::default(), 900).unwrap();
+    custom_policy::run(&ModelArgs::default()).unwrap();
+}

@@ -1,0 +1,276 @@
+//! The examples on a model of a few thousand weights: what they write, and how they fail.
+
+use clap::Parser;
+use locret_examples::trace::Trace;
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
+
+#[path = "../plan.rs"]
+mod plan;
+#[path = "../trace.rs"]
+mod trace;
+
+/// Three layers, four query heads, two KV heads, a vocabulary of 192 tokens.
+fn model() -> String {
+    let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../locret-models/tests/golden/llama31");
+    dir.display().to_string()
+}
+
+/// Runs `trace` in `dir`; the error's chain if it fails.
+fn run(dir: &Path, ids: &str, flags: &str) -> Result<Trace, String> {
+    let file = dir.join("ids.json");
+    fs::write(&file, ids).unwrap();
+    let out = dir.join("trace.json");
+    let file = file.display().to_string();
+    let json = out.display().to_string();
+    let model = model();
+    let mut all = vec!["trace", "--ids-file", &file, "--json", &json];
+    if !flags.contains("--model") {
+        all.extend(["--model", &model]);
+    }
+    all.extend(flags.split_whitespace());
+    let args = trace::Args::try_parse_from(all).map_err(|e| e.to_string())?;
+    trace::run(&args).map_err(|e| e.chain())?;
+    Ok(serde_json::from_str(&fs::read_to_string(out).unwrap()).unwrap())
+}
+
+fn ids(n: usize) -> String {
+    let ids: Vec<usize> = (0..n).map(|i| (i * i + 7 * i) % 180).collect();
+    serde_json::to_string(&ids).unwrap()
+}
+
+#[test]
+fn a_bounded_trace_has_every_chunk_layer_and_head() {
+    let dir = tempfile::tempdir().unwrap();
+    let flags = "--policy key-norm --budget 24 --chunk 16 --local 8 --sinks 2 --max-new 5";
+    let trace = run(dir.path(), &ids(100), flags).unwrap();
+    // 92 tokens in chunks of 16.
+    assert_eq!(trace.kept.len(), 6);
+    for (chunk, layers) in trace.kept.iter().enumerate() {
+        let read = (16 * (chunk + 1)).min(92);
+        assert_eq!(layers.len(), 3);
+        for head in layers.iter().flatten() {
+            assert_eq!(head.len(), read.min(24));
+            assert!(head.windows(2).all(|w| w[0] < w[1]) && head[..2] == [0, 1]);
+            assert!(head.iter().all(|p| (*p as usize) < read));
+        }
+        assert!(layers.iter().all(|heads| heads.len() == 2));
+    }
+    assert_eq!(trace.peak_units_per_head, 24 + 16);
+    assert_eq!(trace.scores, None);
+    let top = &trace.last_logits_top20;
+    assert_eq!((top.ids.len(), top.values.len()), (20, 20));
+    assert!(top.values.windows(2).all(|w| w[0] >= w[1]));
+    assert_eq!(trace.generated.len(), 5);
+    assert_eq!(trace.generated[0], top.ids[0]);
+    // Two layers at the budget and one with the chunk: keys and values of 8 floats for 2 heads.
+    assert_eq!(trace.peak_kv_bytes, (2 * 24 + 40) * 2 * 2 * 8 * 4);
+}
+
+#[test]
+fn carried_scores_are_given_for_every_prompt_token() {
+    let dir = tempfile::tempdir().unwrap();
+    let flags = "--policy sirllm --budget 24 --chunk 16 --local 8 --max-new 3";
+    let trace = run(dir.path(), &ids(60), flags).unwrap();
+    let scores = trace.scores.unwrap();
+    assert_eq!(scores.len(), 3);
+    for head in scores.iter().flatten() {
+        assert_eq!(head.len(), 60);
+        assert!(head.iter().all(|s| s.is_some_and(|s| s >= 0.0)));
+    }
+}
+
+#[test]
+fn chunks_change_nothing_in_a_full_cache() {
+    let dir = tempfile::tempdir().unwrap();
+    let once = run(dir.path(), &ids(50), "--chunk 50 --local 0 --max-new 8").unwrap();
+    let many = run(dir.path(), &ids(50), "--chunk 7 --local 3 --max-new 8").unwrap();
+    assert_eq!(once.generated, many.generated);
+    assert_eq!(once.last_logits_top20.ids, many.last_logits_top20.ids);
+    let values = |t: &Trace| t.last_logits_top20.values.clone();
+    for (a, b) in values(&once).iter().zip(values(&many)) {
+        assert!((a - b).abs() < 1e-4, "{a} {b}");
+    }
+    let all: Vec<u32> = (0..50).collect();
+    assert!(once.kept[0].iter().flatten().all(|head| *head == all));
+}
+
+#[test]
+fn mistakes_are_errors_that_say_what_is_wrong() {
+    let dir = tempfile::tempdir().unwrap();
+    let long = ids(40);
+    let cases = [
+        (&*long, "--policy windows", "unknown policy"),
+        (&*long, "--policy window", "budget"),
+        (&*long, "--policy window --budget 0", "budget"),
+        (&*long, "--policy window --budget 8 --sinks 9", "sinks"),
+        (
+            &*long,
+            "--policy key-norm --budget 16 --stabilizers 16",
+            "stabilizers",
+        ),
+        (&*long, "--policy key-norm --budget x", "units (256)"),
+        (&*long, "--policy locret --budget 16", "heads"),
+        (
+            &*long,
+            "--policy locret --budget 16 --heads /none.safetensors",
+            "/none.safetensors",
+        ),
+        (&*long, "--policy-file /none.toml", "/none.toml"),
+        (&*long, "--chunk 0", "chunk"),
+        (&*long, "--model /none/model.gguf", "/none/model.gguf"),
+        (&*long, "--device abacus", "abacus"),
+        (&*long, "--positions relative", "original or compact"),
+        (&*long, "--prompt text", "cannot be used with"),
+        ("[1, 2, 192]", "", "outside the vocabulary of 192"),
+        ("[]", "", "empty"),
+        ("[1, -2]", "", "array of token ids"),
+        ("{\"ids\": [1]}", "", "array of token ids"),
+        ("[1, 2", "", "array of token ids"),
+    ];
+    for (ids, flags, expected) in cases {
+        let error = run(dir.path(), ids, flags).unwrap_err();
+        assert!(error.contains(expected), "{flags}: {error}");
+    }
+    let out = dir.path().join("ids.json/trace.json");
+    let file = dir.path().join("ids.json");
+    let all = ["trace", "--model", &model(), "--ids-file"].map(str::to_owned);
+    let rest = [
+        file.display().to_string(),
+        "--json".into(),
+        out.display().to_string(),
+    ];
+    fs::write(&file, "[1, 2]").unwrap();
+    let args = trace::Args::parse_from(all.into_iter().chain(rest));
+    let error = trace::run(&args).unwrap_err().chain();
+    assert!(error.starts_with("error: cannot write"), "{error}");
+}
+
+#[test]
+fn policies_can_be_files() {
+    let dir = tempfile::tempdir().unwrap();
+    let toml = dir.path().join("p.toml");
+    fs::write(&toml, "policy = \"window\"\nbudget = 20\nsinks = 3\n").unwrap();
+    let json = dir.path().join("p.json");
+    fs::write(&json, r#"{"policy": "window", "budget": 20, "sinks": 3}"#).unwrap();
+    let named = "--policy window --budget 20 --sinks 3 --chunk 8 --local 4 --max-new 4";
+    let named = run(dir.path(), &ids(50), named).unwrap();
+    for file in [toml, json] {
+        let flags = format!(
+            "--policy-file {} --chunk 8 --local 4 --max-new 4",
+            file.display()
+        );
+        let trace = run(dir.path(), &ids(50), &flags).unwrap();
+        assert_eq!(
+            (&trace.kept, &trace.generated),
+            (&named.kept, &named.generated)
+        );
+    }
+    let newest: Vec<u32> = [0, 1, 2].into_iter().chain(29..46).collect();
+    let last = named.kept.last().unwrap();
+    assert!(last.iter().flatten().all(|head| *head == newest));
+}
+
+#[test]
+fn a_plan_takes_presets_and_model_folders() {
+    let run = |flags: &str| {
+        let all = ["plan"].into_iter().chain(flags.split_whitespace());
+        let args = plan::Args::try_parse_from(all).map_err(|e| e.to_string())?;
+        plan::run(&args).map_err(|e| e.chain())
+    };
+    let phi = "--model phi-3-mini --context 131072 --kv bf16 --policy locret --budget 6000 \
+               --chunk 3072 --card 24GiB";
+    assert_eq!(run(phi), Ok(()));
+    assert_eq!(run(&format!("--model {}", model())), Ok(()));
+    assert!(run("--model phi-4").unwrap_err().contains("phi-3-mini"));
+    assert!(run("--policy window").unwrap_err().contains("budget"));
+    assert!(
+        run("--context 0")
+            .unwrap_err()
+            .contains("at least one token")
+    );
+    assert!(run("--card much").unwrap_err().contains("such as 4MiB"));
+}
+
+/// `plan` against a run, in bytes.
+#[test]
+fn a_plan_is_what_a_run_takes() {
+    use locret_core::{Budget, Prefill, Session};
+    use locret_examples::{
+        args::ModelArgs,
+        plan::{Request, Shape},
+    };
+    use locret_policies::{Method, PolicyConfig};
+
+    let args = ModelArgs {
+        model: model(),
+        ..ModelArgs::default()
+    };
+    let runtime = args.load().unwrap();
+    let config = &runtime.loaded.config;
+    let shape = Shape {
+        name: "tiny".into(),
+        layers: config.layers,
+        heads: config.heads,
+        kv_heads: config.kv_heads,
+        head_dim: config.head_dim,
+        hidden: config.hidden,
+        intermediate: config.intermediate,
+        vocab: config.vocab,
+        tied: config.tied_embeddings,
+    };
+    let bounded = |method| PolicyConfig::new(method).budget(Budget::Units(40));
+    let ids: Vec<u32> = (0..150).map(|i| i % 150).collect();
+    for policy in [
+        PolicyConfig::new(Method::Full),
+        bounded(Method::KeyNorm),
+        bounded(Method::SirLlm),
+        bounded(Method::Window),
+        PolicyConfig::new(Method::KeyDiff).budget(Budget::Ratio(0.3)),
+    ] {
+        for (chunk, local, max_new) in [(16, 8, 1), (64, 0, 20), (150, 1, 90), (7, 150, 3)] {
+            let prefill = Prefill { chunk, local };
+            let request = Request {
+                shape: shape.clone(),
+                context: ids.len(),
+                max_new,
+                policy: policy.clone(),
+                prefill,
+                store: Default::default(),
+                weight_bytes: 4,
+                heads: (0, 0),
+            };
+            let plan = request.plan().unwrap();
+            let model = runtime.model();
+            let built = policy.build(model.spec(), model.device()).unwrap();
+            let mut session = Session::new(model, built).unwrap();
+            session.prefill(&ids, &prefill).unwrap();
+            let case = format!("{} {chunk} {local} {max_new}", policy.policy);
+            let report = session.report();
+            assert_eq!(report.prefill_peak.bytes, plan.kv_prefill, "{case}");
+            let greedy = locret_core::Generate::greedy(max_new);
+            let generated = session
+                .generate(greedy)
+                .unwrap()
+                .filter(|t| t.is_ok())
+                .count();
+            assert_eq!(generated, max_new);
+            let report = session.report();
+            assert_eq!(report.kv_bytes, plan.kv_decode, "{case}");
+            assert_eq!(report.peak.units_per_head, plan.peak_units, "{case}");
+            assert_eq!(report.full_bytes, plan.kv_full, "{case}");
+        }
+    }
+}
+
+#[test]
+fn heads_of_another_model_are_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let file: PathBuf = dir.path().join("heads.safetensors");
+    fs::write(&file, b"not a file of tensors").unwrap();
+    let flags = format!("--policy locret --budget 16 --heads {}", file.display());
+    let error = run(dir.path(), &ids(30), &flags).unwrap_err();
+    assert!(error.contains("heads.safetensors"), "{error}");
+}
