@@ -9,8 +9,7 @@ use crate::{
 };
 use burn::tensor::{Device, Tensor, activation::silu};
 use locret_core::{
-    CausalLm, Error as CoreError, Kernels, ModelSpec, Qkv, SequenceCache, from_f32, ids_tensor,
-    into_f32, is_host_device,
+    CausalLm, Error as CoreError, Kernels, ModelSpec, Qkv, SequenceCache, from_f32, into_f32, is_host_device, kernels::elementwise,
 };
 
 /// A decoder-only model of the Llama family.
@@ -60,6 +59,7 @@ impl Decoder {
     pub fn load(config: &DecoderConfig, loader: &Loader<'_>, kernels: Kernels) -> Result<Self> {
         let spec = &config.spec;
         spec.validate()?;
+        let host = kernels == Kernels::Auto && is_host_device(loader.device());
         let (hidden, inner) = (spec.hidden, config.intermediate);
         let (q, kv) = (spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim);
         let norm = |name: &str| -> Result<Norm> {
@@ -71,6 +71,7 @@ impl Decoder {
             "model.embed_tokens.weight",
             [spec.vocab, hidden],
             config.tied,
+            host,
         )?;
         let layers = (0..spec.layers)
             .map(|index| {
@@ -97,11 +98,11 @@ impl Decoder {
                 ));
                 Ok(DecoderLayer {
                     attention_norm: norm(&own("input_layernorm"))?,
-                    qkv: Linear::load(loader, &qkv, hidden)?,
-                    output: Linear::load(loader, &[(attn("o_proj"), hidden)], q)?,
+                    qkv: Linear::load(loader, &qkv, hidden, host)?,
+                    output: Linear::load(loader, &[(attn("o_proj"), hidden)], q, host)?,
                     mlp_norm: norm(&own("post_attention_layernorm"))?,
-                    gate_up: Linear::load(loader, &gate_up, hidden)?,
-                    down: Linear::load(loader, &[(mlp("down_proj"), hidden)], inner)?,
+                    gate_up: Linear::load(loader, &gate_up, hidden, host)?,
+                    down: Linear::load(loader, &[(mlp("down_proj"), hidden)], inner, host)?,
                 })
             })
             .collect::<Result<Vec<_>>>()?;
@@ -115,12 +116,13 @@ impl Decoder {
                 loader,
                 &[(head.to_owned(), spec.vocab)],
                 hidden,
+                host,
             )?)
         };
         Ok(Self {
             norm: norm("model.norm.weight")?,
             spec: spec.clone(),
-            host: kernels == Kernels::Auto && is_host_device(loader.device()),
+            host,
             device: loader.device().clone(),
             embedding,
             layers,
@@ -172,7 +174,7 @@ impl Norm {
 
     fn host(&self, x: &[f32]) -> Vec<f32> {
         let mut out = vec![0.0; x.len()];
-        rms_norm(x, &self.host_gain, self.epsilon, &mut out);
+        elementwise::rms_norm(x, &self.host_gain, self.epsilon, &mut out);
         out
     }
 }
@@ -181,7 +183,7 @@ impl Decoder {
     fn hidden_host(&self, ids: &[u32], cache: &mut SequenceCache) -> Result<Tensor<2>> {
         let (t, spec) = (ids.len(), &self.spec);
         let (q_width, kv_width) = (spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim);
-        let mut x = into_f32(self.embedding.rows(ids_tensor(ids, &self.device)))?;
+        let mut x = self.embedding.host_rows(ids)?;
         for (index, layer) in self.layers.iter().enumerate() {
             let normed = layer.attention_norm.host(&x);
             let qkv = layer.qkv.host(normed, t)?;
@@ -206,12 +208,12 @@ impl Decoder {
                     v: from_f32(v, [t, kv_width], &self.device),
                 },
             )?;
-            add(&mut x, &layer.output.host(into_f32(attended)?, t)?);
+            elementwise::add(&mut x, &layer.output.host(into_f32(attended)?, t)?);
             let normed = layer.mlp_norm.host(&x);
             let gate_up = layer.gate_up.host(normed, t)?;
             let mut inner = vec![0.0; gate_up.len() / 2];
-            swiglu(&gate_up, inner.len() / t, &mut inner);
-            add(&mut x, &layer.down.host(inner, t)?);
+            elementwise::swiglu_fused(&gate_up, inner.len() / t, &mut inner);
+            elementwise::add(&mut x, &layer.down.host(inner, t)?);
         }
         Ok(from_f32(self.norm.host(&x), [t, spec.hidden], &self.device))
     }
@@ -219,7 +221,7 @@ impl Decoder {
     fn hidden_tensor(&self, ids: &[u32], cache: &mut SequenceCache) -> Result<Tensor<2>> {
         let spec = &self.spec;
         let (q_width, kv_width) = (spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim);
-        let mut x = self.embedding.rows(ids_tensor(ids, &self.device));
+        let mut x = self.embedding.rows(ids)?;
         for (index, layer) in self.layers.iter().enumerate() {
             let qkv = layer.qkv.tensor(layer.attention_norm.tensor(x.clone()))?;
             let attended = cache.attend(
@@ -238,31 +240,6 @@ impl Decoder {
             x = x + layer.down.tensor(inner)?;
         }
         Ok(self.norm.tensor(x))
-    }
-}
-
-fn rms_norm(x: &[f32], gain: &[f32], epsilon: f32, out: &mut [f32]) {
-    for (row, out) in x.chunks(gain.len()).zip(out.chunks_mut(gain.len())) {
-        let mean = row.iter().map(|v| v * v).sum::<f32>() / row.len() as f32;
-        let scale = 1.0 / (mean + epsilon).sqrt();
-        for ((o, v), g) in out.iter_mut().zip(row).zip(gain) {
-            *o = v * scale * g;
-        }
-    }
-}
-
-fn swiglu(gate_up: &[f32], width: usize, out: &mut [f32]) {
-    for (row, out) in gate_up.chunks(2 * width).zip(out.chunks_mut(width)) {
-        let (gate, up) = row.split_at(width);
-        for ((o, g), u) in out.iter_mut().zip(gate).zip(up) {
-            *o = g / (1.0 + (-g).exp()) * u;
-        }
-    }
-}
-
-fn add(to: &mut [f32], from: &[f32]) {
-    for (a, b) in to.iter_mut().zip(from) {
-        *a += b;
     }
 }
 

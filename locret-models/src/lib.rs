@@ -1,4 +1,56 @@
-//! Language models over `locret-core`'s bounded cache.
+//! Language models over `locret-core`'s bounded cache: files, tokenizers, chat templates, and the
+//! decoders of Llama and Phi-3.
+//!
+//! | To | use |
+//! |---|---|
+//! | find or fetch a model | [`resolve`]: a path, `smollm2`, or `hf:owner/name` |
+//! | load a Llama or Phi-3 | [`load_model`] |
+//! | turn text into ids and back | [`Tokenizer`], [`DecodeStream`] |
+//! | write a conversation as the model expects it | [`ChatTemplate`] |
+//! | write an adapter of your own | [`ModelConfig`], [`Loader`], [`Weights`] |
+//! | read a file's packed blocks | [`Gguf`], [`Weights::raw_rows`] |
+//!
+//! Weights come from a folder in the layout of Hugging Face transformers (`config.json`,
+//! safetensors in one file or in shards; `f32`, `f16`, `bf16`) or from a GGUF file (these and the
+//! block formats listed at [`Encoding`]). Both show an adapter the same tensors under the same
+//! names. Files are mapped and converted band by band, so that loading needs little more memory
+//! than the model itself.
+//!
+//! Files are taken for hostile: counts, lengths, offsets, shapes, names and numbers are checked
+//! before they are used, weights that are not finite are refused, and what is wrong comes back as a
+//! [`ModelError`] that says what, where, and what was expected.
+//!
+//! # Example
+//! ```no_run
+//! use burn::tensor::Device;
+//! use locret_core::{Generate, Prefill, Session};
+//! use locret_models::{FetchOptions, LoadOptions, Message, load_model, resolve};
+//! use locret_policies::Full;
+//! use std::sync::Arc;
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! let path = resolve("smollm2", &FetchOptions::default(), &|_| {})?;
+//! let loaded = load_model(path, &LoadOptions::default(), &Device::flex())?;
+//! let tokenizer = loaded.files.tokenizer()?;
+//! let template = loaded.files.chat_template()?.ok_or("no chat template")?;
+//!
+//! let messages = [Message::new("user", "Name three rivers in Europe.")];
+//! let prompt = template.encode(&tokenizer, &messages, true)?;
+//! let mut session = Session::new(loaded.model, Arc::new(Full))?;
+//! session.prefill(&prompt, &Prefill { chunk: 512, local: 32 })?;
+//!
+//! let stop = tokenizer.end_of_turn(&loaded.config.eos);
+//! let mut text = tokenizer.decode_stream(true);
+//! for token in session.generate(Generate::greedy(100).stop_at(stop))? {
+//!     print!("{}", text.push(token?));
+//! }
+//! println!("{}", text.finish());
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! # Features
+//! - `hub` (on by default): repositories of the Hugging Face hub as sources of [`resolve`].
 #![deny(missing_docs)]
 
 mod chat;

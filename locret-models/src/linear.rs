@@ -1,14 +1,24 @@
-//! Weight matrices, where they are used.
+//! Weight matrices, where they are used: for the CPU kernels in the type that they are held in,
+//! packed blocks of a GGUF file included; as tensors elsewhere.
 
-use crate::{Loader, Result};
+use crate::{Encoding, Loader, ModelError, Result, WeightDtype};
 use burn::tensor::{DType, FloatDType, Int, Tensor};
-use locret_core::{from_f32, into_f32};
+use half::{bf16, f16};
+use locret_core::{
+    from_f32, ids_tensor, into_f32,
+    kernels::linear::{Format, Weight, matmul_fused},
+};
+
+/// Values that are checked at a time where a matrix stays packed.
+const BAND: usize = 1 << 20;
 
 /// A projection without bias.
 #[derive(Debug)]
-pub(crate) struct Linear {
-    /// `[in, out]`, in the type that weights are held in.
-    weight: Tensor<2>,
+pub(crate) enum Linear {
+    /// Matrices `[rows, in]`, one below the other, in host memory.
+    Host(Vec<Weight<'static>>),
+    /// `[in, out]`
+    Tensor(Tensor<2>),
 }
 
 /// A tensor as 32-bit values; itself if it is.
@@ -20,68 +30,187 @@ fn full<const D: usize>(x: Tensor<D>) -> Tensor<D> {
     }
 }
 
+/// One matrix for the CPU kernels.
+fn host_weight(loader: &Loader<'_>, name: &str, [rows, columns]: [usize; 2]) -> Result<Weight<'static>> {
+    let source = loader.weights();
+    let encoding = source.info(name).map(|info| info.encoding);
+    let packed = match (loader.dtype(), encoding) {
+        (WeightDtype::File, Some(Encoding::Q8_0)) => Some(Format::Q8_0),
+        (WeightDtype::File, Some(Encoding::Q4_0)) => Some(Format::Q4_0),
+        (WeightDtype::File, Some(Encoding::Q4_1)) => Some(Format::Q4_1),
+        _ => None,
+    };
+    let (format, bytes) = match packed {
+        Some(format) => {
+            loader.check(name, &[rows, columns])?;
+            let band = (BAND / columns.max(1)).max(1);
+            for start in (0..rows).step_by(band) {
+                // Scales that are not finite are found and named.
+                source.tensor_rows_f32(name, start..(start + band).min(rows))?;
+            }
+            (format, source.raw_rows(name, 0..rows)?.into_owned())
+        }
+        None => {
+            let resident = match encoding {
+                Some(encoding) => loader.dtype().resident(encoding),
+                None => DType::F32,
+            };
+            let values = loader.values(name, &[rows, columns])?;
+            match resident {
+                DType::F16 => {
+                    let half: Vec<f16> = values.iter().map(|x| f16::from_f32(*x)).collect();
+                    if let Some(at) = half.iter().position(|x| !x.is_finite()) {
+                        return Err(ModelError::NotFinite {
+                            path: source.path().to_path_buf(),
+                            tensor: name.to_owned(),
+                            row: at / columns.max(1),
+                            value: values[at],
+                            dtype: "f16",
+                        });
+                    }
+                    (Format::F16, bytemuck::cast_slice(&half).to_vec())
+                }
+                DType::BF16 => {
+                    let half: Vec<bf16> = values.iter().map(|x| bf16::from_f32(*x)).collect();
+                    (Format::Bf16, bytemuck::cast_slice(&half).to_vec())
+                }
+                _ => (Format::F32, bytemuck::cast_slice(&values).to_vec()),
+            }
+        }
+    };
+    Weight::new(format, rows, columns, bytes)
+        .map_err(|e| ModelError::format(source.path(), name, "whole blocks", e))
+}
+
 impl Linear {
     /// The matrices `names`, each `[rows, input]`, one below the other.
     pub(crate) fn load(
         loader: &Loader<'_>,
         names: &[(String, usize)],
         input: usize,
+        host: bool,
     ) -> Result<Self> {
+        if host {
+            let parts = names
+                .iter()
+                .map(|(name, rows)| host_weight(loader, name, [*rows, input]));
+            return Ok(Self::Host(parts.collect::<Result<_>>()?));
+        }
         let mut parts = Vec::with_capacity(names.len());
         for (name, rows) in names {
             let part = loader.load::<2>(name, [*rows, input])?;
             // Transposed in memory once, so that no product has to walk it crosswise.
             parts.push(part.transpose().mul_scalar(1.0));
         }
-        let weight = match parts.len() {
+        Ok(Self::Tensor(match parts.len() {
             1 => parts.remove(0),
             _ => Tensor::cat(parts, 1),
-        };
-        Ok(Self { weight })
+        }))
     }
 
     /// `[tokens, in]` to `[tokens, out]`, in host memory.
     pub(crate) fn host(&self, x: Vec<f32>, tokens: usize) -> Result<Vec<f32>> {
-        let features = x.len() / tokens;
-        let x = from_f32(x, [tokens, features], &self.weight.device());
-        Ok(into_f32(self.tensor(x)?)?)
+        match self {
+            Self::Host(weights) => {
+                let weights: Vec<&Weight<'_>> = weights.iter().collect();
+                let rows: usize = weights.iter().map(|w| w.rows()).sum();
+                let mut out = vec![0.0; tokens * rows];
+                matmul_fused(&x, &weights, &mut out);
+                Ok(out)
+            }
+            Self::Tensor(weight) => {
+                let x = from_f32(x, [tokens, weight.dims()[0]], &weight.device());
+                Ok(into_f32(self.tensor(x)?)?)
+            }
+        }
     }
 
     /// `[tokens, in]` to `[tokens, out]`.
     pub(crate) fn tensor(&self, x: Tensor<2>) -> Result<Tensor<2>> {
-        Ok(x.matmul(full(self.weight.clone())))
+        match self {
+            Self::Host(weights) => {
+                let (tokens, device) = (x.dims()[0], x.device());
+                let rows: usize = weights.iter().map(Weight::rows).sum();
+                let out = self.host(into_f32(x)?, tokens)?;
+                Ok(from_f32(out, [tokens, rows], &device))
+            }
+            Self::Tensor(weight) => Ok(x.matmul(full(weight.clone()))),
+        }
     }
 }
 
 /// The token embedding, which may be the head as well.
 #[derive(Debug)]
-pub(crate) struct Embedding {
-    /// `[vocab, hidden]`
-    weight: Tensor<2>,
-    /// `[hidden, vocab]`, where the embedding is the head.
-    head: Option<Linear>,
+pub(crate) enum Embedding {
+    /// `[vocab, hidden]`, in host memory; the head reads the same memory.
+    Host {
+        /// One matrix.
+        table: Linear,
+        /// Whether it is the head.
+        tied: bool,
+    },
+    /// As tensors.
+    Tensor {
+        /// `[vocab, hidden]`
+        table: Tensor<2>,
+        /// `[hidden, vocab]`, where the embedding is the head.
+        head: Option<Linear>,
+    },
 }
 
 impl Embedding {
     pub(crate) fn load(
         loader: &Loader<'_>,
         name: &str,
-        shape: [usize; 2],
+        [vocab, hidden]: [usize; 2],
         tied: bool,
+        host: bool,
     ) -> Result<Self> {
-        let weight = loader.load::<2>(name, shape)?;
-        let head = tied.then(|| Linear {
-            weight: weight.clone().transpose().mul_scalar(1.0),
-        });
-        Ok(Self { weight, head })
+        if host {
+            let table = Linear::load(loader, &[(name.to_owned(), vocab)], hidden, true)?;
+            return Ok(Self::Host { table, tied });
+        }
+        let table = loader.load::<2>(name, [vocab, hidden])?;
+        let head = tied.then(|| Linear::Tensor(table.clone().transpose().mul_scalar(1.0)));
+        Ok(Self::Tensor { table, head })
     }
 
-    /// `[tokens, hidden]`
-    pub(crate) fn rows(&self, ids: Tensor<1, Int>) -> Tensor<2> {
-        full(self.weight.clone().select(0, ids))
+    /// `[tokens, hidden]`, in host memory.
+    pub(crate) fn host_rows(&self, ids: &[u32]) -> Result<Vec<f32>> {
+        match self {
+            Self::Host {
+                table: Linear::Host(weights),
+                ..
+            } if weights.len() == 1 => {
+                let columns = weights[0].columns();
+                let mut out = vec![0.0; ids.len() * columns];
+                for (id, row) in ids.iter().zip(out.chunks_exact_mut(columns)) {
+                    weights[0].row(*id as usize, row);
+                }
+                Ok(out)
+            }
+            _ => Ok(into_f32(self.rows(ids)?)?),
+        }
+    }
+
+    /// `[tokens, hidden]`.
+    pub(crate) fn rows(&self, ids: &[u32]) -> Result<Tensor<2>> {
+        match self {
+            Self::Tensor { table, .. } => {
+                let ids: Tensor<1, Int> = ids_tensor(ids, &table.device());
+                Ok(full(table.clone().select(0, ids)))
+            }
+            Self::Host { .. } => Err(ModelError::Core(locret_core::Error::NotSupported {
+                operation: "rows as a tensor",
+                implementer: "an embedding in host memory".into(),
+            })),
+        }
     }
 
     pub(crate) fn head(&self) -> Option<&Linear> {
-        self.head.as_ref()
+        match self {
+            Self::Host { table, tied } => tied.then_some(table),
+            Self::Tensor { head, .. } => head.as_ref(),
+        }
     }
 }

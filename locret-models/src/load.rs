@@ -1,8 +1,8 @@
 //! From a file or folder to a model that can read.
 
 use crate::{
-    Decoder, DecoderConfig, Family, Gguf, GgufWeights, Layout, Loader, ModelConfig, ModelError,
-    Result, SafetensorsDir, WeightDtype, Weights,
+    ChatTemplate, Decoder, DecoderConfig, Family, Gguf, GgufWeights, Layout, Loader, ModelConfig, ModelError,
+    Result, SafetensorsDir, Tokenizer, WeightDtype, Weights,
 };
 use burn::tensor::Device;
 use locret_core::{CausalLm, Kernels};
@@ -69,6 +69,28 @@ impl ModelFiles {
         match self {
             Self::Gguf(gguf) => gguf.path(),
             Self::Folder(dir) => dir,
+        }
+    }
+
+    /// The tokenizer.
+    ///
+    /// # Errors
+    /// [`ModelError::Tokenizer`] if the files have none, or a damaged one.
+    pub fn tokenizer(&self) -> Result<Tokenizer> {
+        match self {
+            Self::Gguf(gguf) => Tokenizer::from_gguf(gguf),
+            Self::Folder(dir) => Tokenizer::from_dir(dir),
+        }
+    }
+
+    /// The chat template, if there is one.
+    ///
+    /// # Errors
+    /// [`ModelError::ChatTemplate`] for a damaged one.
+    pub fn chat_template(&self) -> Result<Option<ChatTemplate>> {
+        match self {
+            Self::Gguf(gguf) => ChatTemplate::from_gguf(gguf),
+            Self::Folder(dir) => ChatTemplate::from_dir(dir),
         }
     }
 

@@ -98,14 +98,26 @@ impl WeightDtype {
 /// A number that a weight can become.
 trait Resident: Copy + Default + Send + Sync + 'static {
     const NAME: &'static str;
+    /// The encoding that it has in files.
+    const ENCODING: Encoding;
+    /// From the bytes of that encoding.
+    fn from_bytes(b: &[u8]) -> Self;
+    fn value(self) -> f32;
     fn from_f32(x: f32) -> Self;
     fn is_finite(self) -> bool;
 }
 
 impl Resident for f32 {
     const NAME: &'static str = "f32";
+    const ENCODING: Encoding = Encoding::F32;
     fn from_f32(x: f32) -> Self {
         x
+    }
+    fn from_bytes(b: &[u8]) -> Self {
+        Self::from_le_bytes([b[0], b[1], b[2], b[3]])
+    }
+    fn value(self) -> f32 {
+        self
     }
     fn is_finite(self) -> bool {
         self.is_finite()
@@ -114,8 +126,15 @@ impl Resident for f32 {
 
 impl Resident for f16 {
     const NAME: &'static str = "f16";
+    const ENCODING: Encoding = Encoding::F16;
     fn from_f32(x: f32) -> Self {
         Self::from_f32(x)
+    }
+    fn from_bytes(b: &[u8]) -> Self {
+        Self::from_le_bytes([b[0], b[1]])
+    }
+    fn value(self) -> f32 {
+        self.to_f32()
     }
     fn is_finite(self) -> bool {
         self.is_finite()
@@ -124,8 +143,15 @@ impl Resident for f16 {
 
 impl Resident for bf16 {
     const NAME: &'static str = "bf16";
+    const ENCODING: Encoding = Encoding::BF16;
     fn from_f32(x: f32) -> Self {
         Self::from_f32(x)
+    }
+    fn from_bytes(b: &[u8]) -> Self {
+        Self::from_le_bytes([b[0], b[1]])
+    }
+    fn value(self) -> f32 {
+        self.to_f32()
     }
     fn is_finite(self) -> bool {
         self.is_finite()
@@ -246,6 +272,15 @@ fn decode_finite<T: Resident>(
     bytes: &[u8],
     out: &mut [T],
 ) -> Result<(), (usize, f32)> {
+    if encoding == T::ENCODING {
+        for (x, b) in out.iter_mut().zip(bytes.chunks_exact(size_of::<T>())) {
+            *x = T::from_bytes(b);
+        }
+        return match first_bad(out) {
+            Some(at) => Err((at, out[at].value())),
+            None => Ok(()),
+        };
+    }
     /// A multiple of every block length.
     const STEP: usize = 2048;
     let mut buffer = [0.0; STEP];
@@ -260,12 +295,20 @@ fn decode_finite<T: Resident>(
         for (x, &value) in out.iter_mut().zip(&*buffer) {
             *x = T::from_f32(value);
         }
-        if !out.iter().fold(true, |all, x| all & x.is_finite()) {
-            let at = out.iter().position(|x| !x.is_finite()).unwrap_or(0);
+        if let Some(at) = first_bad(out) {
             return Err((i * STEP + at, buffer[at]));
         }
     }
     Ok(())
+}
+
+/// The first value that is not finite. Looks at all of them without branches first: there is
+/// hardly ever one.
+fn first_bad<T: Resident>(values: &[T]) -> Option<usize> {
+    if values.iter().fold(true, |all, x| all & x.is_finite()) {
+        return None;
+    }
+    values.iter().position(|x| !x.is_finite())
 }
 
 /// Loads a model's tensors and keeps count of them.
