@@ -52,6 +52,14 @@ fn samples() -> Vec<Sample> {
         .collect()
 }
 
+/// One of four samples only measures.
+fn collecting() -> CollectConfig {
+    CollectConfig {
+        validation: 0.25,
+        ..CollectConfig::default()
+    }
+}
+
 fn goes_on<T>(_: T) -> ControlFlow<()> {
     ControlFlow::Continue(())
 }
@@ -143,9 +151,9 @@ fn naive_labels(
     let mut norms = Vec::new();
     for answer in &sample.answers {
         let all = [&sample.prompt[..], &answer.query, &answer.answer].concat();
-        let from = match config.observed {
-            Observed::Answer => prompt + answer.query.len(),
-            Observed::QueryAndAnswer => prompt,
+        let from = match config.watched {
+            Watched::Answer => prompt + answer.query.len(),
+            Watched::QueryAndAnswer => prompt,
         };
         let qkv = &tape(model, &all)[layer];
         norms = (qkv[2].chunks(DIM))
@@ -183,19 +191,19 @@ fn naive_labels(
 #[test]
 fn labels_equal_a_naive_full_attention() {
     let model = model();
-    for (label, observed, value_norm) in [
-        (LabelKind::MaxLogit, Observed::Answer, false),
-        (LabelKind::MaxLogit, Observed::QueryAndAnswer, true),
-        (LabelKind::Mass, Observed::Answer, false),
+    for (label, watched, value_norm) in [
+        (LabelKind::MaxLogit, Watched::Answer, false),
+        (LabelKind::MaxLogit, Watched::QueryAndAnswer, true),
+        (LabelKind::Mass, Watched::Answer, false),
     ] {
         let folder = tempfile::tempdir().unwrap();
         let config = CollectConfig {
             chunk: 13,
             label,
-            observed,
+            watched,
             value_norm,
             inputs: InputDtype::F16,
-            ..CollectConfig::default()
+            ..collecting()
         };
         let shards = collected(folder.path(), &config);
         for (sample, shard) in samples().iter().zip(shards.all()) {
@@ -231,7 +239,7 @@ fn a_collection_goes_on_where_it_was_stopped() {
     let config = CollectConfig {
         max_rows: 30,
         span: 10,
-        ..CollectConfig::default()
+        ..collecting()
     };
     let (whole, parts) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     let expected = collected(whole.path(), &config);
@@ -301,7 +309,7 @@ fn trained(shards: &Shards, folder: &Path, config: &TrainConfig) -> Trained {
 #[test]
 fn a_stopped_training_ends_with_the_same_weights() {
     let data = tempfile::tempdir().unwrap();
-    let shards = collected(data.path(), &CollectConfig::default());
+    let shards = collected(data.path(), &collecting());
     let folders: Vec<_> = (0..3).map(|_| tempfile::tempdir().unwrap()).collect();
     let expected = trained(&shards, folders[0].path(), &settings());
     let one_thread = TrainConfig {
@@ -358,11 +366,52 @@ fn a_stopped_training_ends_with_the_same_weights() {
     );
 }
 
+/// Everything from nothing to heads, in `folder`.
+fn from_nothing(folder: &Path) -> Trained {
+    let shards = collected(&folder.join("samples"), &collecting());
+    let config = TrainConfig {
+        epochs: 40,
+        ..settings()
+    };
+    trained(&shards, &folder.join("heads"), &config)
+}
+
+#[test]
+fn a_killed_process_is_continued_to_the_same_weights() {
+    const CHILD: &str = "LOCRET_TEST_TRAINING_FOLDER";
+    if let Some(folder) = std::env::var_os(CHILD) {
+        from_nothing(Path::new(&folder));
+        return;
+    }
+    let (whole, killed) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let started = std::time::Instant::now();
+    let expected = from_nothing(whole.path());
+    let time = started.elapsed();
+    let mut kills = 0;
+    for part in 1..=4 {
+        let mut child = std::process::Command::new(std::env::current_exe().unwrap())
+            .args([
+                "a_killed_process_is_continued_to_the_same_weights",
+                "--exact",
+            ])
+            .env(CHILD, killed.path())
+            .stdout(std::process::Stdio::null())
+            .stderr(std::process::Stdio::null())
+            .spawn()
+            .unwrap();
+        std::thread::sleep(time.mul_f64(0.12 * f64::from(part)));
+        child.kill().unwrap();
+        kills += usize::from(!child.wait().unwrap().success());
+    }
+    assert!(kills > 0, "every child was done before it was killed");
+    assert_eq!(from_nothing(killed.path()).heads, expected.heads);
+}
+
 /// Heads can learn what depends on q, k and v alone.
 #[test]
 fn training_lowers_the_loss_and_ranks_units() {
     let data = tempfile::tempdir().unwrap();
-    let shards = collected(data.path(), &CollectConfig::default());
+    let shards = collected(data.path(), &collecting());
     let folder = tempfile::tempdir().unwrap();
     let config = TrainConfig {
         epochs: 60,
@@ -394,7 +443,7 @@ fn training_lowers_the_loss_and_ranks_units() {
 #[test]
 fn fewer_epochs_are_proposed_for_less_time() {
     let data = tempfile::tempdir().unwrap();
-    let shards = collected(data.path(), &CollectConfig::default());
+    let shards = collected(data.path(), &collecting());
     let device = Device::flex().autodiff();
     let config = settings();
     assert_eq!(epochs_within(&shards, &config, &device, 0.0).unwrap(), 1);
@@ -407,7 +456,7 @@ fn impossible_requests_are_errors() {
     let model = model();
     let mut bad = samples();
     bad[2].answers[0].answer = vec![61];
-    let config = CollectConfig::default();
+    let config = collecting();
     let error = collect(&model, &bad, folder.path(), &config, &mut |p| goes_on(p)).unwrap_err();
     assert!(error.to_string().contains("sample 2"), "{error}");
     assert!(collect(&model, &[], folder.path(), &config, &mut |p| goes_on(p)).is_err());

@@ -9,7 +9,7 @@ use locret_core::{
     CacheOptions, CausalLm, KvCachePolicy, LayerUnits, ModelSpec, Needs, Observation, Observe,
     Phase, Queries, SequenceCache, Step, Verdict, into_f32,
 };
-use rand::{SeedableRng, seq::SliceRandom};
+use rand::{RngExt, SeedableRng, seq::SliceRandom};
 use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 use std::{
@@ -35,7 +35,7 @@ pub enum LabelKind {
 /// Which tokens' attention counts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum Observed {
+pub enum Watched {
     /// The answer's, as the authors do.
     #[default]
     Answer,
@@ -55,7 +55,7 @@ pub struct CollectConfig {
     /// small norm changes little.
     pub value_norm: bool,
     /// Whose attention counts.
-    pub observed: Observed,
+    pub watched: Watched,
     /// How inputs are kept on disk.
     pub inputs: InputDtype,
     /// At most about this many tokens of a training sample go to disk, in random stretches of
@@ -75,7 +75,7 @@ impl Default for CollectConfig {
             chunk: 512,
             label: LabelKind::MaxLogit,
             value_norm: false,
-            observed: Observed::Answer,
+            watched: Watched::Answer,
             inputs: InputDtype::Q8,
             max_rows: 0,
             span: 512,
@@ -179,17 +179,21 @@ impl CollectConfig {
         Ok(())
     }
 
-    /// Which samples only measure: at least one where a share is asked for and two are there.
+    /// Which samples only measure: one of every `1 / validation` consecutive ones. What a sample is
+    /// used for depends on its number alone, so that further samples can follow later.
     fn splits(&self, samples: usize) -> Vec<Split> {
-        let mut count = (self.validation * samples as f64).round() as usize;
-        if self.validation > 0.0 && samples > 1 {
-            count = count.clamp(1, samples - 1);
-        }
-        let mut order: Vec<usize> = (0..samples).collect();
-        order.shuffle(&mut ChaCha8Rng::seed_from_u64(self.seed));
         let mut splits = vec![Split::Train; samples];
-        for index in &order[..count.min(samples)] {
-            splits[*index] = Split::Validation;
+        // A single sample is for training.
+        if self.validation > 0.0 && samples > 1 {
+            let block = (1.0 / self.validation).round().max(2.0) as usize;
+            for (number, samples) in splits.chunks_mut(block).enumerate() {
+                let seed = self.seed ^ ((number as u64 + 1) << 40);
+                let chosen = ChaCha8Rng::seed_from_u64(seed).random_range(0..block);
+                // The last block may not be whole yet.
+                if let Some(split) = samples.get_mut(chosen) {
+                    *split = Split::Validation;
+                }
+            }
         }
         splits
     }
@@ -260,7 +264,7 @@ fn label(
     });
     for answer in &sample.answers {
         let mut fork = cache.fork()?;
-        if config.observed == Observed::Answer {
+        if config.watched == Watched::Answer {
             fork.set_policy(plain.clone())?;
         } else {
             fork.set_policy(watcher.clone())?;
@@ -268,9 +272,9 @@ fn label(
         feed(model, &mut fork, &answer.query, config.chunk)?;
         fork.set_policy(watcher.clone())?;
         feed(model, &mut fork, &answer.answer, config.chunk)?;
-        let tokens = match config.observed {
-            Observed::Answer => answer.answer.len(),
-            Observed::QueryAndAnswer => answer.query.len() + answer.answer.len(),
+        let tokens = match config.watched {
+            Watched::Answer => answer.answer.len(),
+            Watched::QueryAndAnswer => answer.query.len() + answer.answer.len(),
         };
         for layer in &mut lock(&sink).layers {
             layer.close(config.label, tokens);
@@ -487,14 +491,18 @@ mod tests {
         let splits = config.splits(30);
         let count = splits.iter().filter(|s| **s == Split::Validation).count();
         assert_eq!(count, 3);
-        assert_eq!(splits, config.splits(30));
+        assert_eq!(splits, config.splits(47)[..30]);
         let other = CollectConfig {
             seed: 1,
             ..config.clone()
         };
         assert_ne!(splits, other.splits(30));
         assert_eq!(config.splits(1), [Split::Train]);
-        assert!(config.splits(2).contains(&Split::Validation));
+        let none = CollectConfig {
+            validation: 0.0,
+            ..config
+        };
+        assert!(!none.splits(30).contains(&Split::Validation));
     }
 
     #[test]

@@ -364,8 +364,9 @@ impl<'a> Data<'a> {
             for span in shard.spans() {
                 for start in span.clone().step_by(config.span) {
                     let piece = start..(start + config.span).min(span.end);
-                    // A single token has no neighbour and weighs as much as a whole span.
-                    if piece.len() >= 2.max(config.span / 8) {
+                    // What is left over at the end of a text weighs as much as a whole span.
+                    let whole = piece.len() == config.span.min(span.len());
+                    if piece.len() >= 2 && (whole || piece.len() >= config.span / 8) {
                         pieces.push((index, piece));
                     }
                 }

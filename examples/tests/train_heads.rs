@@ -1,0 +1,183 @@
+//! `train_heads` on a model of a few thousand weights: what it writes, and how it fails.
+
+use clap::Parser;
+use locret_models::ModelFiles;
+use locret_policies::HeadWeights;
+use serde_json::json;
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
+
+#[path = "../train_heads.rs"]
+mod train_heads;
+
+/// A folder with a model of three layers and a vocabulary of 192 tokens, and a tokenizer that makes
+/// a token of every character.
+fn model(dir: &Path) -> PathBuf {
+    let from = Path::new(env!("CARGO_MANIFEST_DIR")).join("../locret-models/tests/golden/llama31");
+    let to = dir.join("model");
+    fs::create_dir(&to).unwrap();
+    for name in ["config.json", "model.safetensors"] {
+        fs::copy(from.join(name), to.join(name)).unwrap();
+    }
+    let characters = ('!'..='~').chain(['Ġ', 'Ċ']);
+    let vocab: serde_json::Map<String, serde_json::Value> = characters
+        .enumerate()
+        .map(|(i, c)| (c.to_string(), json!(i)))
+        .collect();
+    let bytes = json!({
+        "type": "ByteLevel", "add_prefix_space": false, "trim_offsets": false, "use_regex": false,
+    });
+    let tokenizer = json!({
+        "version": "1.0", "truncation": null, "padding": null, "added_tokens": [],
+        "normalizer": null, "pre_tokenizer": bytes, "post_processor": null, "decoder": bytes,
+        "model": {
+            "type": "BPE", "dropout": null, "unk_token": null, "continuing_subword_prefix": null,
+            "end_of_word_suffix": null, "fuse_unk": false, "byte_fallback": false,
+            "vocab": vocab, "merges": [],
+        },
+    });
+    fs::write(to.join("tokenizer.json"), tokenizer.to_string()).unwrap();
+    to
+}
+
+/// Four texts in the forms that files have.
+fn data(dir: &Path) -> PathBuf {
+    let story = "The miller of the valley had three sons and a cat. ".repeat(4);
+    let lines = [
+        json!({"conversations": [
+            {"from": "human", "value": format!("{story}Who had a cat?")},
+            {"from": "gpt", "value": "The miller had one."},
+        ]}),
+        json!({"instruction": "How many sons?", "input": story, "output": "Three."}),
+        json!({"prompt": story, "answers": ["The cat.", " So it was."]}),
+        json!({"prompt": story, "answers": [{"query": "\nWhose sons? ", "answer": "The miller's"}]}),
+    ];
+    let path = dir.join("data.jsonl");
+    let text: Vec<String> = lines.iter().map(ToString::to_string).collect();
+    fs::write(&path, text.join("\n")).unwrap();
+    path
+}
+
+/// Runs the example; the error's chain if it fails.
+fn run(dir: &Path, data: &str, flags: &str) -> Result<PathBuf, String> {
+    let (model, out) = (dir.join("model"), dir.join("heads.safetensors"));
+    let (model, file) = (model.display().to_string(), out.display().to_string());
+    let mut all = vec!["train_heads", "--out", &file, "--data", data];
+    if !flags.contains("--model") {
+        all.extend(["--model", &model]);
+    }
+    if !flags.contains("--d-r") {
+        all.extend(["--d-r", "8"]);
+    }
+    all.extend(flags.split_whitespace());
+    let args = train_heads::Args::try_parse_from(all);
+    train_heads::run(&args.map_err(|e| e.to_string())?).map_err(|e| e.chain())?;
+    Ok(out)
+}
+
+#[test]
+fn heads_and_pictures_are_written_and_are_the_same_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let model = model(dir.path());
+    let data = data(dir.path()).display().to_string();
+    let flags = "--epochs 2 --dtype f32";
+    let spec = ModelFiles::open(&model).unwrap().config().unwrap().spec();
+    let heads =
+        |flags: &str| HeadWeights::load(run(dir.path(), &data, flags).unwrap(), &spec).unwrap();
+    let first = heads(flags);
+    assert!(first.layers.iter().all(|l| l.d_r == 8));
+    assert!(
+        first.metadata["training"].contains("\"epochs\":2"),
+        "{:?}",
+        first.metadata
+    );
+    let curve = fs::read_to_string(dir.path().join("heads.loss.svg")).unwrap();
+    assert!(curve.contains("worst layer"));
+    assert!(!dir.path().join("heads.safetensors.work").exists());
+    assert!(heads(flags) == first, "another result from the same flags");
+    assert!(heads("--epochs 2 --dtype f32 --seed 1").layers != first.layers);
+}
+
+#[test]
+fn every_option_has_an_influence() {
+    let dir = tempfile::tempdir().unwrap();
+    model(dir.path());
+    let data = data(dir.path()).display().to_string();
+    let spec = ModelFiles::open(dir.path().join("model")).unwrap();
+    let spec = spec.config().unwrap().spec();
+    let weights = |flags: &str| {
+        let heads = HeadWeights::load(run(dir.path(), &data, flags).unwrap(), &spec).unwrap();
+        let bits = heads.layers.iter().flat_map(|l| l.fc1.iter().chain(&l.fc2));
+        bits.map(|x| x.to_bits()).collect::<Vec<u32>>()
+    };
+    let mut all = vec![weights("--epochs 1")];
+    for flags in [
+        "--label mass",
+        "--value-norm",
+        "--watch-queries",
+        "--standardise",
+        "--pool-labels 3",
+        "--alpha 0.5",
+        "--ranking 1",
+        "--query-aware 4",
+        "--max-tokens 60",
+        "--max-rows 70",
+    ] {
+        all.push(weights(&format!("--epochs 1 {flags}")));
+    }
+    let count = all.len();
+    all.sort();
+    all.dedup();
+    assert_eq!(all.len(), count, "two options gave the same weights");
+}
+
+#[test]
+fn a_time_limit_takes_fewer_texts_and_epochs() {
+    let dir = tempfile::tempdir().unwrap();
+    model(dir.path());
+    let data = data(dir.path()).display().to_string();
+    let flags = "--epochs 500 --minutes-limit 0 --keep-work";
+    // One text is read before the time is looked at; alone it is for training.
+    let out = run(dir.path(), &data, flags).unwrap();
+    let read = fs::read_dir(dir.path().join("heads.safetensors.work/samples"))
+        .unwrap()
+        .count();
+    assert_eq!(read, 1);
+    let spec = ModelFiles::open(dir.path().join("model"))
+        .unwrap()
+        .config()
+        .unwrap()
+        .spec();
+    let heads = HeadWeights::load(out, &spec).unwrap();
+    assert!(
+        heads.metadata["training"].contains("\"epochs\":1"),
+        "{:?}",
+        heads.metadata
+    );
+}
+
+#[test]
+fn mistakes_are_errors_that_say_what_is_wrong() {
+    let dir = tempfile::tempdir().unwrap();
+    model(dir.path());
+    let good = data(dir.path()).display().to_string();
+    let empty = dir.path().join("empty.jsonl");
+    fs::write(&empty, "").unwrap();
+    let empty = empty.display().to_string();
+    let cases = [
+        ("/none.jsonl", "", "/none.jsonl"),
+        (&*empty, "", "no text"),
+        (&*good, "--d-r 0", "d_r"),
+        (&*good, "--epochs 0", "epochs"),
+        (&*good, "--pool-labels 2", "pool"),
+        (&*good, "--learning-rate=-1", "learning_rate"),
+        (&*good, "--label best", "logit"),
+        (&*good, "--model /none", "/none"),
+    ];
+    for (data, flags, expected) in cases {
+        let error = run(dir.path(), data, flags).unwrap_err();
+        assert!(error.contains(expected), "{flags}: {error}");
+    }
+}
