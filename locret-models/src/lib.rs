@@ -36,7 +36,7 @@
 //!
 //! let messages = [Message::new("user", "Name three rivers in Europe.")];
 //! let prompt = template.encode(&tokenizer, &messages, true)?;
-//! let mut session = Session::new(loaded.model, Arc::new(Full))?;
+//! let mut session = Session::new(loaded.model, Arc::new(Full::default()))?;
 //! session.prefill(&prompt, &Prefill { chunk: 512, local: 32 })?;
 //!
 //! let stop = tokenizer.end_of_turn(&loaded.config.eos);
