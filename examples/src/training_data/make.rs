@@ -536,11 +536,17 @@ impl Maker<'_> {
                 answer: answer.clone(),
             });
         }
-        let sentences: Vec<String> = text
-            .iter()
-            .flat_map(|t| t.split_inclusive(". "))
-            .map(String::from)
-            .collect();
+        // As they stand in the prompt, so that consecutive ones are a part of it.
+        let mut sentences: Vec<String> = Vec::new();
+        for passage in &text {
+            let first = sentences.len();
+            sentences.extend(passage.split_inclusive(". ").map(String::from));
+            if first > 0
+                && let Some(sentence) = sentences.get_mut(first)
+            {
+                sentence.insert_str(0, "\n\n");
+            }
+        }
         let next = rest
             .next()
             .map(|p| format!("\n\n{}", p.text))

@@ -207,18 +207,17 @@ impl CollectConfig {
         let mut all: Vec<_> = all.map(|s| s..(s + self.span).min(tokens)).collect();
         let seed = self.seed ^ ((index as u64 + 1) << 20);
         all.shuffle(&mut ChaCha8Rng::seed_from_u64(seed));
-        let mut rows = 0;
-        let kept = all.iter().take_while(|s| {
-            let more = rows < self.max_rows;
-            rows += s.len();
-            more
-        });
-        let mut kept: Vec<_> = kept.cloned().collect();
-        kept.sort_by_key(|s| s.start);
-        // The last one may go beyond the limit.
-        if let Some(last) = kept.last_mut() {
-            last.end -= rows_over(rows, self.max_rows).min(last.len() - 1);
+        let mut left = self.max_rows;
+        let mut kept = Vec::new();
+        for span in all {
+            let rows = span.len().min(left);
+            if rows == 0 {
+                break;
+            }
+            left -= rows;
+            kept.push(span.start..span.start + rows);
         }
+        kept.sort_by_key(|s| s.start);
         kept
     }
 
@@ -234,10 +233,6 @@ impl CollectConfig {
         let bytes = format!("{spec:?} {settings} {split:?} {index}").into_bytes();
         Ok(fingerprint(fingerprint(FINGERPRINT, bytes), sample.bytes()))
     }
-}
-
-fn rows_over(rows: usize, limit: usize) -> usize {
-    rows.saturating_sub(limit)
 }
 
 /// Inputs and labels of one sample's spans, for every layer, and the number of features.

@@ -116,7 +116,10 @@ impl TrainConfig {
             return wrong("cut is a share between 0 and 1");
         }
         let weights = [self.alpha, self.regression, self.ranking, self.weight_decay];
-        if weights.iter().any(|w| !w.is_finite() || *w < 0.0) || !(self.clip > 0.0) {
+        if weights.iter().any(|w| !w.is_finite() || *w < 0.0)
+            || self.clip.is_nan()
+            || self.clip <= 0.0
+        {
             return wrong("weights of losses, weight_decay and clip cannot be negative");
         }
         for beta in [self.beta_1, self.beta_2] {
