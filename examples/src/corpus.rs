@@ -166,14 +166,27 @@ fn push_word(paragraphs: &mut [String], word: &str) {
     }
 }
 
-/// Where a new sentence begins inside of a word, as in `interface.A`.
+/// Where a new sentence begins inside of a word, as in `interface.A`, `50.A`, `"so."A` or `[1]A`.
 fn lost_break(word: &str) -> Option<usize> {
-    let chars: Vec<(usize, char)> = word.char_indices().collect();
-    (2..chars.len()).find_map(|i| {
-        let (before, end, begin) = (chars[i - 2].1, chars[i - 1].1, chars[i]);
-        let sentence_ends = matches!(end, '.' | '?' | '!') && before.is_lowercase();
-        (sentence_ends && begin.1.is_uppercase()).then_some(begin.0)
-    })
+    let starts = word
+        .char_indices()
+        .skip(1)
+        .filter(|(_, c)| c.is_uppercase());
+    let begins = |at: &usize| {
+        let before = &word[..*at];
+        let open = before.trim_end_matches(['"', ')', ']', '”']);
+        // Not in `U.S.A.`: there a capital stands before the full stop.
+        let sentence = open
+            .strip_suffix(['.', '?', '!'])
+            .and_then(|s| s.chars().next_back())
+            .is_some_and(|c| !c.is_uppercase());
+        // Nor in `Ph.D.`: a capital alone is a word if it is A or I.
+        let mut rest = word[*at..].chars();
+        let alone = !matches!(rest.next(), Some('A' | 'I'))
+            && rest.next().is_none_or(|c| !c.is_alphabetic());
+        (sentence || before.ends_with(']')) && !alone
+    };
+    starts.map(|(at, _)| at).find(begins)
 }
 
 /// The sentences of a text, each with its separator in front.
@@ -209,7 +222,8 @@ mod tests {
     #[test]
     fn lines_are_joined_and_lost_paragraphs_found() {
         let text = "\n\nIt ran\non our server, e.g. there.A lot of  people\nhad it. \"Why?\" he \
-                    said. (No.) Yes 3.5 times\n\n  Lisp is. The U.S.A. is";
+                    said. (No.) Yes, 3.5 Ph.D. times\n\n  Lisp is. The U.S.A. is near 50.And \
+                    \"so.\"But it [3]The McCoy";
         assert_eq!(
             sentences(text),
             [
@@ -217,9 +231,12 @@ mod tests {
                 "\n\nA lot of people had it.",
                 " \"Why?\" he said.",
                 " (No.)",
-                " Yes 3.5 times",
+                " Yes, 3.5 Ph.D. times",
                 "\n\nLisp is.",
-                " The U.S.A. is",
+                " The U.S.A. is near 50.",
+                "\n\nAnd \"so.\"",
+                "\n\nBut it [3]",
+                "\n\nThe McCoy",
             ]
         );
     }

@@ -10,9 +10,7 @@ use crate::{
     },
     store::KvStore,
 };
-use burn::tensor::{
-    Tensor, TensorData, activation::softmax, module, ops::AttentionModuleOptions,
-};
+use burn::tensor::{Tensor, TensorData, activation::softmax, module, ops::AttentionModuleOptions};
 
 /// Rotated queries of one step, and what is needed to attend with them.
 pub(crate) struct Attention<'a> {
@@ -77,7 +75,12 @@ impl Attention<'_> {
                     ..Default::default()
                 },
             );
-            out.push(attended.reshape([g, t, d]).swap_dims(0, 1).reshape([t, g * d]));
+            out.push(
+                attended
+                    .reshape([g, t, d])
+                    .swap_dims(0, 1)
+                    .reshape([t, g * d]),
+            );
         }
         Ok(Tensor::cat(out, 1))
     }
@@ -85,7 +88,7 @@ impl Attention<'_> {
     fn rotated_keys(&self, head: usize) -> Result<Tensor<2>> {
         let keys = self.store.keys(head)?;
         match self.rotation {
-            Some(table) => rotate_contiguous(keys, self.layer.head_dim, table),
+            Some(table) => rotate_contiguous(keys, self.layer.head_dim, table, false),
             None => Ok(keys),
         }
     }
@@ -155,9 +158,7 @@ impl Attention<'_> {
                 );
                 let scores = scores.mask_fill(hidden.expand([g, block, n]), f32::NEG_INFINITY);
                 let part = match what {
-                    Observation::Weights => {
-                        softmax(scores, 2).sum_dim(1).reshape([rows, n])
-                    }
+                    Observation::Weights => softmax(scores, 2).sum_dim(1).reshape([rows, n]),
                     Observation::MaxLogits => {
                         scores.reshape([g * block, n]).max_dim(0).reshape([rows, n])
                     }
@@ -196,44 +197,54 @@ fn grouped(q: &Tensor<2>, head: usize, g: usize, d: usize) -> Tensor<3> {
         .swap_dims(0, 1)
 }
 
-/// Rotates row `i` of `[rows, dim]` by position `i`.
+/// Rotates row `i` of `[rows, dim]` by row `i` of the table.
 pub(crate) fn rotate_contiguous(
     keys: Tensor<2>,
     dim: usize,
     table: &RopeTable,
+    on_host: bool,
 ) -> Result<Tensor<2>> {
-    rotate_rows(keys, dim, table, 0, false)
+    rotate_rows(keys, dim, table, &|row| row, false, on_host)
 }
 
-/// Rotates `x` `[tokens, heads * dim]`, token `i` by row `first + i` of the table.
+/// Rotates `x` `[tokens, heads * dim]`, token `i` by row `row_of(i)` of the table.
 pub(crate) fn rotate_rows(
     x: Tensor<2>,
     dim: usize,
     table: &RopeTable,
-    first: usize,
+    row_of: &(dyn Fn(usize) -> usize + Sync),
     inverse: bool,
+    on_host: bool,
 ) -> Result<Tensor<2>> {
     let [t, width] = x.dims();
-    if first + t > table.len() {
-        return Err(Error::shape("rotation table", [first + t], [table.len()]));
-    }
     if t == 0 {
         return Ok(x);
     }
-    let heads = width / dim;
+    let last = (0..t).map(row_of).max().unwrap_or(0);
+    if last >= table.len() {
+        return Err(Error::shape("rotation table", [last + 1], [table.len()]));
+    }
+    let (heads, device) = (width / dim, x.device());
+    if on_host {
+        let mut values = host::into_f32(x)?;
+        rope::rotate(&mut values, dim, dim, table, |i| row_of(i / heads), inverse);
+        return Ok(host::from_f32(values, [t, width], &device));
+    }
     let half = table.rotary_dim() / 2;
+    // The table's cosines and sines have the factor in them: undoing divides by it twice.
     let factor = if inverse {
         1.0 / (table.factor() * table.factor())
     } else {
         1.0
     };
-    let device = x.device();
-    let rows = |values: &[f32], factor: f32| {
-        let part = &values[first * half..(first + t) * half];
-        let part = part.iter().map(|v| v * factor).collect();
-        host::from_f32::<2>(part, [t, half], &device).reshape([t, 1, half])
+    let rows = |values: &[f32]| {
+        let part = (0..t).flat_map(|i| {
+            let at = row_of(i) * half;
+            values[at..at + half].iter().map(|v| v * factor)
+        });
+        host::from_f32::<2>(part.collect(), [t, half], &device).reshape([t, 1, half])
     };
-    let (cos, sin) = (rows(table.cos(), factor), rows(table.sin(), factor));
+    let (cos, sin) = (rows(table.cos()), rows(table.sin()));
     let sin = if inverse { sin.neg() } else { sin };
     let x = x.reshape([t, heads, dim]);
     let (a, b) = (
@@ -250,39 +261,25 @@ pub(crate) fn rotate_rows(
     Ok(Tensor::cat(parts, 2).reshape([t, width]))
 }
 
-/// Rotates `x` `[tokens, heads * dim]` in groups of heads: head `h` of token `i` by row
-/// `first[h / per_group] + i` of the table.
+/// Rotates `x` `[tokens, heads * dim]` in as many groups of heads as `first` has entries: token `i`
+/// of group `j` by row `first[j] + i` of the table.
 pub(crate) fn rotate_grouped(
     x: Tensor<2>,
     dim: usize,
     table: &RopeTable,
     first: &[usize],
-    host_memory: bool,
+    on_host: bool,
 ) -> Result<Tensor<2>> {
-    let [t, width] = x.dims();
-    let device = x.device();
-    if host_memory {
-        let mut values = host::into_f32(x)?;
-        let group = width / first.len();
-        let heads = group / dim;
-        for (index, start) in first.iter().enumerate() {
-            for head in 0..heads {
-                let at = index * group + head * dim;
-                rope::rotate(&mut values[at..], width, dim, table, |row| start + row, false);
-            }
-        }
-        return Ok(host::from_f32(values, [t, width], &device));
-    }
     if first.windows(2).all(|w| w[0] == w[1]) {
-        return rotate_rows(x, dim, table, first[0], false);
+        return rotate_rows(x, dim, table, &|i| first[0] + i, false, on_host);
     }
-    let group = width / first.len();
+    let group = x.dims()[1] / first.len();
     let parts = first
         .iter()
         .enumerate()
         .map(|(index, start)| {
             let part = x.clone().narrow(1, index * group, group);
-            rotate_rows(part, dim, table, *start, false)
+            rotate_rows(part, dim, table, &|i| start + i, false, on_host)
         })
         .collect::<Result<Vec<_>>>()?;
     Ok(Tensor::cat(parts, 1))

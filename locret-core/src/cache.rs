@@ -143,9 +143,7 @@ impl SequenceCache {
     /// # Errors
     /// [`Error::Unusable`] in the middle of a step.
     pub fn fork(&self) -> Result<Self> {
-        if self.current.is_some() {
-            return Err(Error::Unusable);
-        }
+        self.ready()?;
         Ok(Self {
             spec: self.spec.clone(),
             policy: self.policy.clone(),
@@ -171,6 +169,14 @@ impl SequenceCache {
         })
     }
 
+    /// Whether a step can begin.
+    pub(crate) fn ready(&self) -> Result<()> {
+        match self.current {
+            Some(_) => Err(Error::Unusable),
+            None => Ok(()),
+        }
+    }
+
     /// The model's shape.
     pub fn spec(&self) -> &ModelSpec {
         &self.spec
@@ -179,6 +185,29 @@ impl SequenceCache {
     /// The policy.
     pub fn policy(&self) -> &Arc<dyn KvCachePolicy> {
         &self.policy
+    }
+
+    /// From here on another policy decides; units and their scores stay as they are, in the store
+    /// that the first policy chose.
+    ///
+    /// This is how a text is read once and then continued under several policies: fork, and give
+    /// each fork its own.
+    ///
+    /// # Errors
+    /// [`Error::Unusable`] in the middle of a step; [`Error::Setting`] if the policy wants other
+    /// positions than those that the cache was read with.
+    pub fn set_policy(&mut self, policy: Arc<dyn KvCachePolicy>) -> Result<()> {
+        self.ready()?;
+        if policy.positions() != self.positions {
+            return Err(Error::setting(
+                "positions of a policy",
+                format!("{:?}, as the cache was read", self.positions),
+                format!("{:?}", policy.positions()),
+            ));
+        }
+        self.needs = policy.needs();
+        self.policy = policy;
+        Ok(())
     }
 
     /// Tokens that the sequence has, evicted ones included.
@@ -253,24 +282,23 @@ impl SequenceCache {
     ///
     /// # Errors
     /// [`Error::Unusable`] if an earlier step was not finished; [`Error::NotSupported`] if the
-    /// sequence outgrows LongRoPE's original context and the store cannot turn its keys.
+    /// sequence outgrows LongRoPE's original context and the store cannot turn its keys: the cache
+    /// is then as it was.
     pub fn begin(&mut self, phase: Phase, incoming: usize, total: usize) -> Result<()> {
-        if self.current.is_some() {
-            return Err(Error::Unusable);
-        }
+        self.ready()?;
         let total = total.max(self.seen + incoming);
-        self.set_length(total)?;
-        let table = match self.positions {
-            Positions::Original => Some(self.rope.range(self.seen..self.seen + incoming)),
-            Positions::Compact => None,
-        };
+        // Before the keys are turned: a failure there leaves layers that no longer agree.
         self.current = Some(Current {
             phase,
             incoming,
             total,
             next: 0,
-            table,
+            table: None,
         });
+        self.set_length(total)?;
+        if let (Some(current), Positions::Original) = (&mut self.current, self.positions) {
+            current.table = Some(self.rope.range(self.seen..self.seen + incoming));
+        }
         Ok(())
     }
 
@@ -313,7 +341,7 @@ impl SequenceCache {
                 let longest = lens.iter().max().map_or(0, |n| n + t);
                 let table = self.rope.contiguous(longest);
                 if this.rotated != decoding {
-                    this.turn(d, &table, !decoding)?;
+                    this.turn(d, &table, !decoding, on_host)?;
                 }
                 let q = rotate_grouped(q, d, &table, &lens, on_host)?;
                 let k = if this.rotated {
@@ -465,7 +493,21 @@ impl SequenceCache {
                 return Err(broken(format!("{found} scores for {expected} units")));
             }
         }
-        if let Keep::Slots(selection) = verdict.keep {
+        let (selection, folds) = match verdict.keep {
+            Keep::All => (None, Vec::new()),
+            Keep::Slots(kept) => (Some(kept), Vec::new()),
+            Keep::Merged { kept, folds } => (Some(kept), folds),
+        };
+        if !folds.is_empty() && folds.len() != heads {
+            return Err(broken(format!(
+                "folds for {} KV heads of {heads}",
+                folds.len()
+            )));
+        }
+        for (head, folds) in folds.iter().enumerate().filter(|(_, f)| !f.is_empty()) {
+            this.store.fold_values(head, folds)?;
+        }
+        if let Some(selection) = selection {
             let kept = selection.heads();
             crate::store::check_retain(kept, this.heads.iter().map(|h| h.positions.len()))
                 .map_err(|e| broken(e.to_string()))?;
@@ -477,16 +519,17 @@ impl SequenceCache {
                 if this.rotated {
                     let longest = this.heads.iter().map(|h| h.positions.len()).max();
                     let table = self.rope.contiguous(longest.unwrap_or(0));
-                    this.turn(d, &table, true)?;
+                    this.turn(d, &table, true, self.place.host)?;
                 }
                 this.store.retain(kept)?;
                 for (head, kept) in this.heads.iter_mut().zip(kept) {
                     gather(&mut head.positions, kept);
                     gather(&mut head.scores, kept);
                 }
-                this.bytes = this.store.bytes();
             }
         }
+        this.store.settle()?;
+        this.bytes = this.store.bytes();
         Ok(())
     }
 
@@ -504,27 +547,30 @@ impl SequenceCache {
         if !self.rope.set_length(total) || self.seen == 0 {
             return Ok(());
         }
-        let d = self.spec.head_dim;
-        for layer in &mut self.layers {
+        let (d, on_host) = (self.spec.head_dim, self.place.host);
+        for (index, layer) in self.layers.iter_mut().enumerate() {
             match self.positions {
                 // Rotated at compact positions: back to un-rotated, with the old factors.
                 Positions::Compact if layer.rotated => {
                     let longest = layer.heads.iter().map(|h| h.positions.len()).max();
                     let table = before.range(0..longest.unwrap_or(0));
-                    layer.turn(d, &table, true)?;
+                    layer.turn(d, &table, true, on_host)?;
                 }
                 Positions::Compact => {}
                 Positions::Original => {
                     let (old, new) = (before.range(0..self.seen), self.rope.range(0..self.seen));
                     let heads = &layer.heads;
                     let turned = layer.store.turn_keys(&|head, keys| {
-                        let rows = |table: &RopeTable| {
-                            table.rows(&heads[head].positions)
-                        };
-                        let keys = rotate_rows(keys, d, &rows(&old), 0, true)?;
-                        rotate_rows(keys, d, &rows(&new), 0, false)
+                        let positions = &heads[head].positions;
+                        let row = |unit: usize| positions[unit] as usize;
+                        let keys = rotate_rows(keys, d, &old, &row, true, on_host)?;
+                        rotate_rows(keys, d, &new, &row, false, on_host)
                     })?;
                     if !turned {
+                        if index == 0 {
+                            self.rope = before;
+                            self.current = None;
+                        }
                         return Err(Error::NotSupported {
                             operation: "a sequence that outgrows the original context of LongRoPE \
                                         in a later prompt (announce its length, or always use \
@@ -542,10 +588,10 @@ impl SequenceCache {
 impl LayerCache {
     /// Rotates the stored keys at compact positions, or back. Leaves them alone where the store
     /// would lose precision.
-    fn turn(&mut self, d: usize, table: &RopeTable, inverse: bool) -> Result<()> {
+    fn turn(&mut self, d: usize, table: &RopeTable, inverse: bool, on_host: bool) -> Result<()> {
         let turned = self
             .store
-            .turn_keys(&|_, keys| rotate_rows(keys, d, table, 0, inverse))?;
+            .turn_keys(&|_, keys| rotate_rows(keys, d, table, &|i| i, inverse, on_host))?;
         if turned {
             self.rotated = !inverse;
         }
@@ -570,4 +616,3 @@ pub fn ids_tensor(ids: &[u32], device: &Device) -> Tensor<1, Int> {
     let len = ids.len();
     Tensor::from_data(TensorData::new(ids, [len]), device)
 }
-

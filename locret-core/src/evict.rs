@@ -2,11 +2,12 @@
 
 use crate::{
     Error, LayerSpec, ModelSpec, Prefill, Result,
-    budget::{Budget, DecodeEviction, Guard},
+    budget::{Budget, DecodeEviction, Guard, pyramid},
     kernels::select,
-    policy::{KvCachePolicy, Needs, Phase, Positions, Scorer, Step, Verdict},
-    units::{LayerUnits, Selection},
+    policy::{Keep, KvCachePolicy, Needs, Phase, Positions, Scorer, Step, Verdict},
+    units::{LayerUnits, Scores, Selection},
 };
+use std::{borrow::Cow, ops::Range};
 
 /// Keeps, in each KV head, the `budget` units that a [`Scorer`] ranks highest, in sequence order.
 ///
@@ -19,6 +20,9 @@ pub struct Evict<S> {
     guard: Guard,
     positions: Positions,
     decode: DecodeEviction,
+    pool: usize,
+    pyramid: Option<f64>,
+    ada: Option<f64>,
 }
 
 impl<S: Scorer> Evict<S> {
@@ -31,6 +35,9 @@ impl<S: Scorer> Evict<S> {
             guard: Guard::default(),
             positions: Positions::Original,
             decode: DecodeEviction::Off,
+            pool: 1,
+            pyramid: None,
+            ada: None,
         }
     }
 
@@ -70,9 +77,56 @@ impl<S: Scorer> Evict<S> {
         self
     }
 
+    /// Selects on scores max-pooled over `units` neighbouring units of the head (an odd number; 1
+    /// is no pooling): what matters is often a span of text, of which one unit scores high. The
+    /// scores themselves stay what they are.
+    pub fn pool(mut self, units: usize) -> Self {
+        self.pool = units;
+        self
+    }
+
+    /// Gives lower layers more of the budget (PyramidKV, arXiv 2406.02069 §4.2): it falls linearly
+    /// from `2b - b / beta` units in the first layer to `b / beta` in the last one. The paper's
+    /// `beta` is 20; 1 gives all layers the same.
+    ///
+    /// In layers with less than `b` units as many fewer are protected.
+    pub fn pyramid(mut self, beta: f64) -> Self {
+        self.pyramid = Some(beta);
+        self
+    }
+
+    /// Shares a layer's budget out over its heads by their scores (Ada-KV, arXiv 2407.11550 §3):
+    /// each keeps its best `floor · b` units and what is protected, and the rest of the layer's
+    /// `kv_heads · b` units go to the best scores over all heads. The paper's `floor` is 0.2; 1
+    /// gives all heads the same.
+    ///
+    /// Heads then differ in length; memory is that of the units that are there.
+    pub fn ada(mut self, floor: f64) -> Self {
+        self.ada = Some(floor);
+        self
+    }
+
     /// The scorer.
     pub fn scorer(&self) -> &S {
         &self.scorer
+    }
+
+    /// Units for a head of `layer` (on average, where heads share).
+    fn units(&self, layer: &LayerSpec, total: usize) -> usize {
+        let budget = self.budget.units(layer, total).max(1);
+        match self.pyramid {
+            Some(beta) => pyramid(budget, beta, layer),
+            None => budget,
+        }
+    }
+
+    /// Units that a head keeps on its own account, of `budget`.
+    fn own(&self, budget: usize) -> usize {
+        match self.ada {
+            // Less a hair, so that a fifth of 10 units are 2.
+            Some(floor) => ((floor * budget as f64 - 1e-9).ceil() as usize).min(budget),
+            None => budget,
+        }
     }
 
     fn evicts_now(&self, at: &Step, units: &LayerUnits<'_>, budget: usize) -> bool {
@@ -81,7 +135,45 @@ impl<S: Scorer> Evict<S> {
             (Phase::Decode, DecodeEviction::Every(n)) => n - 1,
             (Phase::Tail, _) | (Phase::Decode, DecodeEviction::Off) => return false,
         };
+        if self.ada.is_some() {
+            let held: usize = (0..units.kv_heads()).map(|head| units.len(head)).sum();
+            return held > units.kv_heads() * (budget + slack);
+        }
         units.longest() > budget + slack
+    }
+
+    /// The first and the newest units that are protected in a layer with `budget` units.
+    fn protected(&self, at: &Step, budget: usize) -> (usize, usize) {
+        let Guard {
+            sinks,
+            recent,
+            stabilizers,
+        } = self.guard;
+        let newest = match at.phase {
+            Phase::Prefill { last: true } => recent,
+            _ => recent.max(stabilizers),
+        };
+        let average = self.budget.units(&at.layer, at.total).max(1);
+        let shrunk = |units: usize| (units * budget / average).min(units);
+        (shrunk(sinks), shrunk(newest))
+    }
+
+    fn select(&self, at: &Step, units: &LayerUnits<'_>, scores: &Scores) -> Result<Selection> {
+        let heads = units.kv_heads();
+        let budget = self.units(&at.layer, at.total);
+        let (sinks, newest) = self.protected(at, budget);
+        let mut ranked = Vec::with_capacity(heads);
+        let mut kept = Vec::with_capacity(heads);
+        for head in 0..heads {
+            let scores = max_pool(scores.head(head), self.pool);
+            let own = self.own(budget).max((sinks + newest).min(budget));
+            kept.push(best(&scores, units.len(head), own, sinks, newest)?);
+            ranked.push(scores);
+        }
+        if self.ada.is_some() {
+            share(&ranked, &mut kept, heads * budget)?;
+        }
+        Selection::new(kept)
     }
 }
 
@@ -129,46 +221,81 @@ impl<S: Scorer> KvCachePolicy for Evict<S> {
         if self.decode == DecodeEviction::Every(0) {
             return Err(Error::setting("decode eviction interval", "at least 1", 0));
         }
+        if self.pool.is_multiple_of(2) {
+            return Err(Error::setting("pool", "an odd number of units", self.pool));
+        }
+        if let Some(beta) = self.pyramid
+            && !(beta.is_finite() && beta >= 1.0)
+        {
+            return Err(Error::setting("pyramid", "a number from 1 on", beta));
+        }
+        if let Some(floor) = self.ada
+            && !(0.0..=1.0).contains(&floor)
+        {
+            return Err(Error::setting("ada", "a share from 0 to 1", floor));
+        }
         self.scorer.validate(model)
     }
 
     fn limit(&self, layer: &LayerSpec, total: usize) -> Option<usize> {
-        Some(self.budget.units(layer, total))
+        let budget = self.units(layer, total);
+        // With the others at their least.
+        Some(budget + (layer.kv_heads - 1) * (budget - self.own(budget)))
     }
 
     fn step(&self, at: &Step, units: &LayerUnits<'_>) -> Result<Verdict> {
-        let budget = self.budget.units(&at.layer, at.total).max(1);
-        let evict = self.evicts_now(at, units, budget);
+        let evict = self.evicts_now(at, units, self.units(&at.layer, at.total));
         if !evict && !self.scorer.carries() {
             return Ok(Verdict::keep_all());
         }
         let scores = self.scorer.score(at, units)?;
         let mut verdict = Verdict::keep_all();
         if evict {
-            let newest = match at.phase {
-                Phase::Prefill { last: true } => self.guard.recent,
-                _ => self.guard.recent.max(self.guard.stabilizers),
-            };
-            let mut kept = Vec::with_capacity(units.kv_heads());
-            for head in 0..units.kv_heads() {
-                kept.push(best(
-                    scores.head(head),
-                    units.len(head),
-                    budget,
-                    self.guard.sinks,
-                    newest,
-                )?);
-            }
-            verdict = Verdict {
-                keep: crate::Keep::Slots(Selection::new(kept)?),
-                scores: None,
-            };
+            verdict.keep = Keep::Slots(self.select(at, units, &scores)?);
         }
         if self.scorer.carries() {
             verdict.scores = Some(scores);
         }
         Ok(verdict)
     }
+}
+
+/// The maximum over `width` neighbours (odd), fewer at the ends.
+fn max_pool(scores: &[f32], width: usize) -> Cow<'_, [f32]> {
+    let reach = width / 2;
+    if reach == 0 {
+        return Cow::Borrowed(scores);
+    }
+    let largest = |unit: usize| {
+        let near = unit.saturating_sub(reach)..(unit + reach + 1).min(scores.len());
+        scores[near]
+            .iter()
+            .copied()
+            .fold(f32::NEG_INFINITY, f32::max)
+    };
+    Cow::Owned((0..scores.len()).map(largest).collect())
+}
+
+/// Adds to what each head keeps the best of the others, over all heads, up to `total` units.
+fn share(scores: &[Cow<'_, [f32]>], kept: &mut [Vec<u32>], total: usize) -> Result<()> {
+    let mut rest = Vec::new();
+    let mut rest_scores = Vec::new();
+    for (head, (scores, kept)) in scores.iter().zip(&*kept).enumerate() {
+        let mut kept = kept.iter().peekable();
+        for (unit, score) in scores.iter().enumerate() {
+            if kept.next_if(|k| **k as usize == unit).is_none() {
+                rest.push((head, unit as u32));
+                rest_scores.push(*score);
+            }
+        }
+    }
+    let taken: usize = kept.iter().map(Vec::len).sum();
+    let chosen = top_k(&rest_scores, total.saturating_sub(taken), &[])?;
+    for (head, unit) in chosen.into_iter().map(|i| rest[i as usize]) {
+        kept[head].push(unit);
+    }
+    kept.iter_mut().for_each(|kept| kept.sort_unstable());
+    Ok(())
 }
 
 /// The `budget` best of `len` units, the first `sinks` and the last `newest` of them for certain.
@@ -185,7 +312,11 @@ fn best(
     // A ratio budget can be smaller than what is protected: the newest units then win.
     let newest = newest.min(budget).min(len);
     let sinks = sinks.min(budget - newest).min(len - newest);
-    select::top_k(scores, budget, sinks, newest).map_err(|unit| Error::NotFinite {
+    top_k(scores, budget, &[0..sinks, len - newest..len])
+}
+
+fn top_k(scores: &[f32], k: usize, protected: &[Range<usize>]) -> Result<Vec<u32>> {
+    select::top_k(scores, k, protected).map_err(|unit| Error::NotFinite {
         what: "a score",
         at: format!("unit {unit}"),
     })

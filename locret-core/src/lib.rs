@@ -27,6 +27,7 @@ mod host;
 pub mod kernels;
 mod model;
 mod policy;
+mod quantized;
 mod rope;
 mod sample;
 mod session;
@@ -47,11 +48,10 @@ pub use policy::{
     Keep, KvCachePolicy, Needs, Observation, Observe, Phase, Positions, Queries, Scorer, Step,
     Verdict,
 };
+pub use quantized::{QuantLayout, Quantization, QuantizedStore};
 pub use rope::{LongRopeSwitch, RopeConfig, RopeScaling};
 pub use sample::{Sampler, Sampling, argmax};
-pub use session::{
-    ChunkDone, Generate, OnChunk, Prefill, Report, Session, TokenScore, Tokens,
-};
+pub use session::{ChunkDone, Generate, OnChunk, Prefill, Report, Session, TokenScore, Tokens};
 pub use spec::{LayerSpec, ModelSpec};
-pub use store::{Dense, KvDtype, KvStore, Placement, TurnKeys};
+pub use store::{Dense, Fold, KvDtype, KvStore, Placement, TurnKeys};
 pub use units::{LayerUnits, Observed, Qkv, Scores, Selection};

@@ -6,11 +6,11 @@
 
 use crate::{
     LayerSpec, ModelSpec, Prefill, Result,
-    store::{Dense, KvStore, Placement},
+    store::{Dense, Fold, KvStore, Placement},
     units::{LayerUnits, Scores, Selection},
 };
 use serde::{Deserialize, Serialize};
-use std::fmt::Debug;
+use std::{fmt::Debug, sync::Arc};
 
 /// Decides, after each layer of each step, which units stay in the cache.
 ///
@@ -79,6 +79,37 @@ pub trait KvCachePolicy: Debug + Send + Sync {
     /// # Errors
     /// Any; the sequence is then unusable.
     fn step(&self, at: &Step, units: &LayerUnits<'_>) -> Result<Verdict>;
+}
+
+#[deny(clippy::missing_trait_methods)]
+impl<P: KvCachePolicy + ?Sized> KvCachePolicy for Arc<P> {
+    fn name(&self) -> String {
+        (**self).name()
+    }
+
+    fn needs(&self) -> Needs {
+        (**self).needs()
+    }
+
+    fn positions(&self) -> Positions {
+        (**self).positions()
+    }
+
+    fn validate(&self, model: &ModelSpec, prefill: &Prefill) -> Result<()> {
+        (**self).validate(model, prefill)
+    }
+
+    fn store(&self, layer: &LayerSpec, place: &Placement) -> Result<Box<dyn KvStore>> {
+        (**self).store(layer, place)
+    }
+
+    fn limit(&self, layer: &LayerSpec, total: usize) -> Option<usize> {
+        (**self).limit(layer, total)
+    }
+
+    fn step(&self, at: &Step, units: &LayerUnits<'_>) -> Result<Verdict> {
+        (**self).step(at, units)
+    }
 }
 
 /// Scores units; where most policies begin and end.
@@ -259,6 +290,13 @@ pub enum Keep {
     All,
     /// Those that are named.
     Slots(Selection),
+    /// Those that are named, after others' values were mixed into theirs.
+    Merged {
+        /// The units that stay.
+        kept: Selection,
+        /// By KV head, what is mixed into what, in units before the verdict.
+        folds: Vec<Vec<Fold>>,
+    },
 }
 
 impl Verdict {

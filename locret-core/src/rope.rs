@@ -96,9 +96,7 @@ impl RopeConfig {
                 self.theta,
             ));
         }
-        if self.rotary_dim == 0
-            || !self.rotary_dim.is_multiple_of(2)
-            || self.rotary_dim > head_dim
+        if self.rotary_dim == 0 || !self.rotary_dim.is_multiple_of(2) || self.rotary_dim > head_dim
         {
             return Err(Error::setting(
                 "rotary_dim",
@@ -143,11 +141,7 @@ impl RopeConfig {
             } => {
                 for (what, factors) in [("short_factor", short), ("long_factor", long)] {
                     if factors.len() != self.rotary_dim / 2 {
-                        return Err(Error::shape(
-                            what,
-                            [self.rotary_dim / 2],
-                            [factors.len()],
-                        ));
+                        return Err(Error::shape(what, [self.rotary_dim / 2], [factors.len()]));
                     }
                     for f in factors {
                         positive(what, *f)?;

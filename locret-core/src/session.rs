@@ -137,6 +137,8 @@ pub struct Session {
     pending: Option<u32>,
     /// Logits `[vocab]` after the last token that the model has seen.
     logits: Option<Vec<f32>>,
+    /// A prompt was begun and not read to its end.
+    midway: bool,
     times: Report,
 }
 
@@ -175,6 +177,7 @@ impl Session {
             history: Vec::new(),
             pending: None,
             logits: None,
+            midway: false,
             times: Report::default(),
         })
     }
@@ -190,6 +193,7 @@ impl Session {
             history: self.history.clone(),
             pending: self.pending,
             logits: self.logits.clone(),
+            midway: self.midway,
             times: self.times,
         })
     }
@@ -214,10 +218,11 @@ impl Session {
         &self.history
     }
 
-    /// Logits `[vocab]` for the next token; `None` before the first prompt and after a generated
-    /// token that was not fed back yet.
+    /// Logits `[vocab]` for the next token; `None` before the first prompt, in the middle of one,
+    /// and after a generated token that was not fed back yet.
     pub fn logits(&self) -> Option<&[f32]> {
-        self.logits.as_deref().filter(|_| self.pending.is_none())
+        let there = self.pending.is_none() && !self.midway;
+        self.logits.as_deref().filter(|_| there)
     }
 
     /// Times and memory so far.
@@ -242,6 +247,9 @@ impl Session {
 
     /// As [`prefill`](Self::prefill), calling `on_chunk` after every chunk.
     ///
+    /// An error of `on_chunk` stops between two chunks: [`tokens`](Self::tokens) says how far it
+    /// came, and a further prompt goes on from there. Nothing can be generated before that.
+    ///
     /// # Errors
     /// As [`prefill`](Self::prefill), and those of `on_chunk`.
     pub fn prefill_with(
@@ -256,15 +264,17 @@ impl Session {
             return Err(Error::EmptyPrompt);
         }
         self.check_ids(ids)?;
-        let started = Instant::now();
-        let ids: Vec<u32> = self.pending.take().into_iter().chain(ids.iter().copied()).collect();
-        // `history` has the pending token already.
-        let fresh = self.history.len() - self.cache.seen();
-        self.history.extend_from_slice(&ids[fresh..]);
+        let mut started = Instant::now();
+        let ids: Vec<u32> = self
+            .pending
+            .into_iter()
+            .chain(ids.iter().copied())
+            .collect();
         let total = self.cache.seen() + ids.len();
         if !self.cache.is_empty() {
             self.cache.turn(total)?;
         }
+        self.midway = true;
         let body = ids.len() - prefill.local.min(ids.len());
         let chunks = ids[..body].chunks(prefill.chunk);
         let last = chunks.len().saturating_sub(1);
@@ -276,7 +286,13 @@ impl Session {
         for (index, (phase, chunk)) in steps.enumerate() {
             let wants_logits = done + chunk.len() == ids.len();
             self.forward(phase, chunk, total, wants_logits)?;
+            // `history` has the pending token already.
+            let fresh = usize::from(self.pending.take().is_some());
+            self.history.extend_from_slice(&chunk[fresh..]);
             done += chunk.len();
+            self.times.prefill_tokens += chunk.len();
+            self.times.prefill_time += started.elapsed();
+            self.times.prefill_peak = self.cache.peak();
             on_chunk(&ChunkDone {
                 index,
                 done,
@@ -284,22 +300,19 @@ impl Session {
                 phase,
                 cache: &self.cache,
             })?;
+            started = Instant::now();
         }
-        self.times.prefill_tokens += ids.len();
-        self.times.prefill_time += started.elapsed();
-        self.times.prefill_peak = self.cache.peak();
+        self.midway = false;
         Ok(())
     }
 
     /// Generates text, token by token: an iterator that can be stopped at any time.
     ///
     /// # Errors
-    /// [`Error::EmptyPrompt`] if nothing was read before, [`Error::Setting`] for impossible
-    /// sampling settings.
+    /// [`Error::EmptyPrompt`] if no prompt was read to its end before, [`Error::Setting`] for
+    /// impossible sampling settings, [`Error::Unusable`] after an error in the middle of a step.
     pub fn generate(&mut self, generate: Generate) -> Result<Tokens<'_>> {
-        if self.cache.is_empty() {
-            return Err(Error::EmptyPrompt);
-        }
+        self.ready()?;
         Ok(Tokens {
             sampler: generate.sampling.init()?,
             left: generate.max_new,
@@ -312,9 +325,11 @@ impl Session {
     /// came before. The cache goes on from there; nothing is evicted that decoding would keep.
     ///
     /// # Errors
-    /// [`Error::EmptyPrompt`] if nothing was read before, and as [`prefill`](Self::prefill).
+    /// [`Error::EmptyPrompt`] if no prompt was read to its end before, and as
+    /// [`prefill`](Self::prefill).
     pub fn score(&mut self, ids: &[u32]) -> Result<Vec<TokenScore>> {
         self.check_ids(ids)?;
+        self.ready()?;
         self.feed_pending()?;
         let first = self.logits.clone().ok_or(Error::EmptyPrompt)?;
         if ids.is_empty() {
@@ -323,10 +338,10 @@ impl Session {
         let vocab = self.cache.spec().vocab;
         let mut scores = vec![TokenScore::of(&first, ids[0])?];
         let total = self.cache.seen() + ids.len();
-        self.history.extend_from_slice(ids);
         let mut at = 0;
         for chunk in ids.chunks(SCORE_BLOCK) {
             let hidden = self.step(Phase::Tail, chunk, total)?;
+            self.history.extend_from_slice(chunk);
             let logits = host::into_f32(self.model.logits(hidden)?)?;
             for (i, row) in logits.chunks(vocab).enumerate() {
                 if let Some(next) = ids.get(at + i + 1) {
@@ -337,6 +352,15 @@ impl Session {
             self.logits = Some(logits[logits.len() - vocab..].to_vec());
         }
         Ok(scores)
+    }
+
+    /// Whether there is something to go on from.
+    fn ready(&self) -> Result<()> {
+        self.cache.ready()?;
+        if self.midway || (self.logits.is_none() && self.pending.is_none()) {
+            return Err(Error::EmptyPrompt);
+        }
+        Ok(())
     }
 
     fn check_ids(&self, ids: &[u32]) -> Result<()> {
@@ -352,9 +376,10 @@ impl Session {
     }
 
     fn feed_pending(&mut self) -> Result<()> {
-        if let Some(id) = self.pending.take() {
+        if let Some(id) = self.pending {
             let total = self.cache.seen() + 1;
             self.forward(Phase::Decode, &[id], total, true)?;
+            self.pending = None;
             self.times.decode_tokens += 1;
         }
         Ok(())
@@ -364,9 +389,13 @@ impl Session {
     fn forward(&mut self, phase: Phase, ids: &[u32], total: usize, logits: bool) -> Result<()> {
         let hidden = self.step(phase, ids, total)?;
         // Where surprisal is needed, the last logits are there already.
-        if logits && !self.cache.policy().needs().surprisal {
-            let last = hidden.narrow(0, ids.len() - 1, 1);
-            self.logits = Some(host::into_f32(self.model.logits(last)?)?);
+        if !self.cache.policy().needs().surprisal {
+            // Those of an earlier token must not be taken for this one's.
+            self.logits = None;
+            if logits {
+                let last = hidden.narrow(0, ids.len() - 1, 1);
+                self.logits = Some(host::into_f32(self.model.logits(last)?)?);
+            }
         }
         Ok(())
     }

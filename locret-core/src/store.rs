@@ -10,7 +10,7 @@ use crate::{
         tiles::{DenseTiles, KvTiles},
     },
 };
-use burn::tensor::{Device, DType, FloatDType, Int, Tensor, TensorData};
+use burn::tensor::{DType, Device, FloatDType, Int, Tensor, TensorData};
 use half::{bf16, f16};
 use serde::{Deserialize, Serialize};
 use std::fmt::Debug;
@@ -40,8 +40,8 @@ pub trait KvStore: Debug + Send + Sync {
     /// were.
     ///
     /// # Errors
-    /// [`Error::Shape`] for a wrong number of lists, [`Error::Setting`] for a unit that is not
-    /// there.
+    /// [`Error::Shape`] for a wrong number of lists, [`Error::Setting`] for a list that is not
+    /// strictly ascending or names a unit that is not there. Nothing has changed then.
     fn retain(&mut self, kept: &[Vec<u32>]) -> Result<()>;
 
     /// Units that `head` holds.
@@ -80,8 +80,42 @@ pub trait KvStore: Debug + Send + Sync {
         Ok(false)
     }
 
+    /// Called when the step of this layer is over: attention is done, and what the policy dropped
+    /// is gone. Only here may a store change the form in which it keeps units.
+    ///
+    /// # Errors
+    /// [`Error::Device`].
+    fn settle(&mut self) -> Result<()> {
+        Ok(())
+    }
+
+    /// Mixes values of units of one head into others': the value of a unit `into` becomes
+    /// `(1 - Σ share) · own + Σ share · value of from` over all folds into it. Every value is read
+    /// as it was before the call. Keys stay.
+    ///
+    /// # Errors
+    /// [`Error::NotSupported`] if this store does not do it, [`Error::Setting`] for a unit that is
+    /// not there.
+    fn fold_values(&mut self, _head: usize, _folds: &[Fold]) -> Result<()> {
+        Err(Error::NotSupported {
+            operation: "merging units",
+            implementer: format!("the store {}", self.name()),
+        })
+    }
+
     /// A copy that shares nothing that either may change.
     fn fork(&self) -> Box<dyn KvStore>;
+}
+
+/// One unit's value mixed into another's; see [`KvStore::fold_values`].
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Fold {
+    /// The unit whose value is given.
+    pub from: u32,
+    /// The unit that takes a share of it.
+    pub into: u32,
+    /// How much of the sum it is, from 0 to 1.
+    pub share: f32,
 }
 
 /// The type that a dense store keeps values in.
@@ -156,6 +190,13 @@ pub(crate) fn check_retain(kept: &[Vec<u32>], lens: impl Iterator<Item = usize>)
         return Err(Error::shape("selection", [lens.len()], [kept.len()]));
     }
     for (head, (list, len)) in kept.iter().zip(lens).enumerate() {
+        if let Some(w) = list.windows(2).find(|w| w[0] >= w[1]) {
+            return Err(Error::setting(
+                "selection",
+                format!("strictly ascending unit numbers in KV head {head}"),
+                format!("{} after {}", w[1], w[0]),
+            ));
+        }
         if let Some(&unit) = list.last()
             && unit as usize >= len
         {
@@ -167,6 +208,39 @@ pub(crate) fn check_retain(kept: &[Vec<u32>], lens: impl Iterator<Item = usize>)
         }
     }
     Ok(())
+}
+
+/// Checks what is to be folded against the number of units.
+pub(crate) fn check_folds(folds: &[Fold], len: usize) -> Result<()> {
+    let units = folds.iter().flat_map(|f| [f.from, f.into]);
+    match units.max() {
+        Some(unit) if unit as usize >= len => Err(Error::setting(
+            "fold",
+            format!("unit numbers below {len}"),
+            unit,
+        )),
+        _ => Ok(()),
+    }
+}
+
+/// The new values of units that others are folded into, from the old values.
+pub(crate) fn folded(folds: &[Fold], value: impl Fn(u32) -> Vec<f32>) -> Vec<(u32, Vec<f32>)> {
+    let mut folds = folds.to_vec();
+    folds.sort_by_key(|fold| fold.into);
+    folds
+        .chunk_by(|a, b| a.into == b.into)
+        .map(|folds| {
+            let mut sum = value(folds[0].into);
+            let own = 1.0 - folds.iter().map(|fold| fold.share).sum::<f32>();
+            sum.iter_mut().for_each(|x| *x *= own);
+            for fold in folds {
+                for (to, from) in sum.iter_mut().zip(value(fold.from)) {
+                    *to += fold.share * from;
+                }
+            }
+            (folds[0].into, sum)
+        })
+        .collect()
 }
 
 /// A value of a host store.
@@ -194,7 +268,7 @@ impl HostValue for f32 {
         self
     }
     fn tiles<'a>(keys: &'a [Self], values: &'a [Self], dim: usize) -> Box<dyn KvTiles + 'a> {
-        Box::new(DenseTiles::f32(keys, values, dim))
+        Box::new(DenseTiles::new(keys, values, dim))
     }
     fn name() -> &'static str {
         "f32"
@@ -215,7 +289,7 @@ impl HostValue for f16 {
         Self::to_f32(self)
     }
     fn tiles<'a>(keys: &'a [Self], values: &'a [Self], dim: usize) -> Box<dyn KvTiles + 'a> {
-        Box::new(DenseTiles::f16(keys, values, dim))
+        Box::new(DenseTiles::new(keys, values, dim))
     }
     fn name() -> &'static str {
         "f16"
@@ -230,7 +304,7 @@ impl HostValue for bf16 {
         Self::to_f32(self)
     }
     fn tiles<'a>(keys: &'a [Self], values: &'a [Self], dim: usize) -> Box<dyn KvTiles + 'a> {
-        Box::new(DenseTiles::bf16(keys, values, dim))
+        Box::new(DenseTiles::new(keys, values, dim))
     }
     fn name() -> &'static str {
         "bf16"
@@ -295,9 +369,11 @@ impl<T: HostValue> KvStore for HostStore<T> {
         for ((k, v), list) in self.heads.iter_mut().zip(kept) {
             let dropped = k.len() / d - list.len();
             for buffer in [k, v] {
+                let spare = buffer.capacity() / d - buffer.len() / d;
                 compact_rows(buffer, d, list);
-                // Dropping one unit per generated token must not copy the cache each time.
-                if dropped > 1 {
+                // Dropping one unit per generated token must not copy the cache each time: it
+                // stays in the reserve, where there is one.
+                if dropped > 1 || spare == 0 || spare + dropped > DECODE_RESERVE {
                     buffer.shrink_to_fit();
                 }
             }
@@ -350,6 +426,22 @@ impl<T: HostValue> KvStore for HostStore<T> {
         Ok(true)
     }
 
+    fn fold_values(&mut self, head: usize, folds: &[Fold]) -> Result<()> {
+        let d = self.dim;
+        let values = &mut self.heads[head].1;
+        check_folds(folds, values.len() / d)?;
+        let row = |unit: u32| unit as usize * d..(unit as usize + 1) * d;
+        let new = folded(folds, |unit| {
+            values[row(unit)].iter().map(|x| x.to_f32()).collect()
+        });
+        for (unit, value) in new {
+            for (to, from) in values[row(unit)].iter_mut().zip(value) {
+                *to = T::from_f32(from);
+            }
+        }
+        Ok(())
+    }
+
     fn fork(&self) -> Box<dyn KvStore> {
         Box::new(self.clone())
     }
@@ -368,7 +460,12 @@ struct TensorStore {
 
 impl TensorStore {
     fn new(layer: &LayerSpec, place: &Placement) -> Self {
-        let empty = || Self::stored(place.dtype, Tensor::zeros([0, layer.head_dim], &place.device));
+        let empty = || {
+            Self::stored(
+                place.dtype,
+                Tensor::zeros([0, layer.head_dim], &place.device),
+            )
+        };
         Self {
             heads: (0..layer.kv_heads).map(|_| (empty(), empty())).collect(),
             dim: layer.head_dim,
@@ -435,7 +532,8 @@ impl KvStore for TensorStore {
                 continue;
             }
             let rows: Vec<i32> = list.iter().map(|u| *u as i32).collect();
-            let rows = Tensor::<1, Int>::from_data(TensorData::new(rows, [list.len()]), &self.device);
+            let rows =
+                Tensor::<1, Int>::from_data(TensorData::new(rows, [list.len()]), &self.device);
             *k = k.clone().select(0, rows.clone());
             *v = v.clone().select(0, rows);
         }
@@ -475,6 +573,21 @@ impl KvStore for TensorStore {
             *k = turn(head, k.clone())?;
         }
         Ok(true)
+    }
+
+    fn fold_values(&mut self, head: usize, folds: &[Fold]) -> Result<()> {
+        let d = self.dim;
+        let values = &mut self.heads[head].1;
+        check_folds(folds, values.dims()[0])?;
+        let old = host::into_f32(Self::full(values))?;
+        let new = folded(folds, |unit| old[unit as usize * d..][..d].to_vec());
+        let mut all = old.clone();
+        for (unit, value) in new {
+            all[unit as usize * d..][..d].copy_from_slice(&value);
+        }
+        let all = host::from_f32(all, values.dims(), &self.device);
+        *values = Self::stored(self.dtype, all);
+        Ok(())
     }
 
     fn fork(&self) -> Box<dyn KvStore> {

@@ -119,7 +119,10 @@ impl<'a> LayerUnits<'a> {
         let keys = self.store.keys(head)?;
         match self.rotation {
             None => Ok(keys),
-            Some(table) => crate::attention::rotate_contiguous(keys, self.layer.head_dim, table),
+            Some(table) => {
+                let on_host = self.store.tiles(head).is_some();
+                crate::attention::rotate_contiguous(keys, self.layer.head_dim, table, on_host)
+            }
         }
     }
 
@@ -231,11 +234,7 @@ impl Selection {
                 return Err(Error::setting(
                     "selection",
                     "strictly ascending unit numbers",
-                    format!(
-                        "{} after {} in KV head {head}",
-                        list[at + 1],
-                        list[at]
-                    ),
+                    format!("{} after {} in KV head {head}", list[at + 1], list[at]),
                 ));
             }
         }

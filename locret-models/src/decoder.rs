@@ -9,7 +9,8 @@ use crate::{
 };
 use burn::tensor::{Device, Tensor, activation::silu};
 use locret_core::{
-    CausalLm, Error as CoreError, Kernels, ModelSpec, Qkv, SequenceCache, from_f32, into_f32, is_host_device, kernels::elementwise,
+    CausalLm, Error as CoreError, Kernels, ModelSpec, Qkv, SequenceCache, from_f32, into_f32,
+    is_host_device, kernels::elementwise,
 };
 
 /// A decoder-only model of the Llama family.

@@ -31,7 +31,11 @@ fn full<const D: usize>(x: Tensor<D>) -> Tensor<D> {
 }
 
 /// One matrix for the CPU kernels.
-fn host_weight(loader: &Loader<'_>, name: &str, [rows, columns]: [usize; 2]) -> Result<Weight<'static>> {
+fn host_weight(
+    loader: &Loader<'_>,
+    name: &str,
+    [rows, columns]: [usize; 2],
+) -> Result<Weight<'static>> {
     let source = loader.weights();
     let encoding = source.info(name).map(|info| info.encoding);
     let packed = match (loader.dtype(), encoding) {

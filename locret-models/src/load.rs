@@ -1,8 +1,8 @@
 //! From a file or folder to a model that can read.
 
 use crate::{
-    ChatTemplate, Decoder, DecoderConfig, Family, Gguf, GgufWeights, Layout, Loader, ModelConfig, ModelError,
-    Result, SafetensorsDir, Tokenizer, WeightDtype, Weights,
+    ChatTemplate, Decoder, DecoderConfig, Family, Gguf, GgufWeights, Layout, Loader, ModelConfig,
+    ModelError, Result, SafetensorsDir, Tokenizer, WeightDtype, Weights,
 };
 use burn::tensor::Device;
 use locret_core::{CausalLm, Kernels};
@@ -146,7 +146,11 @@ fn decoder_config(config: &ModelConfig, path: &Path) -> Result<DecoderConfig> {
         Family::Llama => Layout::Separate,
         Family::Phi3 => Layout::Fused,
         Family::Other(name) => {
-            return refuse("model type", "llama or phi3 (or an adapter of yours)", name.clone());
+            return refuse(
+                "model type",
+                "llama or phi3 (or an adapter of yours)",
+                name.clone(),
+            );
         }
     };
     if config.activation != "silu" {

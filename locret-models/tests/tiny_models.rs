@@ -6,7 +6,7 @@ mod common;
 use burn::tensor::Device;
 use common::{Everything, KeepAll};
 use locret_core::{
-    CacheOptions, CausalLm, Generate, Kernels, Phase, Prefill, Session, SequenceCache, into_f32,
+    CacheOptions, Generate, Kernels, Phase, Prefill, SequenceCache, Session, into_f32,
 };
 use locret_models::{LoadOptions, LoadedModel, load_model};
 use std::{path::Path, sync::Arc};
@@ -66,7 +66,9 @@ fn check(name: &str, folder: &Path, case: &common::Case, kernels: Kernels) {
         local: 5,
     };
     session.prefill(&case.ids, &prefill).unwrap();
-    let tokens = session.generate(Generate::greedy(case.greedy.len())).unwrap();
+    let tokens = session
+        .generate(Generate::greedy(case.greedy.len()))
+        .unwrap();
     let tokens: Vec<u32> = tokens.map(Result::unwrap).collect();
     // A continuation that outgrows LongRoPE's original context is another matter: transformers
     // then reads everything again with the other factors.
@@ -110,7 +112,8 @@ fn a_binding_window_is_refused() {
     let everything = Everything::read("phi3_4k");
     for config in ["config_sliding.json", "config_sliding_v4.json"] {
         let folder = everything.folder_with(config);
-        let error = load_model(folder.path(), &LoadOptions::default(), &Device::flex()).unwrap_err();
+        let error =
+            load_model(folder.path(), &LoadOptions::default(), &Device::flex()).unwrap_err();
         assert!(error.to_string().contains("sliding_window"), "{error}");
     }
 }

@@ -1,12 +1,12 @@
 //! Policies as configuration: the same choice in a file, on a command line and in code.
 
 use crate::{
-    Full, H2o, HeadWeights, KeyDiff, KeyNorm, Locret, PolicyError, Random, Result, RetainingHeads,
-    SirLlm, SnapKv, Tova, Window,
+    Full, H2o, HeadWeights, KeyDiff, KeyNorm, Locret, Merge, PolicyError, Quantized, Random,
+    Result, RetainingHeads, SirLlm, SnapKv, Tova, Window,
 };
 use burn::tensor::Device;
 use locret_core::{
-    Budget, DecodeEviction, Evict, Guard, KvCachePolicy, ModelSpec, Positions, Scorer,
+    Budget, DecodeEviction, Evict, Guard, KvCachePolicy, ModelSpec, Positions, Quantization, Scorer,
 };
 use serde::{Deserialize, Deserializer, Serialize, de};
 use std::{
@@ -159,6 +159,23 @@ pub struct PolicyConfig {
     /// is no pooling).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pool: Option<usize>,
+    /// Shares the budget out over the layers, more for lower ones, with this β ([`Evict::pyramid`]).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pyramid: Option<f64>,
+    /// Shares a layer's budget out over its heads, with this floor ([`Evict::ada`]).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ada: Option<f64>,
+    /// Folds dropped values into kept ones where the cosine of the keys is at least this
+    /// ([`Merge`]).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub merge: Option<f32>,
+    /// Keeps units as integers of this many bits, or a [`Quantization`] ([`Quantized`]).
+    #[serde(
+        default,
+        deserialize_with = "quantization",
+        skip_serializing_if = "Option::is_none"
+    )]
+    pub quantize: Option<Quantization>,
     /// `locret`: the file of retaining heads, see [`HeadWeights::load`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub heads: Option<PathBuf>,
@@ -210,6 +227,41 @@ fn budget<'de, D: Deserializer<'de>>(from: D) -> Result<Option<Budget>, D::Error
     from.deserialize_any(Visitor)
 }
 
+/// A quantisation, or a plain number of bits.
+fn quantization<'de, D: Deserializer<'de>>(from: D) -> Result<Option<Quantization>, D::Error> {
+    struct Visitor;
+
+    impl<'de> de::Visitor<'de> for Visitor {
+        type Value = Option<Quantization>;
+
+        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            f.write_str("a number of bits, or a table of `bits`, `layout`, `group` and `residual`")
+        }
+
+        fn visit_u64<E: de::Error>(self, bits: u64) -> Result<Self::Value, E> {
+            let bits = u8::try_from(bits)
+                .map_err(|_| E::invalid_value(de::Unexpected::Unsigned(bits), &self))?;
+            Ok(Some(Quantization::bits(bits)))
+        }
+
+        fn visit_i64<E: de::Error>(self, bits: i64) -> Result<Self::Value, E> {
+            let bits = u64::try_from(bits)
+                .map_err(|_| E::invalid_value(de::Unexpected::Signed(bits), &self))?;
+            self.visit_u64(bits)
+        }
+
+        fn visit_unit<E: de::Error>(self) -> Result<Self::Value, E> {
+            Ok(None)
+        }
+
+        fn visit_map<A: de::MapAccess<'de>>(self, map: A) -> Result<Self::Value, A::Error> {
+            Quantization::deserialize(de::value::MapAccessDeserializer::new(map)).map(Some)
+        }
+    }
+
+    from.deserialize_any(Visitor)
+}
+
 impl PolicyConfig {
     /// A method with its defaults.
     pub fn new(policy: Method) -> Self {
@@ -222,6 +274,10 @@ impl PolicyConfig {
             positions: None,
             decode: None,
             pool: None,
+            pyramid: None,
+            ada: None,
+            merge: None,
+            quantize: None,
             heads: None,
             seed: None,
             decay: None,
@@ -294,7 +350,7 @@ impl PolicyConfig {
         let policy: Arc<dyn KvCachePolicy> = match self.policy {
             Method::Full => {
                 let positions = self.positions.unwrap_or_default();
-                Arc::new(Full::new().positions(positions))
+                self.wrap(Full::new().positions(positions))
             }
             Method::Window => self.evict(model, Window)?,
             Method::Random => self.evict(model, Random::new(self.seed.unwrap_or(0)))?,
@@ -357,6 +413,9 @@ impl PolicyConfig {
             ("stabilizers", self.stabilizers.is_some(), evicts),
             ("decode", self.decode.is_some(), evicts),
             ("pool", self.pool.is_some(), evicts),
+            ("pyramid", self.pyramid.is_some(), evicts),
+            ("ada", self.ada.is_some(), evicts),
+            ("merge", self.merge.is_some(), evicts),
             ("heads", self.heads.is_some(), only(&[Method::Locret])),
             ("seed", self.seed.is_some(), only(&[Method::Random])),
             ("decay", self.decay.is_some(), only(&[Method::SirLlm])),
@@ -380,12 +439,28 @@ impl PolicyConfig {
         let budget = self.budget.ok_or_else(|| {
             PolicyError::setting(self.policy, "needs `budget`, the units that it keeps")
         })?;
-        let policy = Evict::new(scorer, budget)
+        let mut policy = Evict::new(scorer, budget)
             .guard(self.guard(model, budget))
             .pool(self.pool.unwrap_or(1))
             .positions(self.positions.unwrap_or(self.policy.default_positions()))
             .while_decoding(self.decode.unwrap_or_default());
-        Ok(Arc::new(policy))
+        if let Some(beta) = self.pyramid {
+            policy = policy.pyramid(beta);
+        }
+        if let Some(floor) = self.ada {
+            policy = policy.ada(floor);
+        }
+        Ok(match self.merge {
+            Some(threshold) => self.wrap(Merge::new(policy, threshold)),
+            None => self.wrap(policy),
+        })
+    }
+
+    fn wrap(&self, policy: impl KvCachePolicy + 'static) -> Arc<dyn KvCachePolicy> {
+        match self.quantize {
+            Some(config) => Arc::new(Quantized::new(policy, config)),
+            None => Arc::new(policy),
+        }
     }
 
     /// What is protected. Defaults shrink with the budget; what was asked for does not.

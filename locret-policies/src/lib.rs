@@ -15,8 +15,11 @@
 //! | [`Tova`] | what the last query looks at | attention of the last query | 2401.06104 |
 //!
 //! All but [`Full`] are a [`Scorer`](locret_core::Scorer) inside an [`Evict`](locret_core::Evict),
-//! so that budgets, protected units, positions and eviction while decoding are the same for all.
-//! [`PolicyConfig`] is a policy as configuration.
+//! so that budgets, protected units, positions and eviction while decoding are the same for all, and
+//! any of them can share its budget out over layers ([`Evict::pyramid`](locret_core::Evict::pyramid))
+//! and heads ([`Evict::ada`](locret_core::Evict::ada)). Two wrappers go around any policy:
+//! [`Quantized`] keeps units as small integers, [`Merge`] folds dropped values into kept ones.
+//! [`PolicyConfig`] is all of that as configuration.
 #![deny(missing_docs)]
 
 mod config;
@@ -26,7 +29,9 @@ mod h2o;
 mod key_diff;
 mod key_norm;
 pub mod locret;
+mod merge;
 mod observed;
+mod quantized;
 mod random;
 mod sirllm;
 mod snapkv;
@@ -42,6 +47,8 @@ pub use h2o::H2o;
 pub use key_diff::KeyDiff;
 pub use key_norm::KeyNorm;
 pub use locret::{HeadDtype, HeadWeights, LayerHead, Locret, RetainingHeads};
+pub use merge::Merge;
+pub use quantized::Quantized;
 pub use random::Random;
 pub use sirllm::SirLlm;
 pub use snapkv::SnapKv;

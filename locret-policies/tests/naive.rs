@@ -9,8 +9,8 @@ use locret_core::{
     Budget, DecodeEviction, Evict, Guard, KvCachePolicy, ModelSpec, Positions, Scorer,
 };
 use locret_policies::{
-    Full, H2o, HeadWeights, KeyDiff, KeyNorm, LayerHead, Locret, Random, RetainingHeads, SirLlm,
-    SnapKv, Tova, Window,
+    Full, H2o, HeadWeights, KeyDiff, KeyNorm, LayerHead, Locret, Merge, Random, RetainingHeads,
+    SirLlm, SnapKv, Tova, Window,
 };
 use proptest::prelude::*;
 use std::sync::Arc;
@@ -39,13 +39,21 @@ fn heads(spec: &ModelSpec, seed: u64, d_r: usize) -> HeadWeights {
 
 fn policy(spec: &ModelSpec, settings: &Settings) -> Arc<dyn KvCachePolicy> {
     fn evict<S: Scorer + 'static>(scorer: S, settings: &Settings) -> Arc<dyn KvCachePolicy> {
-        Arc::new(
-            Evict::new(scorer, Budget::Units(settings.budget))
-                .guard(settings.guard)
-                .positions(settings.positions)
-                .while_decoding(settings.decode)
-                .pool(settings.pool),
-        )
+        let mut policy = Evict::new(scorer, Budget::Units(settings.budget))
+            .guard(settings.guard)
+            .positions(settings.positions)
+            .while_decoding(settings.decode)
+            .pool(settings.pool);
+        if let Some(beta) = settings.pyramid {
+            policy = policy.pyramid(beta);
+        }
+        if let Some(floor) = settings.ada {
+            policy = policy.ada(floor);
+        }
+        match settings.merge {
+            Some(threshold) => Arc::new(Merge::new(policy, threshold)),
+            None => Arc::new(policy),
+        }
     }
     match &settings.rule {
         Rule::Full => Arc::new(Full::new().positions(settings.positions)),
@@ -168,8 +176,6 @@ fn every_policy_equals_plain_loops() {
         for rule in rules(&spec) {
             for positions in [Positions::Original, Positions::Compact] {
                 let settings = Settings {
-                    rule: rule.clone(),
-                    budget: 24,
                     guard: Guard {
                         sinks: 2,
                         recent: 3,
@@ -177,7 +183,7 @@ fn every_policy_equals_plain_loops() {
                     },
                     positions,
                     decode: DecodeEviction::Every(4),
-                    pool: 1,
+                    ..Settings::plain(rule.clone(), 24)
                 };
                 let talk = Talk {
                     turns: vec![(70, 11), (9, 3), (33, 2)],
@@ -208,48 +214,62 @@ fn any_settings() -> impl Strategy<Value = (ModelSpec, Settings, Talk, u64)> {
         0usize..4,
         prop::sample::select(vec![1usize, 3, 5]),
     );
-    (shape, budget, reading, modes, 0usize..10, any::<u64>()).prop_map(
-        |(
-            (kv_heads, group),
-            (budget, sinks, recent, stabilizers),
-            (chunk, local, turns),
-            (compact, decode, pool),
-            rule,
-            seed,
-        )| {
-            let spec = spec(2, kv_heads, group, 8);
-            let sinks = sinks.min(budget - 2);
-            let settings = Settings {
-                rule: rules(&spec).swap_remove(rule),
-                budget,
-                guard: Guard {
-                    sinks,
-                    recent: recent.min(budget - sinks - 1),
-                    stabilizers: stabilizers.min(budget - sinks - 1),
-                },
-                positions: if compact {
-                    Positions::Compact
-                } else {
-                    Positions::Original
-                },
-                decode: match decode {
-                    0 => DecodeEviction::Off,
-                    n => DecodeEviction::Every(n),
-                },
-                pool,
-            };
-            (
-                spec,
-                settings,
-                Talk {
-                    turns,
-                    chunk,
-                    local,
-                },
-                seed,
-            )
-        },
+    let shapes = (0usize..3, 0usize..4, 0usize..3);
+    (
+        shape,
+        budget,
+        reading,
+        modes,
+        0usize..10,
+        shapes,
+        any::<u64>(),
     )
+        .prop_map(
+            |(
+                (kv_heads, group),
+                (budget, sinks, recent, stabilizers),
+                (chunk, local, turns),
+                (compact, decode, pool),
+                rule,
+                shape,
+                seed,
+            )| {
+                let spec = spec(2, kv_heads, group, 8);
+                let sinks = sinks.min(budget - 2);
+                let settings = Settings {
+                    rule: rules(&spec).swap_remove(rule),
+                    budget,
+                    guard: Guard {
+                        sinks,
+                        recent: recent.min(budget - sinks - 1),
+                        stabilizers: stabilizers.min(budget - sinks - 1),
+                    },
+                    positions: if compact {
+                        Positions::Compact
+                    } else {
+                        Positions::Original
+                    },
+                    decode: match decode {
+                        0 => DecodeEviction::Off,
+                        n => DecodeEviction::Every(n),
+                    },
+                    pool,
+                    pyramid: [None, Some(3.0), Some(20.0)][shape.0],
+                    ada: [None, Some(0.2), Some(0.7), Some(0.0)][shape.1],
+                    merge: [None, Some(-1.0), Some(0.5)][shape.2],
+                };
+                (
+                    spec,
+                    settings,
+                    Talk {
+                        turns,
+                        chunk,
+                        local,
+                    },
+                    seed,
+                )
+            },
+        )
 }
 
 proptest! {
@@ -258,6 +278,61 @@ proptest! {
     #[test]
     fn any_policy_with_any_settings_equals_plain_loops((spec, settings, talk, seed) in any_settings()) {
         compare(&spec, &settings, &talk, seed);
+    }
+}
+
+/// Shares of the budget for layers and heads, pooled selection, and merging, with every scorer.
+#[test]
+fn every_policy_with_every_shape_equals_plain_loops() {
+    let spec = spec(3, 3, 3, 8);
+    let talk = Talk {
+        turns: vec![(70, 11), (33, 6)],
+        chunk: 16,
+        local: 5,
+    };
+    for rule in rules(&spec).into_iter().skip(1) {
+        let base = Settings {
+            guard: Guard {
+                sinks: 2,
+                recent: 3,
+                stabilizers: 6,
+            },
+            decode: DecodeEviction::Every(2),
+            ..Settings::plain(rule, 24)
+        };
+        let variants = [
+            Settings {
+                pyramid: Some(20.0),
+                ..base.clone()
+            },
+            Settings {
+                ada: Some(0.2),
+                ..base.clone()
+            },
+            Settings {
+                pyramid: Some(4.0),
+                ada: Some(0.4),
+                positions: Positions::Compact,
+                ..base.clone()
+            },
+            Settings {
+                merge: Some(0.3),
+                positions: Positions::Compact,
+                ..base.clone()
+            },
+            Settings {
+                pool: 5,
+                ada: Some(0.0),
+                merge: Some(-1.0),
+                ..base.clone()
+            },
+        ];
+        for settings in variants {
+            let evictions: usize = (0..4)
+                .map(|seed| compare(&spec, &settings, &talk, seed))
+                .sum();
+            assert!(evictions > 10, "{settings:?}: {evictions}");
+        }
     }
 }
 

@@ -15,7 +15,7 @@
 //! alone; ranges are merged by their maxima and sums. Results therefore don't depend on threads.
 
 use super::{
-    micro::{outer, panel_vectors},
+    micro::{outer, pack_rows, panels, unpack_lanes},
     rope::{RopeTable, rotate_into},
     scratch::Scratch,
     simd::{Isa, Simd, dispatch, exp2_nonpositive, load, store},
@@ -387,28 +387,6 @@ fn copy<'s>(x: &[f32], scratch: &'s mut [f32]) -> &'s [f32] {
     scratch
 }
 
-/// Copies rows of queries into a panel `[d, width]` (row `i` in lane `i`), scaled; lanes beyond
-/// the rows are 0.
-pub(super) fn pack_rows<'a>(
-    rows: impl Iterator<Item = &'a [f32]>,
-    scale: f32,
-    width: usize,
-    panel: &mut [f32],
-) {
-    let mut lane = 0;
-    for row in rows.take(width) {
-        for (x, to) in row.iter().zip(panel.chunks_exact_mut(width)) {
-            to[lane] = x * scale;
-        }
-        lane += 1;
-    }
-    if lane < width {
-        for to in panel.chunks_exact_mut(width) {
-            to[lane..].fill(0.0);
-        }
-    }
-}
-
 /// Lanes are rows (query by query, the heads of the group within).
 #[inline(always)]
 fn many<S: Simd>(
@@ -452,17 +430,10 @@ fn many<S: Simd>(
         let token = task.tokens.start + row / g;
         &call.q[(token * shape.heads + task.head * g + row % g) * d..][..d]
     };
-    let mut at = 0;
-    while at < vectors {
-        let n = panel_vectors(S::LANES, vectors - at);
-        let first = at * S::LANES;
-        pack_rows(
-            (first..rows).map(row_of),
-            log2_scale(shape),
-            n * S::LANES,
-            &mut q[first * d..(first + n * S::LANES) * d],
-        );
-        at += n;
+    for lanes in panels(S::LANES, rows) {
+        let panel = &mut q[lanes.start * d..lanes.end * d];
+        let rows = lanes.start..lanes.end.min(rows);
+        pack_rows(s, rows.map(row_of), log2_scale(shape), d, panel);
     }
     // The units that the last query of a panel of rows sees; padding sees what the last does.
     let sees = |row: usize| shape.sees(len, task.tokens.start + row.min(rows - 1) / g);
@@ -471,11 +442,7 @@ fn many<S: Simd>(
         let keys = loader.near_keys(s, units.clone(), k_buf, rot_buf);
         let values = loader.near_values(units.clone(), v_buf);
         let finite = units.end <= sees(0) || all_finite(s, values);
-        let mut at = 0;
-        while at < vectors {
-            let n = panel_vectors(S::LANES, vectors - at);
-            let lanes = at * S::LANES..(at + n) * S::LANES;
-            at += n;
+        for lanes in panels(S::LANES, rows) {
             let visible = units.end.min(sees(lanes.end - 1));
             if visible <= start {
                 continue;
@@ -500,7 +467,7 @@ fn many<S: Simd>(
                 limits: masked.then_some(&limits[..lanes.len()]),
                 finite,
             };
-            match n {
+            match lanes.len() / S::LANES {
                 1 => panel.step::<S, 1>(s),
                 2 => panel.step::<S, 2>(s),
                 // Never reached with fewer registers, and then not compiled either.
@@ -511,18 +478,12 @@ fn many<S: Simd>(
     }
     top_out[..rows].copy_from_slice(&top[..rows]);
     sum_out[..rows].copy_from_slice(&sum[..rows]);
-    let mut at = 0;
-    while at < vectors {
-        let n = panel_vectors(S::LANES, vectors - at) * S::LANES;
-        let first = at * S::LANES;
-        let panel = &acc[first * d..(first + n) * d];
-        for row in first..(first + n).min(rows) {
-            let out = &mut acc_out[row * d..(row + 1) * d];
-            for (out, lanes) in out.iter_mut().zip(panel.chunks_exact(n)) {
-                *out = lanes[row - first];
-            }
-        }
-        at += n / S::LANES;
+    for lanes in panels(S::LANES, rows) {
+        let panel = &acc[lanes.start * d..lanes.end * d];
+        let out = &mut acc_out[lanes.start * d..lanes.end.min(rows) * d];
+        assert!(out.len() <= lanes.len() * d);
+        // SAFETY: `out` has a row of d numbers for each lane up to the last row.
+        unsafe { unpack_lanes(s, panel, lanes.len(), out.len() / d, out.as_mut_ptr(), d) };
     }
 }
 

@@ -15,8 +15,7 @@
 //! on the number of threads.
 
 use super::{
-    attention::pack_rows,
-    micro::{outer, panels},
+    micro::{outer, pack_rows, panels, unpack_lanes},
     scratch::Scratch,
     simd::{Isa, Simd, dispatch, load, store},
     tiles::Element,
@@ -802,6 +801,20 @@ fn convert<S: Simd>(s: S, weight: &Weight<'_>, row: usize, columns: Range<usize>
     }
 }
 
+/// Asks for the memory of up to [`DEPTH`] columns of a row, if there is such a row.
+#[inline(always)]
+fn fetch<S: Simd>(s: S, weight: &Weight<'_>, row: usize, column: usize) {
+    if row < weight.rows {
+        let format = weight.format;
+        let bytes = |columns: usize| columns / format.block() * format.block_bytes();
+        let at = row * weight.row_bytes() + bytes(column);
+        let end = at + bytes(DEPTH.min(weight.columns - column));
+        for line in (at..end).step_by(64) {
+            s.prefetch(weight.bytes.as_ptr().wrapping_add(line));
+        }
+    }
+}
+
 /// Columns of the output, which jobs write side by side.
 #[derive(Clone, Copy)]
 struct Columns {
@@ -817,19 +830,24 @@ unsafe impl Send for Columns {}
 unsafe impl Sync for Columns {}
 
 impl Columns {
-    /// Writes some numbers of one token's row.
+    /// Writes lanes of `sums` `[rows, width]` to the columns from `column` on of as many tokens.
     ///
     /// # Safety
-    /// No other thread may access these numbers, and the output must still be borrowed.
+    /// No other thread may access these columns, and the output must still be borrowed.
     #[inline(always)]
-    unsafe fn write(self, token: usize, column: usize, values: impl ExactSizeIterator<Item = f32>) {
-        assert!(token < self.tokens && column + values.len() <= self.stride);
-        // SAFETY: within the output, and promised to be ours alone.
+    unsafe fn write<S: Simd>(
+        self,
+        s: S,
+        tokens: Range<usize>,
+        column: usize,
+        sums: &[f32],
+        width: usize,
+    ) {
+        assert!(tokens.end <= self.tokens && column + sums.len() / width <= self.stride);
+        // SAFETY: within the output (just checked), and promised to be ours alone.
         unsafe {
-            let to = self.out.add(token * self.stride + column);
-            for (i, value) in values.enumerate() {
-                to.add(i).write(value);
-            }
+            let to = self.out.add(tokens.start * self.stride + column);
+            unpack_lanes(s, sums, width, tokens.len(), to, self.stride);
         }
     }
 }
@@ -869,7 +887,7 @@ fn many_tokens(
         let pack = |(panel, part): (&Range<usize>, &mut [f32])| {
             let rows = panel.start..panel.end.min(tokens);
             let rows = rows.map(|token| &x[token * columns..(token + 1) * columns]);
-            pack_rows(rows, 1.0, panel.len(), part);
+            dispatch!(isa, s => pack_rows(s, rows, 1.0, columns, part));
         };
         if serial {
             parts.into_iter().for_each(pack);
@@ -916,7 +934,16 @@ fn many_rows<S: Simd>(s: S, weight: &Weight<'_>, job: &Job, panels: &Panels<'_>,
         for (row, near) in job.rows.clone().zip(near.chunks_exact_mut(depth)) {
             convert(s, weight, row, from..from + depth, near);
         }
-        for lanes in panels.lanes {
+        // What is converted next: columns further on, or another job's rows.
+        let next = match from + DEPTH {
+            next if next < columns => (job.rows.start, next),
+            _ => (job.rows.end, 0),
+        };
+        let rows_each = n.div_ceil(panels.lanes.len());
+        for (i, lanes) in panels.lanes.iter().enumerate() {
+            for row in next.0 + i * rows_each..next.0 + (i + 1) * rows_each {
+                fetch(s, weight, row, next.1);
+            }
             let width = lanes.len();
             let x = &panels.packed[lanes.start * columns + from * width..][..depth * width];
             let sums = &mut sums[lanes.start * n..lanes.end * n];
@@ -933,13 +960,11 @@ fn many_rows<S: Simd>(s: S, weight: &Weight<'_>, job: &Job, panels: &Panels<'_>,
     }
     for lanes in panels.lanes {
         let sums = &sums[lanes.start * n..lanes.end * n];
-        for lane in 0..lanes.len().min(panels.tokens.len() - lanes.start) {
-            let token = panels.tokens.start + lanes.start + lane;
-            let values = sums.chunks_exact(lanes.len()).map(|row| row[lane]);
-            // SAFETY: each job has its own columns, and the caller of `many_tokens` lends the
-            // output until all are done.
-            unsafe { out.write(token, job.column, values) };
-        }
+        let first = panels.tokens.start;
+        let tokens = first + lanes.start..(first + lanes.end).min(panels.tokens.end);
+        // SAFETY: each job has its own columns, and the caller of `many_tokens` lends the output
+        // until all are done.
+        unsafe { out.write(s, tokens, job.column, sums, lanes.len()) };
     }
 }
 

@@ -6,16 +6,15 @@
 use super::{
     attention::{
         AttnShape, COPY_ROWS, FEW_TILE, Loader, SERIAL, TILE, dot_scores, heads_at_once, hide,
-        pack_rows, scores,
+        scores,
     },
-    micro::panel_vectors,
+    micro::{pack_rows, panels},
     rope::RopeTable,
     scratch::Scratch,
     simd::{Isa, Simd, dispatch, exp2_nonpositive, load, store},
     tiles::{Floats, KvTiles, each_type},
 };
 use rayon::prelude::*;
-use std::ops::Range;
 
 /// For each **query head**, for each unit: the sum over the chosen queries of the softmax weight
 /// that the query gives it; `[heads][units of its KV head]`.
@@ -244,9 +243,10 @@ fn block_weights<S: Simd, const N: usize>(
     let [q, p, k_buf, rot_buf] = memory.slices(lengths);
     for (h, q) in q.chunks_exact_mut(d * width).enumerate() {
         pack_rows(
+            s,
             (0..width).map(|lane| call.row(query(lane), head, h)),
             shape.scale * std::f32::consts::LOG2_E,
-            width,
+            d,
             q,
         );
     }
@@ -440,29 +440,17 @@ fn max_logits_with(
 /// Packs the chosen queries of a KV head, query by query with the heads of the group within, into
 /// panels.
 #[inline(always)]
-fn pack_all<S: Simd>(_: S, call: &Call<'_>, head: usize, q: &mut [f32]) {
+fn pack_all<S: Simd>(s: S, call: &Call<'_>, head: usize, q: &mut [f32]) {
     let (g, d) = (call.shape.group(), call.shape.head_dim);
     let rows = g * call.chosen.len();
-    for_panels::<S>(rows, |_, lanes| {
+    for lanes in panels(S::LANES, rows) {
         // Lanes beyond the rows repeat the last one, which changes no maximum.
         let row = |lane: usize| {
             let row = lane.min(rows - 1);
             call.row(call.chosen[row / g], head, row % g)
         };
         let panel = &mut q[lanes.start * d..lanes.end * d];
-        pack_rows(lanes.clone().map(row), call.shape.scale, lanes.len(), panel);
-    });
-}
-
-/// Calls `f` with the vectors and the lanes of each panel.
-#[inline(always)]
-fn for_panels<S: Simd>(rows: usize, mut f: impl FnMut(usize, Range<usize>)) {
-    let vectors = rows.div_ceil(S::LANES);
-    let mut at = 0;
-    while at < vectors {
-        let n = panel_vectors(S::LANES, vectors - at);
-        f(n, at * S::LANES..(at + n) * S::LANES);
-        at += n;
+        pack_rows(s, lanes.map(row), call.shape.scale, d, panel);
     }
 }
 
@@ -490,12 +478,7 @@ fn piece_max<S: Simd>(
         let keys = loader.near_keys(s, first..first + out.len(), k_buf, rot_buf);
         let best = &mut best[..out.len() * S::LANES];
         best.fill(f32::NEG_INFINITY);
-        let vectors = rows.div_ceil(S::LANES);
-        let mut at = 0;
-        while at < vectors {
-            let n = panel_vectors(S::LANES, vectors - at);
-            let lanes = at * S::LANES..(at + n) * S::LANES;
-            at += n;
+        for lanes in panels(S::LANES, rows) {
             let visible = sees(lanes.end - 1).min(first + out.len());
             if visible <= first {
                 continue;
@@ -512,7 +495,7 @@ fn piece_max<S: Simd>(
                 &keys[..(visible - first) * d],
                 &q[lanes.start * d..lanes.end * d],
             );
-            match n {
+            match lanes.len() / S::LANES {
                 1 => panel_max::<S, 1>(s, d, keys, q, limits, p, best),
                 2 => panel_max::<S, 2>(s, d, keys, q, limits, p, best),
                 _ if S::LANES == 16 => panel_max::<S, 3>(s, d, keys, q, limits, p, best),

@@ -49,6 +49,13 @@ pub(super) trait Simd: Copy + Send + Sync + 'static {
     /// Largest lane; NaN lanes may be dropped.
     fn largest(self, a: Self::V) -> f32;
 
+    /// Transposes a square of [`Self::LANES`] by as many numbers: number `j` of the row at
+    /// `rows[i]` goes to `to + j * stride + i`.
+    ///
+    /// # Safety
+    /// `rows` must hold that many pointers, each valid for reading that many numbers, and `to`
+    /// must be valid for writing as many rows of as many numbers, `stride` apart.
+    unsafe fn transpose(self, rows: &[*const f32], to: *mut f32, stride: usize);
     /// Asks for the cache line at `p`, which may be any address.
     fn prefetch(self, p: *const u8);
     /// Reads [`Self::LANES`] numbers.
@@ -318,6 +325,15 @@ impl Simd for Portable {
         a.0[0].max(a.0[2]).max(a.0[1].max(a.0[3]))
     }
     #[inline(always)]
+    unsafe fn transpose(self, rows: &[*const f32], to: *mut f32, stride: usize) {
+        for (i, row) in rows[..4].iter().enumerate() {
+            for j in 0..4 {
+                // SAFETY: promised by the caller.
+                unsafe { *to.add(j * stride + i) = *row.add(j) };
+            }
+        }
+    }
+    #[inline(always)]
     fn prefetch(self, _: *const u8) {}
     #[inline(always)]
     unsafe fn load(self, p: *const f32) -> F32x4 {
@@ -429,6 +445,40 @@ pub(super) mod x86 {
         }
     }
 
+    /// A square of 8 by 8.
+    ///
+    /// # Safety
+    /// The processor must have AVX2, and memory be as [`Simd::transpose`] demands for 8 lanes.
+    #[inline(always)]
+    unsafe fn transpose8(rows: &[*const f32], to: *mut f32, stride: usize) {
+        // SAFETY: promised by the caller.
+        unsafe {
+            let mut a = [_mm256_setzero_ps(); 8];
+            for (a, row) in a.iter_mut().zip(&rows[..8]) {
+                *a = _mm256_loadu_ps(*row);
+            }
+            // Pairs of rows, then fours, then halves.
+            let mut b = a;
+            for i in 0..4 {
+                b[2 * i] = _mm256_unpacklo_ps(a[2 * i], a[2 * i + 1]);
+                b[2 * i + 1] = _mm256_unpackhi_ps(a[2 * i], a[2 * i + 1]);
+            }
+            for half in 0..2 {
+                let i = 4 * half;
+                a[i] = _mm256_shuffle_ps::<0x44>(b[i], b[i + 2]);
+                a[i + 1] = _mm256_shuffle_ps::<0xee>(b[i], b[i + 2]);
+                a[i + 2] = _mm256_shuffle_ps::<0x44>(b[i + 1], b[i + 3]);
+                a[i + 3] = _mm256_shuffle_ps::<0xee>(b[i + 1], b[i + 3]);
+            }
+            for j in 0..4 {
+                let low = _mm256_permute2f128_ps::<0x20>(a[j], a[j + 4]);
+                let high = _mm256_permute2f128_ps::<0x31>(a[j], a[j + 4]);
+                _mm256_storeu_ps(to.add(j * stride), low);
+                _mm256_storeu_ps(to.add((j + 4) * stride), high);
+            }
+        }
+    }
+
     impl Simd for Avx2 {
         type V = __m256;
         const LANES: usize = 8;
@@ -522,6 +572,10 @@ pub(super) mod x86 {
                 let a = _mm_max_ps(a, _mm_movehl_ps(a, a));
                 _mm_cvtss_f32(_mm_max_ss(a, _mm_shuffle_ps::<1>(a, a)))
             })
+        }
+        #[inline(always)]
+        unsafe fn transpose(self, rows: &[*const f32], to: *mut f32, stride: usize) {
+            memory!(transpose8(rows, to, stride))
         }
         #[inline(always)]
         fn prefetch(self, p: *const u8) {
@@ -659,6 +713,16 @@ pub(super) mod x86 {
         #[inline(always)]
         fn largest(self, a: __m512) -> f32 {
             intrinsic!(_mm512_reduce_max_ps(a))
+        }
+        #[inline(always)]
+        unsafe fn transpose(self, rows: &[*const f32], to: *mut f32, stride: usize) {
+            let right: [*const f32; 16] = std::array::from_fn(|i| rows[i].wrapping_add(8));
+            memory!({
+                transpose8(&rows[..8], to, stride);
+                transpose8(&rows[8..], to.add(8), stride);
+                transpose8(&right[..8], to.add(8 * stride), stride);
+                transpose8(&right[8..], to.add(8 * stride + 8), stride);
+            })
         }
         #[inline(always)]
         fn prefetch(self, p: *const u8) {
@@ -829,6 +893,18 @@ mod tests {
                 assert_eq!(lo[i], f32::from(bytes[i] & 15));
                 assert_eq!(hi[i], f32::from(bytes[i] >> 4));
                 assert_eq!(signed[i], f32::from(bytes[i] as i8));
+            }
+            let square: Vec<f32> = (0..256).map(|i| i as f32).collect();
+            let rows: Vec<*const f32> = (0..16).map(|i| square[i * 16..].as_ptr()).collect();
+            let mut turned = vec![-1.0; 18 * 16];
+            // SAFETY: rows of 16 numbers, and room for 16 rows 18 apart.
+            unsafe { s.transpose(&rows, turned.as_mut_ptr(), 18) };
+            for i in 0..16 {
+                for j in 0..16 {
+                    let inside = i < S::LANES && j < S::LANES;
+                    let expected = if inside { square[i * 16 + j] } else { -1.0 };
+                    assert_eq!(turned[j * 18 + i], expected);
+                }
             }
             let mut nan = [1.0; 16];
             nan[1] = f32::NAN;

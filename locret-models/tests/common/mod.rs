@@ -1,9 +1,7 @@
 //! Reading golden files.
 #![allow(dead_code, reason = "each test binary uses a part of this")]
 
-use locret_core::{
-    KvCachePolicy, LayerUnits, Result, Step, Verdict,
-};
+use locret_core::{KvCachePolicy, LayerUnits, Result, Step, Verdict};
 use locret_models::ModelConfig;
 use serde_json::Value;
 use std::path::{Path, PathBuf};

@@ -166,6 +166,27 @@ pub struct Settings {
     pub positions: Positions,
     pub decode: DecodeEviction,
     pub pool: usize,
+    pub pyramid: Option<f64>,
+    pub ada: Option<f64>,
+    /// The cosine from which dropped values are folded into kept ones.
+    pub merge: Option<f32>,
+}
+
+impl Settings {
+    /// A rule and a budget, original positions, nothing else.
+    pub fn plain(rule: Rule, budget: usize) -> Self {
+        Self {
+            rule,
+            budget,
+            guard: Guard::default(),
+            positions: Positions::Original,
+            decode: DecodeEviction::Off,
+            pool: 1,
+            pyramid: None,
+            ada: None,
+            merge: None,
+        }
+    }
 }
 
 /// The cache in plain loops.
@@ -394,7 +415,14 @@ impl Naive {
                 }
                 Rule::Tova => (0..n)
                     .map(|i| {
-                        let paid: f64 = (0..heads).map(|h| weights[h][t - 1][i]).sum();
+                        let position = self.units[layer][head][i].position;
+                        let mut paid = 0.0;
+                        for (h, weights) in weights.iter().enumerate() {
+                            let mut held = self.units[layer][h / group].iter();
+                            if let Some(at) = held.position(|unit| unit.position == position) {
+                                paid += weights[t - 1][at];
+                            }
+                        }
                         paid / heads as f64
                     })
                     .collect(),
@@ -405,50 +433,152 @@ impl Naive {
         }
     }
 
+    /// Units for a head of a layer, on average.
+    fn budget(&self, layer: usize) -> usize {
+        let (budget, layers) = (self.settings.budget as f64, self.spec.layers as f64);
+        let Some(beta) = self.settings.pyramid else {
+            return self.settings.budget;
+        };
+        if self.spec.layers == 1 {
+            return self.settings.budget;
+        }
+        // Sums of the first layers, rounded, so that all layers have `layers * budget`.
+        let exact = |l: usize| {
+            let (first, last) = (2.0 * budget - budget / beta, budget / beta);
+            first + (last - first) * l as f64 / (layers - 1.0)
+        };
+        let sum = |n: usize| (0..n).map(exact).sum::<f64>().round() as usize;
+        (sum(layer + 1) - sum(layer)).max(1)
+    }
+
     fn evict(&mut self, layer: usize, phase: Phase) {
-        let Settings {
-            budget,
-            guard,
-            decode,
-            pool,
-            ..
-        } = self.settings;
         if matches!(self.settings.rule, Rule::Full) {
             return;
         }
-        let allowed = match (phase, decode) {
-            (Phase::Turn | Phase::Prefill { .. }, _) => budget,
-            (Phase::Decode, DecodeEviction::Every(n)) => budget + n - 1,
+        let budget = self.budget(layer);
+        let Settings {
+            guard,
+            decode,
+            pool,
+            ada,
+            ..
+        } = self.settings;
+        let slack = match (phase, decode) {
+            (Phase::Turn | Phase::Prefill { .. }, _) => 0,
+            (Phase::Decode, DecodeEviction::Every(n)) => n - 1,
             _ => return,
         };
-        let newest = match phase {
+        let shrink = |units: usize| units.min(units * budget / self.settings.budget);
+        let sinks = shrink(guard.sinks);
+        let newest = shrink(match phase {
             Phase::Prefill { last: true } => guard.recent,
             _ => guard.recent.max(guard.stabilizers),
+        });
+        let lens: Vec<usize> = self.units[layer].iter().map(Vec::len).collect();
+        let over = match ada {
+            Some(_) => lens.iter().sum::<usize>() > lens.len() * (budget + slack),
+            None => lens.iter().any(|n| *n > budget + slack),
         };
-        for units in &mut self.units[layer] {
+        if !over {
+            return;
+        }
+        // Every unit of every head, the best first: protected, by score, the earlier.
+        let mut ranked: Vec<Vec<(bool, f64, usize)>> = Vec::new();
+        for units in &self.units[layer] {
             let n = units.len();
-            if n <= allowed {
-                continue;
-            }
-            let mut ranked: Vec<(bool, f64, usize)> = (0..n)
+            let mut list: Vec<(bool, f64, usize)> = (0..n)
                 .map(|i| {
                     let near = (0..n).filter(|j| i.abs_diff(*j) <= pool / 2);
                     let score = near
                         .map(|j| units[j].score)
                         .fold(f64::NEG_INFINITY, f64::max);
-                    (i < guard.sinks || i + newest >= n, score, i)
+                    (i < sinks || i + newest >= n, score, i)
                 })
                 .collect();
             // A stable sort: of equals the earlier comes first.
-            ranked.sort_by(|a, b| b.0.cmp(&a.0).then(b.1.total_cmp(&a.1)));
-            let (worst, best_lost) = (ranked[budget - 1], ranked[budget]);
-            if !worst.0 && worst.1 != best_lost.1 {
-                let distance = (worst.1 - best_lost.1) / worst.1.abs().max(best_lost.1.abs());
-                self.margin = self.margin.min(distance);
+            list.sort_by(|a, b| b.0.cmp(&a.0).then(b.1.total_cmp(&a.1)));
+            ranked.push(list);
+        }
+        let own = match ada {
+            Some(floor) => {
+                let floor = (floor * budget as f64 - 1e-9).ceil() as usize;
+                floor.max((sinks + newest).min(budget)).min(budget)
             }
-            let mut kept: Vec<usize> = ranked[..budget].iter().map(|r| r.2).collect();
+            None => budget,
+        };
+        let mut kept: Vec<Vec<usize>> = Vec::new();
+        for list in &mut ranked {
+            let rest = list.split_off(own.min(list.len()));
+            if let (Some(worst), Some(lost)) = (list.last(), rest.first()) {
+                self.margin = self.margin.min(distance(*worst, *lost));
+            }
+            kept.push(list.iter().map(|r| r.2).collect());
+            *list = rest;
+        }
+        if ada.is_some() {
+            let mut rest: Vec<(f64, usize, usize)> = Vec::new();
+            for (head, list) in ranked.iter().enumerate() {
+                rest.extend(list.iter().map(|r| (r.1, head, r.2)));
+            }
+            rest.sort_by(|a, b| b.0.total_cmp(&a.0).then((a.1, a.2).cmp(&(b.1, b.2))));
+            let taken: usize = kept.iter().map(Vec::len).sum();
+            let more = (budget * kept.len()).saturating_sub(taken).min(rest.len());
+            if more > 0 && more < rest.len() {
+                let (worst, lost) = (rest[more - 1], rest[more]);
+                let pair = ((false, worst.0, 0), (false, lost.0, 0));
+                self.margin = self.margin.min(distance(pair.0, pair.1));
+            }
+            for (_, head, unit) in &rest[..more] {
+                kept[*head].push(*unit);
+            }
+        }
+        for (head, mut kept) in kept.into_iter().enumerate() {
             kept.sort_unstable();
+            self.merge(layer, head, &kept);
+            let units = &mut self.units[layer][head];
             *units = kept.into_iter().map(|i| units[i].clone()).collect();
+        }
+    }
+
+    /// The mean of a kept unit's value and those of the dropped ones that are most like it.
+    fn merge(&mut self, layer: usize, head: usize, kept: &[usize]) {
+        let Some(threshold) = self.settings.merge else {
+            return;
+        };
+        let compact = self.settings.positions == Positions::Compact;
+        let units = &self.units[layer][head];
+        if kept.len() == units.len() {
+            return;
+        }
+        let keys: Vec<Vec<f64>> = units
+            .iter()
+            .enumerate()
+            .map(|(i, unit)| self.rotate(&unit.k, if compact { i } else { unit.position }))
+            .collect();
+        let cosine = |a: usize, b: usize| {
+            dot(&keys[a], &keys[b]) / (dot(&keys[a], &keys[a]) * dot(&keys[b], &keys[b])).sqrt()
+        };
+        let mut given: Vec<Vec<usize>> = vec![Vec::new(); units.len()];
+        let mut margin = f64::INFINITY;
+        for unit in (0..units.len()).filter(|u| !kept.contains(u)) {
+            let mut near: Vec<(f64, usize)> = kept.iter().map(|k| (cosine(unit, *k), *k)).collect();
+            near.sort_by(|a, b| b.0.total_cmp(&a.0));
+            margin = margin.min((near[0].0 - f64::from(threshold)).abs());
+            if near.len() > 1 {
+                margin = margin.min(near[0].0 - near[1].0);
+            }
+            if near[0].0 >= f64::from(threshold) {
+                given[near[0].1].push(unit);
+            }
+        }
+        self.margin = self.margin.min(margin);
+        let values: Vec<Vec<f32>> = units.iter().map(|u| u.v.clone()).collect();
+        for (unit, given) in given.iter().enumerate().filter(|(_, g)| !g.is_empty()) {
+            for i in 0..self.spec.head_dim {
+                let sum: f64 = given.iter().map(|g| f64::from(values[*g][i])).sum();
+                let mean = (f64::from(values[unit][i]) + sum) / (given.len() + 1) as f64;
+                self.units[layer][head][unit].v[i] = mean as f32;
+            }
         }
     }
 
@@ -456,6 +586,14 @@ impl Naive {
         let units = self.units[layer][head].iter();
         units.map(|unit| unit.position as u32).collect()
     }
+}
+
+/// How far apart the last that stays and the first that goes are, as a share of their scores.
+fn distance(worst: (bool, f64, usize), lost: (bool, f64, usize)) -> f64 {
+    if worst.0 || worst.1 == lost.1 {
+        return f64::INFINITY;
+    }
+    (worst.1 - lost.1) / worst.1.abs().max(lost.1.abs())
 }
 
 pub fn dot(a: &[f64], b: &[f64]) -> f64 {

@@ -1,0 +1,148 @@
+//! A small random decoder of any dimensions.
+
+use super::Dice;
+use crate::{
+    CausalLm, Error, ModelSpec, Qkv, Result, RopeConfig, SequenceCache, from_f32, ids_tensor,
+};
+use burn::tensor::{Device, Tensor};
+
+/// A small decoder with random weights: embedding, and in each layer RMS normalisation without a
+/// gain, attention, and an MLP with `tanh`; then normalisation and a head of its own.
+///
+/// Projections are scaled so that attention is neither flat nor a single peak.
+#[derive(Debug)]
+pub struct RandomModel {
+    pub(super) spec: ModelSpec,
+    device: Device,
+    pub(super) embedding: Matrix,
+    pub(super) layers: Vec<Layer>,
+    pub(super) head: Matrix,
+}
+
+#[derive(Debug)]
+pub(super) struct Layer {
+    pub(super) q: Matrix,
+    pub(super) k: Matrix,
+    pub(super) v: Matrix,
+    pub(super) out: Matrix,
+    pub(super) up: Matrix,
+    pub(super) down: Matrix,
+}
+
+/// `[rows, columns]`, in host memory for the oracle and on the device for the model.
+#[derive(Debug)]
+pub(super) struct Matrix {
+    pub(super) columns: usize,
+    pub(super) values: Vec<f32>,
+    tensor: Tensor<2>,
+}
+
+impl Matrix {
+    fn random(dice: &mut Dice, rows: usize, columns: usize, scale: f32, device: &Device) -> Self {
+        let mut values = dice.values(rows * columns);
+        for x in &mut values {
+            *x *= scale;
+        }
+        Self {
+            columns,
+            tensor: from_f32(values.clone(), [rows, columns], device),
+            values,
+        }
+    }
+}
+
+/// The normalisation's constant.
+pub(super) const EPSILON: f32 = 1e-6;
+
+/// Dimensions of a small model: 2 layers, a hidden state of 24 features, 61 tokens, plain rotary
+/// embedding of all features.
+pub fn small_spec(heads: usize, kv_heads: usize, head_dim: usize) -> ModelSpec {
+    ModelSpec {
+        layers: 2,
+        heads,
+        kv_heads,
+        head_dim,
+        hidden: 24,
+        vocab: 61,
+        softmax_scale: 1.0 / (head_dim as f32).sqrt(),
+        max_positions: None,
+        rope: RopeConfig::plain(10_000.0, head_dim),
+    }
+}
+
+impl RandomModel {
+    /// A model of these dimensions; the same seed gives the same weights.
+    ///
+    /// # Errors
+    /// As [`ModelSpec::validate`].
+    pub fn new(spec: ModelSpec, seed: u64, device: &Device) -> Result<Self> {
+        spec.validate()?;
+        let mut dice = Dice::new(seed);
+        let (h, d) = (spec.hidden, spec.head_dim);
+        let (q, kv) = (spec.heads * d, spec.kv_heads * d);
+        let root = |n: usize| 1.0 / (n as f32).sqrt();
+        let embedding = Matrix::random(&mut dice, spec.vocab, h, 1.0, device);
+        let layers = (0..spec.layers)
+            .map(|_| Layer {
+                q: Matrix::random(&mut dice, h, q, 1.2 * root(h), device),
+                k: Matrix::random(&mut dice, h, kv, 1.2 * root(h), device),
+                v: Matrix::random(&mut dice, h, kv, root(h), device),
+                out: Matrix::random(&mut dice, q, h, root(q), device),
+                up: Matrix::random(&mut dice, h, 2 * h, root(h), device),
+                down: Matrix::random(&mut dice, 2 * h, h, root(2 * h), device),
+            })
+            .collect();
+        let head = Matrix::random(&mut dice, h, spec.vocab, 2.0 * root(h), device);
+        Ok(Self {
+            spec,
+            device: device.clone(),
+            embedding,
+            layers,
+            head,
+        })
+    }
+}
+
+fn normalised(x: Tensor<2>) -> Tensor<2> {
+    let mean = x.clone().powi_scalar(2).mean_dim(1);
+    x / mean.add_scalar(EPSILON).sqrt()
+}
+
+impl CausalLm for RandomModel {
+    fn spec(&self) -> &ModelSpec {
+        &self.spec
+    }
+
+    fn device(&self) -> &Device {
+        &self.device
+    }
+
+    fn hidden(&self, ids: &[u32], cache: &mut SequenceCache) -> Result<Tensor<2>> {
+        let vocab = self.spec.vocab;
+        if let Some(index) = ids.iter().position(|id| *id as usize >= vocab) {
+            return Err(Error::UnknownToken {
+                id: ids[index],
+                index,
+                vocab,
+            });
+        }
+        let ids = ids_tensor(ids, &self.device);
+        let mut x = self.embedding.tensor.clone().select(0, ids);
+        for (index, layer) in self.layers.iter().enumerate() {
+            let inner = normalised(x.clone());
+            let qkv = Qkv {
+                q: inner.clone().matmul(layer.q.tensor.clone()),
+                k: inner.clone().matmul(layer.k.tensor.clone()),
+                v: inner.matmul(layer.v.tensor.clone()),
+            };
+            x = x + cache.attend(index, qkv)?.matmul(layer.out.tensor.clone());
+            let up = normalised(x.clone()).matmul(layer.up.tensor.clone());
+            x = x + up.tanh().matmul(layer.down.tensor.clone());
+        }
+        Ok(normalised(x))
+    }
+
+    fn logits(&self, hidden: Tensor<2>) -> Result<Tensor<2>> {
+        Ok(hidden.matmul(self.head.tensor.clone()))
+    }
+}

@@ -1,0 +1,517 @@
+//! Protocols of what a policy decides, what a store is given, and what a model computes.
+
+use super::Promise;
+use crate::{
+    CausalLm, Error, Fold, Keep, KvCachePolicy, KvStore, LayerSpec, LayerUnits, ModelSpec, Needs,
+    Observed, Placement, Positions, Prefill, Result, Scores, SequenceCache, Step, TurnKeys,
+    Verdict, into_f32, kernels::tiles::KvTiles,
+};
+use burn::tensor::{Device, Tensor};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Promises that were found broken while something else was going on.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Faults(Arc<Mutex<Vec<(Promise, String)>>>);
+
+impl Faults {
+    /// Notes it, and stops whatever is going on.
+    fn broken<T>(&self, promise: Promise, found: String) -> Result<T> {
+        let error = Error::Device(format!("a store broke a promise: {found}"));
+        lock(&self.0).push((promise, found));
+        Err(error)
+    }
+
+    pub(super) fn first(&self) -> Option<(Promise, String)> {
+        lock(&self.0).first().cloned()
+    }
+}
+
+/// One verdict, and what it was based on.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Decision {
+    /// Where it was asked for.
+    pub step: Step,
+    /// Original positions that each head held, the new ones included.
+    pub before: Vec<Vec<u32>>,
+    /// Original positions that each head keeps.
+    pub kept: Vec<Vec<u32>>,
+    /// What is mixed into what before that, by KV head, in units of `before`; empty for nothing.
+    pub folds: Vec<Vec<Fold>>,
+    /// Scores to carry, for the units before the verdict.
+    pub scores: Option<Scores>,
+    /// What the policy was shown.
+    pub seen: Seen,
+}
+
+/// What a policy was shown of one layer.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct Seen {
+    /// Scores carried from earlier verdicts, by KV head.
+    pub carried: Vec<Vec<f32>>,
+    /// Surprisal of the new tokens.
+    pub surprisal: Option<Vec<f32>>,
+    /// Observed attention, and of how many queries.
+    pub observed: Option<(Vec<Vec<f32>>, usize)>,
+    /// Queries, keys and values before rotation, flat.
+    pub qkv: Option<[Vec<f32>; 3]>,
+    /// Keys as attention saw them, by KV head, flat; only with [`Recording::with_units`].
+    pub keys: Vec<Vec<f32>>,
+    /// Values, by KV head, flat; only with [`Recording::with_units`].
+    pub values: Vec<Vec<f32>>,
+}
+
+/// A policy that keeps a protocol of another one's verdicts, for one sequence at a time.
+///
+/// It also watches the store: what stays has to be bit for bit what was appended.
+#[derive(Debug)]
+pub struct Recording {
+    inner: Arc<dyn KvCachePolicy>,
+    log: Mutex<Vec<Decision>>,
+    faults: Faults,
+    tolerance: f32,
+    turns: bool,
+    units: bool,
+}
+
+impl Recording {
+    /// Records `policy`.
+    pub fn new(policy: Arc<dyn KvCachePolicy>) -> Self {
+        Self {
+            inner: policy,
+            log: Mutex::default(),
+            faults: Faults::default(),
+            tolerance: 0.0,
+            turns: true,
+            units: false,
+        }
+    }
+
+    /// How far what the store hands out may be from what was appended, as a share of the largest
+    /// number appended; 0 at first.
+    pub fn store_tolerance(mut self, tolerance: f32) -> Self {
+        self.tolerance = tolerance;
+        self
+    }
+
+    /// Refuses to turn keys in the store, as a store of few bits does: keys then stay as they were
+    /// appended, and attention rotates while it loads.
+    pub fn without_turning(mut self) -> Self {
+        self.turns = false;
+        self
+    }
+
+    /// Records keys and values as the policy could see them, too.
+    pub fn with_units(mut self) -> Self {
+        self.units = true;
+        self
+    }
+
+    /// All verdicts so far, in order.
+    pub fn decisions(&self) -> Vec<Decision> {
+        lock(&self.log).clone()
+    }
+
+    /// The first promise that the store broke, and how.
+    pub fn fault(&self) -> Option<(Promise, String)> {
+        self.faults.first()
+    }
+
+    /// Original positions that each head of `layer` kept after the last verdict on it.
+    pub fn last_kept(&self, layer: usize) -> Option<Vec<Vec<u32>>> {
+        let log = lock(&self.log);
+        let last = log.iter().rev().find(|d| d.step.layer.index == layer);
+        last.map(|d| d.kept.clone())
+    }
+}
+
+#[deny(clippy::missing_trait_methods)]
+impl KvCachePolicy for Recording {
+    fn name(&self) -> String {
+        self.inner.name()
+    }
+
+    fn needs(&self) -> Needs {
+        self.inner.needs()
+    }
+
+    fn positions(&self) -> Positions {
+        self.inner.positions()
+    }
+
+    fn validate(&self, model: &ModelSpec, prefill: &Prefill) -> Result<()> {
+        self.inner.validate(model, prefill)
+    }
+
+    fn store(&self, layer: &LayerSpec, place: &Placement) -> Result<Box<dyn KvStore>> {
+        Ok(Box::new(Watched {
+            inner: self.inner.store(layer, place)?,
+            heads: vec![Shadow::default(); layer.kv_heads],
+            dim: layer.head_dim,
+            largest: 0.0,
+            tolerance: self.tolerance,
+            turns: self.turns,
+            faults: self.faults.clone(),
+        }))
+    }
+
+    fn limit(&self, layer: &LayerSpec, total: usize) -> Option<usize> {
+        self.inner.limit(layer, total)
+    }
+
+    fn step(&self, at: &Step, units: &LayerUnits<'_>) -> Result<Verdict> {
+        let verdict = self.inner.step(at, units)?;
+        let heads = 0..units.kv_heads();
+        let before: Vec<Vec<u32>> = heads
+            .clone()
+            .map(|head| units.positions(head).to_vec())
+            .collect();
+        let pick = |(slots, held): (&Vec<u32>, &Vec<u32>)| {
+            let positions = slots.iter().map(|slot| held.get(*slot as usize).copied());
+            // A slot that is not there is for the engine to refuse.
+            positions.map(|p| p.unwrap_or(u32::MAX)).collect()
+        };
+        let (kept, folds) = match &verdict.keep {
+            Keep::All => (before.clone(), Vec::new()),
+            Keep::Slots(kept) => (
+                kept.heads().iter().zip(&before).map(pick).collect(),
+                Vec::new(),
+            ),
+            Keep::Merged { kept, folds } => {
+                let kept = kept.heads().iter().zip(&before).map(pick);
+                (kept.collect(), folds.clone())
+            }
+        };
+        let mut seen = Seen {
+            carried: heads.clone().map(|h| units.carried(h).to_vec()).collect(),
+            surprisal: units.surprisal().map(<[f32]>::to_vec),
+            observed: units
+                .observed()
+                .map(|Observed { per_head, queries }| (per_head.clone(), *queries)),
+            ..Seen::default()
+        };
+        if let Some(qkv) = units.qkv() {
+            let flat = |x: &Tensor<2>| into_f32(x.clone());
+            seen.qkv = Some([flat(&qkv.q)?, flat(&qkv.k)?, flat(&qkv.v)?]);
+        }
+        if self.units {
+            for head in heads {
+                seen.keys.push(into_f32(units.keys(head)?)?);
+                seen.values.push(into_f32(units.values(head)?)?);
+            }
+        }
+        lock(&self.log).push(Decision {
+            step: *at,
+            before,
+            kept,
+            folds,
+            scores: verdict.scores.clone(),
+            seen,
+        });
+        Ok(verdict)
+    }
+}
+
+/// A store that compares what another one hands out with what it was given.
+#[derive(Debug)]
+struct Watched {
+    inner: Box<dyn KvStore>,
+    heads: Vec<Shadow>,
+    dim: usize,
+    largest: f32,
+    tolerance: f32,
+    turns: bool,
+    faults: Faults,
+}
+
+/// One head's units, flat.
+#[derive(Debug, Clone, Default)]
+struct Shadow {
+    /// As they were appended.
+    given: [Vec<f32>; 2],
+    /// As they were handed out last.
+    held: [Vec<f32>; 2],
+}
+
+const PARTS: [&str; 2] = ["keys", "values"];
+
+impl Watched {
+    fn read(&self, head: usize) -> Result<[Vec<f32>; 2]> {
+        Ok([
+            into_f32(self.inner.keys(head)?)?,
+            into_f32(self.inner.values(head)?)?,
+        ])
+    }
+
+    /// Whether numbers are as near as this store promises to those that are due.
+    fn near(&self, promise: Promise, what: &str, found: &[f32], due: &[f32]) -> Result<()> {
+        let wide = |x: &[f32]| x.iter().map(|x| f64::from(*x)).collect::<Vec<_>>();
+        let (at, off) = super::largest_difference(wide(found), wide(due));
+        if found.len() == due.len() && off <= f64::from(self.tolerance * self.largest) {
+            return Ok(());
+        }
+        self.faults.broken(
+            promise,
+            format!(
+                "{what}: {} numbers for {}, off by {off:.2e} in unit {}",
+                found.len(),
+                due.len(),
+                at / self.dim
+            ),
+        )
+    }
+}
+
+fn same_bits(a: &[f32], b: &[f32]) -> bool {
+    a.len() == b.len() && a.iter().zip(b).all(|(a, b)| a.to_bits() == b.to_bits())
+}
+
+/// Rows of `dim` numbers after others were mixed into them.
+pub(super) fn mixed(values: &[f32], dim: usize, folds: &[Fold]) -> Vec<f32> {
+    let mut out: Vec<f64> = values.iter().map(|x| f64::from(*x)).collect();
+    for fold in folds {
+        let (from, into) = (fold.from as usize * dim, fold.into as usize * dim);
+        for i in 0..dim {
+            let change = f64::from(values[from + i]) - f64::from(values[into + i]);
+            out[into + i] += f64::from(fold.share) * change;
+        }
+    }
+    out.iter().map(|x| *x as f32).collect()
+}
+
+#[deny(clippy::missing_trait_methods)]
+impl KvStore for Watched {
+    fn name(&self) -> String {
+        self.inner.name()
+    }
+
+    fn append(&mut self, keys: Tensor<2>, values: Tensor<2>) -> Result<()> {
+        let (t, heads, d) = (keys.dims()[0], self.heads.len(), self.dim);
+        let given = [into_f32(keys.clone())?, into_f32(values.clone())?];
+        let all = given.iter().flatten();
+        self.largest = all.fold(self.largest, |most, x| most.max(x.abs()));
+        self.inner.append(keys, values)?;
+        for head in 0..heads {
+            let found = self.read(head)?;
+            for part in 0..2 {
+                let shadow = &mut self.heads[head];
+                let old = shadow.held[part].len();
+                for row in 0..t {
+                    let at = (row * heads + head) * d;
+                    shadow.given[part].extend_from_slice(&given[part][at..at + d]);
+                }
+                let what = format!("{} of KV head {head} after {t} more tokens", PARTS[part]);
+                self.near(
+                    Promise::Survivors,
+                    &what,
+                    &found[part],
+                    &self.heads[head].given[part],
+                )?;
+                if !same_bits(&found[part][..old], &self.heads[head].held[part]) {
+                    return self.faults.broken(
+                        Promise::Survivors,
+                        format!(
+                            "older {} of KV head {head} changed by an append",
+                            PARTS[part]
+                        ),
+                    );
+                }
+            }
+            self.heads[head].held = found;
+        }
+        Ok(())
+    }
+
+    fn retain(&mut self, kept: &[Vec<u32>]) -> Result<()> {
+        self.inner.retain(kept)?;
+        let d = self.dim;
+        for (head, list) in kept.iter().enumerate() {
+            let found = self.read(head)?;
+            let shadow = &mut self.heads[head];
+            let pick = |all: &[f32]| -> Vec<f32> {
+                let rows = list.iter().map(|u| *u as usize * d);
+                rows.flat_map(|at| &all[at..at + d]).copied().collect()
+            };
+            for part in 0..2 {
+                shadow.given[part] = pick(&shadow.given[part]);
+                if !same_bits(&found[part], &pick(&shadow.held[part])) {
+                    return self.faults.broken(
+                        Promise::Survivors,
+                        format!("{} of KV head {head} changed when others went", PARTS[part]),
+                    );
+                }
+            }
+            shadow.held = found;
+        }
+        Ok(())
+    }
+
+    fn settle(&mut self) -> Result<()> {
+        self.inner.settle()?;
+        for head in 0..self.heads.len() {
+            let found = self.read(head)?;
+            for part in 0..2 {
+                let what = format!("{} of KV head {head} after a step", PARTS[part]);
+                self.near(
+                    Promise::Survivors,
+                    &what,
+                    &found[part],
+                    &self.heads[head].given[part],
+                )?;
+                if self.tolerance == 0.0 && !same_bits(&found[part], &self.heads[head].held[part]) {
+                    return self
+                        .faults
+                        .broken(Promise::Survivors, format!("{what} are others"));
+                }
+            }
+            self.heads[head].held = found;
+        }
+        Ok(())
+    }
+
+    fn fold_values(&mut self, head: usize, folds: &[Fold]) -> Result<()> {
+        self.inner.fold_values(head, folds)?;
+        let found = self.read(head)?;
+        let d = self.dim;
+        let due = mixed(&self.heads[head].held[1], d, folds);
+        for unit in 0..due.len() / d {
+            let at = unit * d..(unit + 1) * d;
+            let what = format!("the value of unit {unit} of KV head {head}");
+            let into = folds.iter().any(|f| f.into as usize == unit);
+            let held = &self.heads[head].held[1][at.clone()];
+            if !into && !found[1].get(at.clone()).is_some_and(|x| same_bits(x, held)) {
+                let found = format!("{what} changed, and nothing was mixed into it");
+                return self.faults.broken(Promise::Mixture, found);
+            }
+            // The order of a sum is the store's business.
+            let sum = self.tolerance.max(1e-6);
+            let near = |x: &[f32]| {
+                let pairs = x.iter().zip(&due[at.clone()]);
+                pairs
+                    .into_iter()
+                    .all(|(a, b)| (a - b).abs() <= sum * self.largest)
+            };
+            if into && !found[1].get(at.clone()).is_some_and(near) {
+                return self
+                    .faults
+                    .broken(Promise::Mixture, format!("{what} is another"));
+            }
+            if into {
+                // From here on this is what the unit is.
+                self.heads[head].given[1][at.clone()].copy_from_slice(&found[1][at]);
+            }
+        }
+        if !same_bits(&found[0], &self.heads[head].held[0]) {
+            return self.faults.broken(
+                Promise::Mixture,
+                format!("keys of KV head {head} changed when values were mixed"),
+            );
+        }
+        self.heads[head].held = found;
+        Ok(())
+    }
+
+    fn len(&self, head: usize) -> usize {
+        self.inner.len(head)
+    }
+
+    fn is_empty(&self) -> bool {
+        self.inner.is_empty()
+    }
+
+    fn bytes(&self) -> usize {
+        self.inner.bytes()
+    }
+
+    fn keys(&self, head: usize) -> Result<Tensor<2>> {
+        self.inner.keys(head)
+    }
+
+    fn values(&self, head: usize) -> Result<Tensor<2>> {
+        self.inner.values(head)
+    }
+
+    fn tiles(&self, head: usize) -> Option<Box<dyn KvTiles + '_>> {
+        self.inner.tiles(head)
+    }
+
+    fn turn_keys(&mut self, turn: &TurnKeys<'_>) -> Result<bool> {
+        if !self.turns || !self.inner.turn_keys(turn)? {
+            return Ok(false);
+        }
+        for head in 0..self.heads.len() {
+            let [keys, _] = self.read(head)?;
+            let shadow = &mut self.heads[head];
+            shadow.given[0].clone_from(&keys);
+            shadow.held[0] = keys;
+        }
+        Ok(true)
+    }
+
+    fn fork(&self) -> Box<dyn KvStore> {
+        Box::new(Self {
+            inner: self.inner.fork(),
+            heads: self.heads.clone(),
+            faults: self.faults.clone(),
+            ..*self
+        })
+    }
+}
+
+/// A model that keeps the hidden states of another one.
+#[derive(Debug)]
+pub struct Tap {
+    inner: Arc<dyn CausalLm>,
+    passes: Mutex<Vec<Pass>>,
+}
+
+/// One pass through a model.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Pass {
+    /// What went in.
+    pub ids: Vec<u32>,
+    /// What came out, `[tokens, hidden]`, flat.
+    pub hidden: Vec<f32>,
+}
+
+impl Tap {
+    /// Taps `model`.
+    pub fn new(model: Arc<dyn CausalLm>) -> Self {
+        Self {
+            inner: model,
+            passes: Mutex::default(),
+        }
+    }
+
+    /// All passes so far, in order.
+    pub fn passes(&self) -> Vec<Pass> {
+        lock(&self.passes).clone()
+    }
+}
+
+#[deny(clippy::missing_trait_methods)]
+impl CausalLm for Tap {
+    fn spec(&self) -> &ModelSpec {
+        self.inner.spec()
+    }
+
+    fn device(&self) -> &Device {
+        self.inner.device()
+    }
+
+    fn hidden(&self, ids: &[u32], cache: &mut SequenceCache) -> Result<Tensor<2>> {
+        let hidden = self.inner.hidden(ids, cache)?;
+        lock(&self.passes).push(Pass {
+            ids: ids.to_vec(),
+            hidden: into_f32(hidden.clone())?,
+        });
+        Ok(hidden)
+    }
+
+    fn logits(&self, hidden: Tensor<2>) -> Result<Tensor<2>> {
+        self.inner.logits(hidden)
+    }
+}

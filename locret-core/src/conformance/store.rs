@@ -1,0 +1,538 @@
+//! What every store must satisfy.
+
+use super::{ConformanceError, Dice, Promise, record::mixed};
+use crate::{Error, Fold, KvStore, LayerSpec, Result, from_f32, into_f32};
+use burn::tensor::{Device, Tensor};
+use std::ops::Range;
+
+/// How a store is checked. The default fits a dense 32-bit store.
+#[derive(Debug, Clone)]
+pub struct StoreCheck {
+    /// One run of random operations for each seed.
+    pub seeds: Range<u64>,
+    /// How far numbers that are handed out may be from what was appended, as a share of the largest
+    /// number appended; 0 means bit for bit.
+    pub tolerance: f32,
+    /// Bytes of one stored number, scales and the like included.
+    pub bytes_per_value: f64,
+    /// Units of a head for which a store may hold memory in reserve or in full precision, at 4
+    /// bytes a number.
+    pub reserve: usize,
+    /// The sizes of heads to go through.
+    pub head_dims: Vec<usize>,
+    /// Units of a head that one append brings at most.
+    pub max_append: usize,
+}
+
+impl Default for StoreCheck {
+    fn default() -> Self {
+        Self {
+            seeds: 0..40,
+            tolerance: 0.0,
+            bytes_per_value: 4.0,
+            reserve: 64,
+            head_dims: vec![8, 16, 20, 64],
+            max_append: 150,
+        }
+    }
+}
+
+/// Runs a store through random appends, evictions, turns and forks, next to plain lists.
+///
+/// `make` builds an empty store for a layer. After every operation keys, values, lengths and tiles
+/// are compared: what was there stays bit for bit what it was, but for [`KvStore::settle`] in a
+/// store with a tolerance. Bytes are compared when a step is over.
+///
+/// # Errors
+/// [`ConformanceError`] for the first broken promise.
+pub fn check_store(
+    device: &Device,
+    check: &StoreCheck,
+    make: impl Fn(&LayerSpec) -> Result<Box<dyn KvStore>>,
+) -> Result<(), ConformanceError> {
+    for seed in check.seeds.clone() {
+        let mut dice = Dice::new(seed);
+        let kv_heads = dice.between(1, 4);
+        let layer = LayerSpec {
+            index: 0,
+            layers: 1,
+            heads: kv_heads * dice.pick(&[1, 3]),
+            kv_heads,
+            head_dim: dice.pick(&check.head_dims),
+        };
+        let case = format!("seed {seed}, {kv_heads} KV heads of {}", layer.head_dim);
+        let store = make(&layer).map_err(|e| ConformanceError::Failed {
+            subject: "the store's constructor".into(),
+            case: case.clone(),
+            source: Box::new(e),
+        })?;
+        let mut pair = Pair {
+            check,
+            device,
+            layer,
+            heads: vec![Lists::default(); kv_heads],
+            largest: 0.0,
+            case,
+            log: Vec::new(),
+            store,
+        };
+        pair.compare(None)?;
+        pair.refusals()?;
+        for _ in 0..dice.between(4, 14) {
+            pair.operate(&mut dice)?;
+        }
+        pair.forks(&mut dice)?;
+        pair.empties(&mut dice)?;
+    }
+    Ok(())
+}
+
+/// One head's rows: keys and values.
+#[derive(Debug, Clone, Default)]
+struct Lists([Vec<Vec<f32>>; 2]);
+
+/// A store and the lists that it should agree with.
+struct Pair<'a> {
+    check: &'a StoreCheck,
+    device: &'a Device,
+    layer: LayerSpec,
+    store: Box<dyn KvStore>,
+    heads: Vec<Lists>,
+    largest: f32,
+    case: String,
+    log: Vec<String>,
+}
+
+const PARTS: [&str; 2] = ["keys", "values"];
+
+impl Pair<'_> {
+    fn broken(&self, promise: Promise, found: impl Into<String>) -> ConformanceError {
+        ConformanceError::Broken {
+            subject: format!("store {}", self.store.name()),
+            promise,
+            case: format!("{}, after {}", self.case, self.log.join(", ")),
+            found: found.into(),
+        }
+    }
+
+    fn failed(&self, error: Error) -> ConformanceError {
+        ConformanceError::Failed {
+            subject: format!("store {}", self.store.name()),
+            case: format!("{}, after {}", self.case, self.log.join(", ")),
+            source: Box::new(error),
+        }
+    }
+
+    fn operate(&mut self, dice: &mut Dice) -> Result<(), ConformanceError> {
+        match dice.between(0, 10) {
+            0..=3 => {
+                let tokens = dice.between(0, self.check.max_append);
+                self.append(dice, tokens)?;
+            }
+            4..=5 => {
+                for _ in 0..dice.between(1, 6) {
+                    self.append(dice, 1)?;
+                }
+            }
+            6..=8 => {
+                let share = dice.pick(&[0.0, 0.1, 0.5, 0.95, 1.0]);
+                self.retain(dice, share)?;
+            }
+            9 => self.fold(dice)?,
+            _ => self.turn()?,
+        }
+        match dice.chance(0.7) {
+            true => self.settle(),
+            false => Ok(()),
+        }
+    }
+
+    /// A step is over.
+    fn settle(&mut self) -> Result<(), ConformanceError> {
+        self.log.push("settled".into());
+        let before = self.read()?;
+        self.store.settle().map_err(|e| self.failed(e))?;
+        self.compare((self.check.tolerance == 0.0).then_some(before))?;
+        self.bytes()
+    }
+
+    /// Values are mixed, or it is refused and nothing has changed.
+    fn fold(&mut self, dice: &mut Dice) -> Result<(), ConformanceError> {
+        let head = dice.between(0, self.layer.kv_heads - 1);
+        let n = self.heads[head].0[1].len();
+        if n < 2 {
+            return Ok(());
+        }
+        let unit = |dice: &mut Dice| dice.between(0, n - 1) as u32;
+        let folds: Vec<Fold> = (0..dice.between(1, 5))
+            .map(|_| Fold {
+                from: unit(dice),
+                into: unit(dice),
+                share: dice.pick(&[0.5, 0.1, 0.19]),
+            })
+            .collect();
+        self.log.push(format!("{folds:?} in KV head {head}"));
+        let before = self.read()?;
+        match self.store.fold_values(head, &folds) {
+            Ok(()) => {}
+            Err(Error::NotSupported { .. }) => return self.compare(Some(before)),
+            Err(error) => return Err(self.failed(error)),
+        }
+        let d = self.layer.head_dim;
+        let due = mixed(&before[head][1], d, &folds);
+        let after = self.read()?;
+        let into = |at: usize| folds.iter().any(|f| f.into as usize == at / d);
+        // The order of a sum is the store's business.
+        let allowed = self.check.tolerance.max(1e-6) * self.largest;
+        let wrong = (0..due.len()).find(|at| {
+            let (found, old) = (after[head][1][*at], before[head][1][*at]);
+            match into(*at) {
+                true => !((found - due[*at]).abs() <= allowed),
+                false => found.to_bits() != old.to_bits(),
+            }
+        });
+        if let Some(at) = wrong {
+            return Err(self.broken(
+                Promise::Mixture,
+                format!(
+                    "value {} of KV head {head}: {}, {} is due",
+                    at / d,
+                    after[head][1][at],
+                    due[at]
+                ),
+            ));
+        }
+        // From here on this is what these units are; nothing else may have changed.
+        for fold in &folds {
+            let at = fold.into as usize;
+            self.heads[head].0[1][at] = after[head][1][at * d..(at + 1) * d].to_vec();
+        }
+        let mut exact = before;
+        exact[head][1].clone_from(&after[head][1]);
+        self.compare(Some(exact))
+    }
+
+    fn append(&mut self, dice: &mut Dice, tokens: usize) -> Result<(), ConformanceError> {
+        let (heads, d) = (self.layer.kv_heads, self.layer.head_dim);
+        self.log.push(format!("{tokens} appended"));
+        let before = self.read()?;
+        let width = heads * d;
+        let parts = [(); 2].map(|()| dice.values(tokens * width));
+        for (part, values) in parts.iter().enumerate() {
+            for row in 0..tokens {
+                for head in 0..heads {
+                    let at = row * width + head * d;
+                    self.heads[head].0[part].push(values[at..at + d].to_vec());
+                }
+            }
+            let all = values.iter();
+            self.largest = all.fold(self.largest, |most, x| most.max(x.abs()));
+        }
+        let [keys, values] = parts.map(|x| from_f32::<2>(x, [tokens, width], self.device));
+        self.store
+            .append(keys, values)
+            .map_err(|e| self.failed(e))?;
+        self.compare(Some(before))
+    }
+
+    fn retain(&mut self, dice: &mut Dice, share: f64) -> Result<(), ConformanceError> {
+        let kept: Vec<Vec<u32>> = self
+            .heads
+            .iter()
+            .map(|head| {
+                let all = 0..head.0[0].len() as u32;
+                all.filter(|_| dice.chance(share)).collect()
+            })
+            .collect();
+        self.log.push(format!("{share} of the units retained"));
+        let before = self.read()?;
+        self.store.retain(&kept).map_err(|e| self.failed(e))?;
+        let d = self.layer.head_dim;
+        let survivors = before
+            .iter()
+            .zip(&kept)
+            .map(|(parts, kept)| {
+                [0, 1].map(|part| {
+                    let rows = kept.iter().map(|u| *u as usize * d);
+                    let rows = rows.flat_map(|at| &parts[part][at..at + d]);
+                    rows.copied().collect()
+                })
+            })
+            .collect();
+        for (head, kept) in self.heads.iter_mut().zip(&kept) {
+            for part in &mut head.0 {
+                *part = kept.iter().map(|u| part[*u as usize].clone()).collect();
+            }
+        }
+        self.compare(Some(survivors))?;
+        self.settle()
+    }
+
+    /// A quarter turn: exact in every float type.
+    fn turn(&mut self) -> Result<(), ConformanceError> {
+        self.log.push("keys turned".into());
+        let before = self.read()?;
+        let half = self.layer.head_dim / 2;
+        let turned = self.store.turn_keys(&|_, keys| {
+            let (a, b) = (keys.clone().narrow(1, 0, half), keys.narrow(1, half, half));
+            Ok(Tensor::cat(vec![b.neg(), a], 1))
+        });
+        if !turned.map_err(|e| self.failed(e))? {
+            return self.compare(Some(before));
+        }
+        for head in &mut self.heads {
+            for row in &mut head.0[0] {
+                let (a, b) = row.split_at(half);
+                *row = b.iter().map(|x| -x).chain(a.iter().copied()).collect();
+            }
+        }
+        self.compare(None).map_err(|e| match e {
+            ConformanceError::Broken {
+                subject,
+                case,
+                found,
+                ..
+            } => ConformanceError::Broken {
+                subject,
+                promise: Promise::TurnedKeys,
+                case,
+                found,
+            },
+            other => other,
+        })
+    }
+
+    fn forks(&mut self, dice: &mut Dice) -> Result<(), ConformanceError> {
+        if self.heads[0].0[0].is_empty() {
+            self.append(dice, 9)?;
+        }
+        self.log.push("forked".into());
+        let mut fork = Pair {
+            store: self.store.fork(),
+            heads: self.heads.clone(),
+            case: self.case.clone(),
+            log: self.log.clone(),
+            ..*self
+        };
+        fork.compare(None)?;
+        let wrong = |e| match e {
+            ConformanceError::Broken {
+                subject,
+                case,
+                found,
+                ..
+            } => ConformanceError::Broken {
+                subject,
+                promise: Promise::Fork,
+                case,
+                found,
+            },
+            other => other,
+        };
+        for _ in 0..4 {
+            self.operate(dice)?;
+            fork.compare(None).map_err(wrong)?;
+            fork.operate(dice)?;
+            self.compare(None).map_err(wrong)?;
+        }
+        Ok(())
+    }
+
+    /// Nothing is left, and it can go on from there.
+    fn empties(&mut self, dice: &mut Dice) -> Result<(), ConformanceError> {
+        self.append(dice, 40)?;
+        self.settle()?;
+        self.retain(dice, 0.0)?;
+        self.settle()?;
+        self.append(dice, 3)?;
+        self.retain(dice, 1.0)?;
+        self.settle()
+    }
+
+    /// What does not fit changes nothing.
+    fn refusals(&mut self) -> Result<(), ConformanceError> {
+        let mut dice = Dice::new(1);
+        self.append(&mut dice, 5)?;
+        self.log.push("something impossible".into());
+        let (heads, d) = (self.layer.kv_heads, self.layer.head_dim);
+        let tensor = |rows: usize, columns: usize| {
+            from_f32::<2>(vec![0.5; rows * columns], [rows, columns], self.device)
+        };
+        let width = heads * d;
+        for (what, keys, values) in [
+            ("wide keys", tensor(2, width + 1), tensor(2, width)),
+            ("narrow values", tensor(2, width), tensor(2, width - 1)),
+            ("more values than keys", tensor(2, width), tensor(3, width)),
+        ] {
+            if self.store.append(keys, values).is_ok() {
+                return Err(self.broken(Promise::Refused, format!("{what} were accepted")));
+            }
+            self.compare(None)?;
+        }
+        let all: Vec<u32> = (0..5).collect();
+        let of_last_head = |list: Vec<u32>| {
+            let mut kept = vec![all.clone(); heads];
+            kept[heads - 1] = list;
+            kept
+        };
+        for (what, kept) in [
+            ("a list too many", vec![all.clone(); heads + 1]),
+            ("a list too few", vec![all.clone(); heads - 1]),
+            ("a unit that is not there", of_last_head(vec![1, 5])),
+            ("a unit named twice", of_last_head(vec![1, 1, 2])),
+            ("units out of order", of_last_head(vec![3, 2])),
+        ] {
+            if self.store.retain(&kept).is_ok() {
+                return Err(self.broken(Promise::Refused, format!("{what} was accepted")));
+            }
+            self.compare(None)?;
+        }
+        for (from, into) in [(0, 5), (5, 0)] {
+            let fold = Fold {
+                from,
+                into,
+                share: 0.5,
+            };
+            if self.store.fold_values(heads - 1, &[fold]).is_ok() {
+                return Err(self.broken(Promise::Refused, format!("{fold:?} was accepted")));
+            }
+            self.compare(None)?;
+        }
+        Ok(())
+    }
+
+    /// What the store hands out, flat, by head.
+    fn read(&self) -> Result<Vec<[Vec<f32>; 2]>, ConformanceError> {
+        let one = |head| -> Result<_> {
+            let (keys, values) = (self.store.keys(head)?, self.store.values(head)?);
+            let due = [self.heads[head].0[0].len(), self.layer.head_dim];
+            for dims in [keys.dims(), values.dims()] {
+                if dims != due {
+                    return Err(Error::shape("what a store hands out", due, dims));
+                }
+            }
+            Ok([into_f32(keys)?, into_f32(values)?])
+        };
+        let heads = (0..self.layer.kv_heads).map(one);
+        heads.collect::<Result<_>>().map_err(|e| match e {
+            Error::Shape { .. } => self.broken(Promise::Content, e.to_string()),
+            other => self.failed(other),
+        })
+    }
+
+    /// Compares everything; `exact` is what has to be there bit for bit, of the first units.
+    fn compare(&self, exact: Option<Vec<[Vec<f32>; 2]>>) -> Result<(), ConformanceError> {
+        let (heads, d) = (self.layer.kv_heads, self.layer.head_dim);
+        for head in 0..heads {
+            let (found, due) = (self.store.len(head), self.heads[head].0[0].len());
+            if found != due {
+                return Err(self.broken(
+                    Promise::Content,
+                    format!("{found} units in KV head {head}, {due} are due"),
+                ));
+            }
+        }
+        let units: usize = self.heads.iter().map(|h| h.0[0].len()).sum();
+        if self.store.is_empty() != (units == 0) {
+            return Err(self.broken(Promise::Content, format!("empty or not with {units} units")));
+        }
+        let found = self.read()?;
+        let allowed = self.check.tolerance * self.largest;
+        for (head, parts) in found.iter().enumerate() {
+            for part in 0..2 {
+                let what = PARTS[part];
+                let due = self.heads[head].0[part].concat();
+                let off = parts[part].iter().zip(&due).position(|(a, b)| {
+                    // Not `>`: a NaN is wrong, too. The bits of zeros may differ by a sign.
+                    a != b && !((a - b).abs() <= allowed)
+                });
+                if let Some(at) = off {
+                    return Err(self.broken(
+                        Promise::Content,
+                        format!(
+                            "{what} of KV head {head}, unit {}: {}, {} is due ({allowed} allowed)",
+                            at / d,
+                            parts[part][at],
+                            due[at]
+                        ),
+                    ));
+                }
+                if let Some(exact) = &exact {
+                    let bits = |x: &[f32]| x.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
+                    let old = exact[head][part].len().min(parts[part].len());
+                    if bits(&parts[part][..old]) != bits(&exact[head][part]) {
+                        return Err(self.broken(
+                            Promise::Survivors,
+                            format!("{what} of KV head {head} are others than before"),
+                        ));
+                    }
+                }
+            }
+        }
+        self.tiles(&found)
+    }
+
+    fn tiles(&self, found: &[[Vec<f32>; 2]]) -> Result<(), ConformanceError> {
+        let (heads, d) = (self.layer.kv_heads, self.layer.head_dim);
+        let given = (0..heads)
+            .filter(|h| self.store.tiles(*h).is_some())
+            .count();
+        if given != 0 && given != heads {
+            return Err(self.broken(
+                Promise::Tiles,
+                format!("{given} of {heads} heads have tiles"),
+            ));
+        }
+        for (head, parts) in found.iter().enumerate() {
+            let Some(tiles) = self.store.tiles(head) else {
+                continue;
+            };
+            let n = parts[0].len() / d;
+            if (tiles.len(), tiles.is_empty()) != (n, n == 0) {
+                return Err(self.broken(
+                    Promise::Tiles,
+                    format!("{} units in KV head {head}, {n} are due", tiles.len()),
+                ));
+            }
+            // Ranges of all lengths, aligned to nothing.
+            for range in [
+                0..n,
+                n / 3..n / 2,
+                n.saturating_sub(1)..n,
+                n / 2..n,
+                0..n.min(7),
+            ] {
+                let mut scratch = vec![f32::NAN; range.len() * d];
+                let at = range.start * d..range.end * d;
+                for (part, what) in PARTS.iter().enumerate() {
+                    let rows = match part {
+                        0 => tiles.keys(range.clone(), &mut scratch),
+                        _ => tiles.values(range.clone(), &mut scratch),
+                    };
+                    if rows != &parts[part][at.clone()] {
+                        return Err(self.broken(
+                            Promise::Tiles,
+                            format!("{what} {range:?} of KV head {head} differ"),
+                        ));
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn bytes(&self) -> Result<(), ConformanceError> {
+        let units: usize = self.heads.iter().map(|h| h.0[0].len()).sum();
+        let numbers = |units: usize| 2.0 * (units * self.layer.head_dim) as f64;
+        let reserve = self.layer.kv_heads * self.check.reserve;
+        let most = numbers(units) * self.check.bytes_per_value + numbers(reserve) * 4.0;
+        let found = self.store.bytes();
+        if found as f64 > most || (units > 0 && found == 0) {
+            return Err(self.broken(
+                Promise::Freed,
+                format!("{found} bytes for {units} units, {most} at most are due"),
+            ));
+        }
+        Ok(())
+    }
+}

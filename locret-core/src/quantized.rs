@@ -1,0 +1,994 @@
+//! A store that keeps keys and values as small integers.
+
+use crate::{
+    Error, Fold, LayerSpec, Result, host,
+    kernels::{
+        select::compact_rows,
+        tiles::{Floats, KvTiles},
+    },
+    store::{KvStore, Placement, check_append, check_folds, check_retain},
+};
+use burn::tensor::{Device, Tensor};
+use half::f16;
+use serde::{Deserialize, Serialize};
+use std::ops::Range;
+
+/// How a [`QuantizedStore`] keeps its units.
+///
+/// Numbers become codes of `bits` bits, `x ≈ low + step · code`; `low` and `step` are kept in 16
+/// bits for each group of numbers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Quantization {
+    /// Bits of a code: 2, 4 or 8.
+    pub bits: u8,
+    /// Which numbers share a group.
+    pub layout: QuantLayout,
+    /// Numbers in a group. Along the features it is cut off at the head's.
+    pub group: usize,
+    /// The newest units that stay in 32 bits, at least.
+    pub residual: usize,
+}
+
+/// Which numbers share a `low` and a `step`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum QuantLayout {
+    /// Features of one unit, for keys and for values. Dropping units frees exactly their share.
+    #[default]
+    PerToken,
+    /// KIVI (arXiv 2402.02750 §3): keys in groups of tokens for each feature, since some features
+    /// of keys are far larger than others; values as in `PerToken`. A group's `low` and `step`
+    /// stay until its last unit is dropped. Units enter in whole groups, so that up to `group - 1`
+    /// more than the residual stay in 32 bits.
+    Kivi,
+}
+
+impl Default for Quantization {
+    fn default() -> Self {
+        Self {
+            bits: 4,
+            layout: QuantLayout::PerToken,
+            group: 64,
+            residual: 32,
+        }
+    }
+}
+
+impl Quantization {
+    /// Codes of this many bits, everything else by default.
+    pub fn bits(bits: u8) -> Self {
+        Self {
+            bits,
+            ..Self::default()
+        }
+    }
+
+    /// Checks the settings.
+    ///
+    /// # Errors
+    /// [`Error::Setting`] for other bits than 2, 4 and 8, and for empty groups.
+    pub fn validate(&self) -> Result<()> {
+        if ![2, 4, 8].contains(&self.bits) {
+            return Err(Error::setting("bits of a code", "2, 4 or 8", self.bits));
+        }
+        if self.group == 0 {
+            return Err(Error::setting("group", "at least 1 number", 0));
+        }
+        Ok(())
+    }
+
+    /// A short name for tables and messages.
+    pub fn name(&self) -> String {
+        match self.layout {
+            QuantLayout::PerToken => format!("{}bit", self.bits),
+            QuantLayout::Kivi => format!("{}bit-kivi", self.bits),
+        }
+    }
+}
+
+/// Units as packed integer codes, and the newest ones in 32 bits.
+///
+/// New units are kept as they are until the step is over ([`KvStore::settle`]), so that attention
+/// within a chunk is exact and what the policy drops at once is never quantised. Codes, steps and
+/// lows of a unit are made once and never again: dropping others moves them, bit for bit.
+///
+/// All of it lies in host memory; elsewhere than on a host device, keys and values are uploaded
+/// when they are asked for.
+#[derive(Debug, Clone)]
+pub struct QuantizedStore {
+    heads: Vec<Head>,
+    shape: Shape,
+    device: Device,
+    on_host: bool,
+}
+
+/// Sizes that all heads share.
+#[derive(Debug, Clone, Copy)]
+struct Shape {
+    dim: usize,
+    config: Quantization,
+}
+
+/// One KV head.
+#[derive(Debug, Clone, Default)]
+struct Head {
+    keys: Part,
+    values: Part,
+    /// KIVI only: how many units are left of each group of keys, none of them 0.
+    runs: Vec<u32>,
+}
+
+/// Keys or values of one head: first the quantised units, then the others.
+#[derive(Debug, Clone, Default)]
+struct Part {
+    /// `[units, row_bytes]`
+    codes: Vec<u8>,
+    /// Step and low of each group: by unit `[groups, 2]`, or, for keys in KIVI's layout, by run
+    /// `[2, dim]`.
+    scales: Vec<f16>,
+    /// `[units, dim]`
+    tail: Vec<f32>,
+}
+
+/// How many units a buffer grows by when single tokens come.
+const RESERVE: usize = 64;
+
+impl QuantizedStore {
+    /// An empty store.
+    ///
+    /// # Errors
+    /// As [`Quantization::validate`].
+    pub fn new(layer: &LayerSpec, place: &Placement, config: Quantization) -> Result<Self> {
+        config.validate()?;
+        Ok(Self {
+            heads: vec![Head::default(); layer.kv_heads],
+            shape: Shape {
+                dim: layer.head_dim,
+                config,
+            },
+            device: place.device.clone(),
+            on_host: place.host,
+        })
+    }
+
+    /// The same in a box, as [`KvCachePolicy::store`](crate::KvCachePolicy::store) returns it.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new).
+    pub fn boxed(
+        layer: &LayerSpec,
+        place: &Placement,
+        config: Quantization,
+    ) -> Result<Box<dyn KvStore>> {
+        Ok(Box::new(Self::new(layer, place, config)?))
+    }
+
+    /// Units of `head` that are kept as codes.
+    pub fn quantized(&self, head: usize) -> usize {
+        self.heads[head].coded(self.shape)
+    }
+
+    fn tensor(&self, rows: usize, fill: impl FnOnce(&mut [f32])) -> Tensor<2> {
+        let mut values = vec![0.0; rows * self.shape.dim];
+        fill(&mut values);
+        host::from_f32(values, [rows, self.shape.dim], &self.device)
+    }
+}
+
+impl Shape {
+    /// Codes in a byte.
+    fn per_byte(self) -> usize {
+        8 / usize::from(self.config.bits)
+    }
+
+    /// Bytes of a unit's codes.
+    fn row_bytes(self) -> usize {
+        self.dim.div_ceil(self.per_byte())
+    }
+
+    /// The largest code.
+    fn top(self) -> f32 {
+        ((1u32 << self.config.bits) - 1) as f32
+    }
+
+    /// Features in a group.
+    fn width(self) -> usize {
+        self.config.group.min(self.dim)
+    }
+
+    /// Steps and lows of a unit.
+    fn row_scales(self) -> usize {
+        2 * self.dim.div_ceil(self.width())
+    }
+
+    fn kivi(self) -> bool {
+        self.config.layout == QuantLayout::Kivi
+    }
+
+    /// Puts the code of feature `at` into the bytes of its unit: the first `row_bytes` features
+    /// are the lowest bits of each byte, and so on, so that unpacking runs along bytes.
+    fn put(self, row: &mut [u8], at: usize, code: u8) {
+        let stride = row.len();
+        row[at % stride] |= code << (at / stride * usize::from(self.config.bits));
+    }
+
+    /// The codes of a unit, as numbers.
+    fn unpack(self, bytes: &[u8], out: &mut [f32]) {
+        let (stride, bits) = (self.row_bytes(), u32::from(self.config.bits));
+        let mask = u8::MAX >> (8 - bits);
+        for (part, out) in out.chunks_mut(stride).enumerate() {
+            let shift = part as u32 * bits;
+            for (out, byte) in out.iter_mut().zip(bytes) {
+                *out = f32::from((byte >> shift) & mask);
+            }
+        }
+    }
+
+    /// Quantises one unit by groups of features.
+    fn encode_row(self, row: &[f32], codes: &mut Vec<u8>, scales: &mut Vec<f16>) {
+        let start = codes.len();
+        codes.resize(start + self.row_bytes(), 0);
+        for (index, group) in row.chunks(self.width()).enumerate() {
+            let (step, low) = scale(group.iter().copied(), self.top());
+            scales.extend([step, low]);
+            let (step, low) = (step.to_f32(), low.to_f32());
+            for (i, x) in group.iter().enumerate() {
+                let code = code(*x, step, low, self.top());
+                self.put(&mut codes[start..], index * self.width() + i, code);
+            }
+        }
+    }
+
+    /// Quantises a group of units by features.
+    fn encode_group(self, rows: &[f32], codes: &mut Vec<u8>, scales: &mut Vec<f16>) {
+        let (d, start, stride) = (self.dim, codes.len(), self.row_bytes());
+        codes.resize(start + rows.len() / d * stride, 0);
+        let mut lows = Vec::with_capacity(d);
+        for feature in 0..d {
+            let column = rows.iter().skip(feature).step_by(d).copied();
+            let (step, low) = scale(column.clone(), self.top());
+            scales.push(step);
+            lows.push(low);
+            let (step, low) = (step.to_f32(), low.to_f32());
+            for (row, x) in codes[start..].chunks_mut(stride).zip(column) {
+                self.put(row, feature, code(x, step, low, self.top()));
+            }
+        }
+        scales.extend(lows);
+    }
+
+    /// Quantised units by groups of features, as numbers `[range.len(), dim]`.
+    fn decode_rows(self, part: &Part, range: Range<usize>, out: &mut [f32]) {
+        let (bytes, scales) = (self.row_bytes(), self.row_scales());
+        for (unit, out) in range.zip(out.chunks_mut(self.dim)) {
+            self.unpack(&part.codes[unit * bytes..(unit + 1) * bytes], out);
+            let scales = &part.scales[unit * scales..(unit + 1) * scales];
+            for (out, pair) in out.chunks_mut(self.width()).zip(scales.chunks(2)) {
+                let (step, low) = (pair[0].to_f32(), pair[1].to_f32());
+                for x in out {
+                    *x = *x * step + low;
+                }
+            }
+        }
+    }
+
+    /// Quantised keys in KIVI's layout, as numbers `[range.len(), dim]`.
+    fn decode_runs(self, part: &Part, runs: &[u32], range: Range<usize>, out: &mut [f32]) {
+        let (d, bytes) = (self.dim, self.row_bytes());
+        let mut scales = vec![0.0; 2 * d];
+        let mut start = 0;
+        for (run, len) in runs.iter().enumerate() {
+            let units = start..start + *len as usize;
+            start = units.end;
+            let wanted = units.start.max(range.start)..units.end.min(range.end);
+            if wanted.is_empty() {
+                continue;
+            }
+            Floats::F16(&part.scales).to_f32(run * 2 * d..(run + 1) * 2 * d, &mut scales);
+            let (steps, lows) = scales.split_at(d);
+            for unit in wanted {
+                let out = &mut out[(unit - range.start) * d..][..d];
+                self.unpack(&part.codes[unit * bytes..(unit + 1) * bytes], out);
+                for ((x, step), low) in out.iter_mut().zip(steps).zip(lows) {
+                    *x = *x * step + low;
+                }
+            }
+        }
+    }
+}
+
+/// Step and low for numbers between which there are `top` steps.
+fn scale(numbers: impl Iterator<Item = f32> + Clone, top: f32) -> (f16, f16) {
+    // A NaN among them makes all of them NaN, rather than vanish.
+    if numbers.clone().any(|x| !x.is_finite()) {
+        return (f16::NAN, f16::NAN);
+    }
+    let bound = f16::MAX.to_f32();
+    let numbers = numbers.map(|x| x.clamp(-bound, bound));
+    let low = numbers.clone().fold(f32::INFINITY, f32::min);
+    let high = numbers.fold(f32::NEG_INFINITY, f32::max);
+    let mut low16 = f16::from_f32(low);
+    if low16.to_f32() > low {
+        low16 = below(low16);
+    }
+    let step = (high - low16.to_f32()) / top;
+    let mut step16 = f16::from_f32(step);
+    // Rounded up, so that the largest number is within reach.
+    if step16.to_f32() < step {
+        step16 = f16::from_bits(step16.to_bits() + 1);
+    }
+    (step16, low16)
+}
+
+/// The next smaller number.
+fn below(x: f16) -> f16 {
+    let bits = x.to_bits();
+    match bits {
+        0 => f16::from_bits(0x8001),
+        b if b & 0x8000 == 0 => f16::from_bits(b - 1),
+        b => f16::from_bits(b + 1),
+    }
+}
+
+fn code(x: f32, step: f32, low: f32, top: f32) -> u8 {
+    if step > 0.0 {
+        // Half a step is added and the rest cut off: rounding without a call.
+        ((x - low) / step + 0.5).clamp(0.0, top) as u8
+    } else {
+        0
+    }
+}
+
+impl Head {
+    /// Units that are kept as codes.
+    fn coded(&self, shape: Shape) -> usize {
+        self.values.codes.len() / shape.row_bytes()
+    }
+
+    fn len(&self, shape: Shape) -> usize {
+        self.coded(shape) + self.values.tail.len() / shape.dim
+    }
+
+    /// Keys of any range, `[range.len(), dim]`.
+    fn keys(&self, shape: Shape, range: Range<usize>, out: &mut [f32]) {
+        let coded = self.coded(shape);
+        let (first, rest) = split(range, coded);
+        let (out, tail) = out.split_at_mut(first.len() * shape.dim);
+        if shape.kivi() {
+            shape.decode_runs(&self.keys, &self.runs, first, out);
+        } else {
+            shape.decode_rows(&self.keys, first, out);
+        }
+        tail[..rest.len() * shape.dim].copy_from_slice(self.keys.rows(shape, rest));
+    }
+
+    /// Values of any range, `[range.len(), dim]`.
+    fn values(&self, shape: Shape, range: Range<usize>, out: &mut [f32]) {
+        let (first, rest) = split(range, self.coded(shape));
+        let (out, tail) = out.split_at_mut(first.len() * shape.dim);
+        shape.decode_rows(&self.values, first, out);
+        tail[..rest.len() * shape.dim].copy_from_slice(self.values.rows(shape, rest));
+    }
+
+    /// Quantises the oldest of the units that are not yet.
+    fn settle(&mut self, shape: Shape) {
+        let d = shape.dim;
+        let tail = self.values.tail.len() / d;
+        let mut units = tail.saturating_sub(shape.config.residual);
+        if shape.kivi() {
+            units -= units % shape.config.group;
+        }
+        if units == 0 {
+            return;
+        }
+        let (bytes, scales) = (shape.row_bytes(), shape.row_scales());
+        for part in [&mut self.keys, &mut self.values] {
+            reserve(&mut part.codes, units, bytes);
+        }
+        reserve(&mut self.values.scales, units, scales);
+        let Part {
+            codes,
+            scales: made,
+            tail,
+        } = &mut self.values;
+        for row in tail[..units * d].chunks(d) {
+            shape.encode_row(row, codes, made);
+        }
+        let Part {
+            codes,
+            scales: made,
+            tail,
+        } = &mut self.keys;
+        if shape.kivi() {
+            let rows = shape.config.group;
+            made.reserve_exact(units / rows * 2 * d);
+            for group in tail[..units * d].chunks(rows * d) {
+                shape.encode_group(group, codes, made);
+                self.runs.push(rows as u32);
+            }
+        } else {
+            reserve(made, units, scales);
+            for row in tail[..units * d].chunks(d) {
+                shape.encode_row(row, codes, made);
+            }
+        }
+        for part in [&mut self.keys, &mut self.values] {
+            part.tail.drain(..units * d);
+            trim(&mut part.tail, d);
+        }
+    }
+
+    fn retain(&mut self, shape: Shape, kept: &[u32]) {
+        let coded = self.coded(shape);
+        if kept.len() == self.len(shape) {
+            return;
+        }
+        let (first, rest) = kept.split_at(kept.partition_point(|u| (*u as usize) < coded));
+        let rest: Vec<u32> = rest.iter().map(|u| u - coded as u32).collect();
+        let (d, bytes, scales) = (shape.dim, shape.row_bytes(), shape.row_scales());
+        for part in [&mut self.keys, &mut self.values] {
+            compact_rows(&mut part.codes, bytes, first);
+            compact_rows(&mut part.tail, d, &rest);
+            trim(&mut part.codes, bytes);
+            trim(&mut part.tail, d);
+        }
+        compact_rows(&mut self.values.scales, scales, first);
+        trim(&mut self.values.scales, scales);
+        if !shape.kivi() {
+            compact_rows(&mut self.keys.scales, scales, first);
+            trim(&mut self.keys.scales, scales);
+            return;
+        }
+        let mut left = first;
+        let mut end = 0;
+        let mut alive = Vec::new();
+        let mut runs = Vec::new();
+        for (run, len) in self.runs.iter().enumerate() {
+            end += len;
+            let (here, later) = left.split_at(left.partition_point(|u| *u < end));
+            left = later;
+            if !here.is_empty() {
+                alive.push(run as u32);
+                runs.push(here.len() as u32);
+            }
+        }
+        self.runs = runs;
+        compact_rows(&mut self.keys.scales, 2 * d, &alive);
+        self.keys.scales.shrink_to_fit();
+    }
+
+    /// Replaces the value of one unit.
+    fn set_value(&mut self, shape: Shape, unit: usize, value: &[f32]) {
+        let (coded, d) = (self.coded(shape), shape.dim);
+        if unit >= coded {
+            self.values.tail[(unit - coded) * d..][..d].copy_from_slice(value);
+            return;
+        }
+        let (mut codes, mut made) = (Vec::new(), Vec::new());
+        shape.encode_row(value, &mut codes, &mut made);
+        let (bytes, scales) = (shape.row_bytes(), shape.row_scales());
+        self.values.codes[unit * bytes..][..bytes].copy_from_slice(&codes);
+        self.values.scales[unit * scales..][..scales].copy_from_slice(&made);
+    }
+
+    fn bytes(&self) -> usize {
+        let part = |part: &Part| {
+            part.codes.capacity() + 2 * part.scales.capacity() + 4 * part.tail.capacity()
+        };
+        part(&self.keys) + part(&self.values) + 4 * self.runs.capacity()
+    }
+}
+
+impl Part {
+    /// Rows of the tail.
+    fn rows(&self, shape: Shape, rows: Range<usize>) -> &[f32] {
+        &self.tail[rows.start * shape.dim..rows.end * shape.dim]
+    }
+}
+
+/// The part of a range of units that is coded, and the rows of the tail.
+fn split(range: Range<usize>, coded: usize) -> (Range<usize>, Range<usize>) {
+    let middle = coded.clamp(range.start, range.end);
+    let rest = middle.max(coded) - coded..range.end.max(coded) - coded;
+    (range.start..middle, rest)
+}
+
+/// Room for `units` more rows: exactly for a chunk, in steps for single tokens.
+fn reserve<T>(buffer: &mut Vec<T>, units: usize, row: usize) {
+    if buffer.capacity() - buffer.len() < units * row {
+        buffer.reserve_exact(if units == 1 { RESERVE } else { units } * row);
+    }
+}
+
+/// Hands memory back, but for a reserve for single tokens.
+fn trim<T>(buffer: &mut Vec<T>, row: usize) {
+    if buffer.capacity() > buffer.len() + RESERVE * row {
+        buffer.shrink_to_fit();
+    }
+}
+
+impl KvStore for QuantizedStore {
+    fn name(&self) -> String {
+        self.shape.config.name()
+    }
+
+    fn append(&mut self, keys: Tensor<2>, values: Tensor<2>) -> Result<()> {
+        let (g, d) = (self.heads.len(), self.shape.dim);
+        let t = check_append(&keys, &values, g, d)?;
+        let (keys, values) = (host::into_f32(keys)?, host::into_f32(values)?);
+        for (index, head) in self.heads.iter_mut().enumerate() {
+            for (to, from) in [
+                (&mut head.keys.tail, &keys),
+                (&mut head.values.tail, &values),
+            ] {
+                reserve(to, t, d);
+                for row in 0..t {
+                    let at = (row * g + index) * d;
+                    to.extend_from_slice(&from[at..at + d]);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn retain(&mut self, kept: &[Vec<u32>]) -> Result<()> {
+        let shape = self.shape;
+        check_retain(kept, self.heads.iter().map(|head| head.len(shape)))?;
+        for (head, kept) in self.heads.iter_mut().zip(kept) {
+            head.retain(shape, kept);
+        }
+        Ok(())
+    }
+
+    fn settle(&mut self) -> Result<()> {
+        for head in &mut self.heads {
+            head.settle(self.shape);
+        }
+        Ok(())
+    }
+
+    fn fold_values(&mut self, head: usize, folds: &[Fold]) -> Result<()> {
+        let shape = self.shape;
+        let head = &mut self.heads[head];
+        check_folds(folds, head.len(shape))?;
+        let value = |head: &Head, unit: u32| {
+            let mut out = vec![0.0; shape.dim];
+            head.values(shape, unit as usize..unit as usize + 1, &mut out);
+            out
+        };
+        for (unit, value) in crate::store::folded(folds, |unit| value(head, unit)) {
+            head.set_value(shape, unit as usize, &value);
+        }
+        Ok(())
+    }
+
+    fn len(&self, head: usize) -> usize {
+        self.heads[head].len(self.shape)
+    }
+
+    fn is_empty(&self) -> bool {
+        self.heads.iter().all(|head| head.len(self.shape) == 0)
+    }
+
+    fn bytes(&self) -> usize {
+        self.heads.iter().map(Head::bytes).sum()
+    }
+
+    fn keys(&self, head: usize) -> Result<Tensor<2>> {
+        let (head, shape) = (&self.heads[head], self.shape);
+        let n = head.len(shape);
+        Ok(self.tensor(n, |out| head.keys(shape, 0..n, out)))
+    }
+
+    fn values(&self, head: usize) -> Result<Tensor<2>> {
+        let (head, shape) = (&self.heads[head], self.shape);
+        let n = head.len(shape);
+        Ok(self.tensor(n, |out| head.values(shape, 0..n, out)))
+    }
+
+    fn tiles(&self, head: usize) -> Option<Box<dyn KvTiles + '_>> {
+        self.on_host.then(|| {
+            Box::new(Tiles {
+                head: &self.heads[head],
+                shape: self.shape,
+            }) as Box<dyn KvTiles + '_>
+        })
+    }
+
+    fn fork(&self) -> Box<dyn KvStore> {
+        Box::new(self.clone())
+    }
+}
+
+/// One head's units for the CPU kernels.
+struct Tiles<'a> {
+    head: &'a Head,
+    shape: Shape,
+}
+
+impl Tiles<'_> {
+    /// A range that is not coded, as it lies there.
+    fn plain<'s>(&self, part: &'s Part, range: &Range<usize>) -> Option<&'s [f32]> {
+        let coded = self.head.coded(self.shape);
+        let rows = range.start.checked_sub(coded)?..range.end - coded;
+        Some(part.rows(self.shape, rows))
+    }
+}
+
+impl KvTiles for Tiles<'_> {
+    fn len(&self) -> usize {
+        self.head.len(self.shape)
+    }
+
+    fn keys<'a>(&'a self, range: Range<usize>, scratch: &'a mut [f32]) -> &'a [f32] {
+        if let Some(rows) = self.plain(&self.head.keys, &range) {
+            return rows;
+        }
+        let out = &mut scratch[..range.len() * self.shape.dim];
+        self.head.keys(self.shape, range, out);
+        out
+    }
+
+    fn values<'a>(&'a self, range: Range<usize>, scratch: &'a mut [f32]) -> &'a [f32] {
+        if let Some(rows) = self.plain(&self.head.values, &range) {
+            return rows;
+        }
+        let out = &mut scratch[..range.len() * self.shape.dim];
+        self.head.values(self.shape, range, out);
+        out
+    }
+
+    fn stored_keys(&self, range: Range<usize>) -> Option<Floats<'_>> {
+        self.plain(&self.head.keys, &range).map(Floats::F32)
+    }
+
+    fn stored_values(&self, range: Range<usize>) -> Option<Floats<'_>> {
+        self.plain(&self.head.values, &range).map(Floats::F32)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::KvDtype;
+    use proptest::prelude::*;
+
+    fn numbers(n: usize, seed: u64) -> Vec<f32> {
+        let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+        (0..n)
+            .map(|_| {
+                state ^= state << 13;
+                state ^= state >> 7;
+                state ^= state << 17;
+                (state >> 40) as f32 / (1u64 << 23) as f32 - 1.0
+            })
+            .collect()
+    }
+
+    fn store(kv_heads: usize, dim: usize, config: Quantization) -> QuantizedStore {
+        let layer = LayerSpec {
+            index: 0,
+            layers: 1,
+            heads: kv_heads,
+            kv_heads,
+            head_dim: dim,
+        };
+        let place = Placement {
+            device: Device::default(),
+            dtype: KvDtype::F32,
+            host: true,
+        };
+        QuantizedStore::new(&layer, &place, config).unwrap()
+    }
+
+    /// Appends `tokens` tokens; returns their keys and values by head.
+    fn append(store: &mut QuantizedStore, tokens: usize, seed: u64) -> Vec<[Vec<f32>; 2]> {
+        let (g, d) = (store.heads.len(), store.shape.dim);
+        let given = [seed, seed ^ 0xff].map(|seed| numbers(tokens * g * d, seed));
+        let device = Device::default();
+        let [k, v] = given
+            .clone()
+            .map(|x| host::from_f32(x, [tokens, g * d], &device));
+        store.append(k, v).unwrap();
+        let of = |x: &Vec<f32>, head: usize| -> Vec<f32> {
+            let rows = x.chunks(g * d).map(|row| &row[head * d..(head + 1) * d]);
+            rows.flatten().copied().collect()
+        };
+        (0..g).map(|h| given.each_ref().map(|x| of(x, h))).collect()
+    }
+
+    fn read(store: &QuantizedStore, head: usize) -> [Vec<f32>; 2] {
+        [store.keys(head), store.values(head)].map(|x| host::into_f32(x.unwrap()).unwrap())
+    }
+
+    fn any_config() -> impl Strategy<Value = Quantization> {
+        let bits = prop::sample::select(vec![2u8, 4, 8]);
+        (bits, any::<bool>(), 1usize..40, 0usize..20).prop_map(|(bits, kivi, group, residual)| {
+            Quantization {
+                bits,
+                layout: if kivi {
+                    QuantLayout::Kivi
+                } else {
+                    QuantLayout::PerToken
+                },
+                group,
+                residual,
+            }
+        })
+    }
+
+    proptest! {
+        /// Every number is within half a step of what it was, where a step is the range of its
+        /// group by the number of steps (and the rounding of 16 bits).
+        #[test]
+        fn codes_are_the_nearest_ones(
+            config in any_config(),
+            dim in 1usize..40,
+            tokens in 1usize..70,
+            scale in prop::sample::select(vec![1e-3f32, 1.0, 300.0]),
+            seed in any::<u64>(),
+        ) {
+            let mut store = store(1, dim, config);
+            let given = numbers(2 * tokens * dim, seed).iter().map(|x| x * scale + scale).collect::<Vec<_>>();
+            let (k, v) = given.split_at(tokens * dim);
+            let device = Device::default();
+            let tensor = |x: &[f32]| host::from_f32(x.to_vec(), [tokens, dim], &device);
+            store.append(tensor(k), tensor(v)).unwrap();
+            prop_assert_eq!(read(&store, 0), [k.to_vec(), v.to_vec()]);
+            store.settle().unwrap();
+            let coded = store.quantized(0);
+            let whole = tokens.saturating_sub(config.residual);
+            let whole = match config.layout {
+                QuantLayout::PerToken => whole,
+                QuantLayout::Kivi => whole - whole % config.group,
+            };
+            prop_assert_eq!(coded, whole);
+            let found = read(&store, 0);
+            let top = f32::from(u16::MAX >> (16 - config.bits));
+            for (part, given) in [k, v].into_iter().enumerate() {
+                let by_token = part == 1 || config.layout == QuantLayout::PerToken;
+                for unit in 0..tokens {
+                    for c in 0..dim {
+                        let at = unit * dim + c;
+                        if unit >= coded {
+                            prop_assert_eq!(found[part][at], given[at]);
+                            continue;
+                        }
+                        let group: Vec<f32> = if by_token {
+                            let first = c - c % config.group;
+                            given[unit * dim + first..unit * dim + dim.min(first + config.group)].to_vec()
+                        } else {
+                            let first = unit - unit % config.group;
+                            (first..first + config.group).map(|u| given[u * dim + c]).collect()
+                        };
+                        let high = group.iter().copied().fold(f32::MIN, f32::max);
+                        let low = group.iter().copied().fold(f32::MAX, f32::min);
+                        // `low` may have been rounded down by a 1024th, the step up by one.
+                        let step = (high - low + low.abs() / 1024.0) / top * (1.0 + 1.0 / 1024.0) + 6e-8;
+                        let off = (found[part][at] - given[at]).abs();
+                        prop_assert!(off <= step * 0.501 + high.abs() * 1e-6, "unit {unit}, feature {c}: {} for {}, step {step}", found[part][at], given[at]);
+                    }
+                }
+            }
+        }
+
+        /// Whatever comes and goes: codes, steps and lows of a unit are made once.
+        #[test]
+        fn survivors_keep_their_codes(
+            config in any_config(),
+            dim in prop::sample::select(vec![5usize, 8, 12, 64]),
+            rounds in prop::collection::vec((0usize..50, any::<u64>(), 0u64..4), 1..8),
+        ) {
+            let mut store = store(2, dim, config);
+            let mut exact: Vec<[Vec<f32>; 2]> = vec![Default::default(); 2];
+            for (tokens, seed, drop) in rounds {
+                if tokens > 0 {
+                    for (all, new) in exact.iter_mut().zip(append(&mut store, tokens, seed)) {
+                        for (all, new) in all.iter_mut().zip(new) {
+                            all.extend(new);
+                        }
+                    }
+                }
+                let kept: Vec<Vec<u32>> = (0..2u64).map(|head| {
+                    let lots = numbers(store.len(head as usize), seed ^ (head + 7));
+                    (0..lots.len() as u32).filter(|u| drop == 0 || lots[*u as usize] > drop as f32 / 2.0 - 1.0).collect()
+                }).collect();
+                let before: Vec<_> = (0..2).map(|h| read(&store, h)).collect();
+                let coded: Vec<_> = (0..2).map(|h| store.quantized(h)).collect();
+                store.retain(&kept).unwrap();
+                for head in 0..2 {
+                    let after = read(&store, head);
+                    for part in 0..2 {
+                        let pick = |all: &[f32]| -> Vec<f32> {
+                            kept[head].iter().flat_map(|u| &all[*u as usize * dim..][..dim]).copied().collect()
+                        };
+                        let bits = |x: &[f32]| x.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
+                        prop_assert_eq!(bits(&after[part]), bits(&pick(&before[head][part])));
+                        exact[head][part] = pick(&exact[head][part]);
+                    }
+                    let left = kept[head].iter().filter(|u| (**u as usize) < coded[head]).count();
+                    prop_assert_eq!(store.quantized(head), left);
+                    if config.layout == QuantLayout::Kivi {
+                        let runs = &store.heads[head].runs;
+                        prop_assert_eq!(runs.iter().sum::<u32>() as usize, left);
+                        prop_assert!(runs.iter().all(|len| *len > 0));
+                        prop_assert_eq!(store.heads[head].keys.scales.len(), runs.len() * 2 * dim);
+                    }
+                }
+                store.settle().unwrap();
+                for head in 0..2 {
+                    let n = store.len(head);
+                    prop_assert_eq!(n, kept[head].len());
+                    // All ranges of tiles are what keys and values are.
+                    let all = read(&store, head);
+                    let tiles = store.tiles(head).unwrap();
+                    for range in [0..n, n / 3..n, n / 2..n / 2 + n / 4, n..n] {
+                        let mut scratch = vec![f32::NAN; range.len() * dim];
+                        let at = range.start * dim..range.end * dim;
+                        prop_assert_eq!(tiles.keys(range.clone(), &mut scratch), &all[0][at.clone()]);
+                        prop_assert_eq!(tiles.values(range, &mut scratch), &all[1][at]);
+                    }
+                    // Numbers are between -1 and 1: no step is larger than 2 / top.
+                    let top = f32::from(u16::MAX >> (16 - config.bits));
+                    for part in 0..2 {
+                        for (a, b) in all[part].iter().zip(&exact[head][part]) {
+                            prop_assert!((a - b).abs() <= 1.01 / top + 1e-3, "{a} for {b}");
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_unit_takes_its_codes_and_its_share_of_scales() {
+        let f32_bytes = 2 * 4096 * 64 * 4;
+        for (bits, layout, most) in [
+            (4, QuantLayout::PerToken, 0.16),
+            (4, QuantLayout::Kivi, 0.16),
+            (8, QuantLayout::PerToken, 0.29),
+            (2, QuantLayout::PerToken, 0.10),
+        ] {
+            let config = Quantization {
+                bits,
+                layout,
+                ..Quantization::default()
+            };
+            let mut store = store(1, 64, config);
+            for seed in 0..8 {
+                append(&mut store, 512, seed);
+                store.settle().unwrap();
+            }
+            let share = store.bytes() as f64 / f64::from(f32_bytes);
+            assert!(share <= most, "{config:?}: {share}");
+            let exact = f64::from(bits) / 32.0 + 32.0 / 32.0 / 64.0;
+            assert!(
+                share > exact,
+                "{config:?}: {share} is less than codes and scales"
+            );
+        }
+    }
+
+    #[test]
+    fn a_group_is_freed_with_its_last_unit() {
+        let config = Quantization {
+            layout: QuantLayout::Kivi,
+            group: 16,
+            residual: 0,
+            ..Quantization::default()
+        };
+        let mut store = store(1, 8, config);
+        append(&mut store, 64, 1);
+        store.settle().unwrap();
+        assert_eq!(store.heads[0].runs, [16, 16, 16, 16]);
+        let scales = store.heads[0].keys.scales.clone();
+        // All of the second group, and all but one of the others.
+        store.retain(&[vec![3, 40, 63]]).unwrap();
+        assert_eq!(store.heads[0].runs, [1, 1, 1]);
+        let left = &store.heads[0].keys.scales;
+        assert_eq!(left[..16], scales[..16]);
+        assert_eq!(left[16..], scales[32..]);
+        assert_eq!(left.capacity(), 48);
+        store.retain(&[vec![]]).unwrap();
+        assert_eq!(
+            (
+                store.heads[0].runs.len(),
+                store.heads[0].keys.scales.capacity()
+            ),
+            (0, 0)
+        );
+    }
+
+    #[test]
+    fn numbers_that_have_no_code() {
+        let config = Quantization {
+            residual: 0,
+            ..Quantization::default()
+        };
+        let mut store = store(1, 4, config);
+        let device = Device::default();
+        let rows = vec![
+            1.0,
+            f32::NAN,
+            2.0,
+            3.0, //
+            1e9,
+            -1e9,
+            0.0,
+            1.0, //
+            7.5,
+            7.5,
+            7.5,
+            7.5, //
+            1e-30,
+            2e-30,
+            0.0,
+            0.0,
+        ];
+        let tensor = || host::from_f32(rows.clone(), [4, 4], &device);
+        store.append(tensor(), tensor()).unwrap();
+        store.settle().unwrap();
+        let [keys, values] = read(&store, 0);
+        assert!(keys[..4].iter().all(|x| x.is_nan()));
+        assert!((keys[4] - 65504.0).abs() < 100.0 && (keys[5] + 65504.0).abs() < 100.0);
+        assert_eq!(keys[8..12], [7.5; 4]);
+        assert!(keys[12..].iter().all(|x| x.abs() < 1e-7));
+        assert!(values[4..].iter().all(|x| x.is_finite()));
+    }
+
+    #[test]
+    fn impossible_settings_are_refused() {
+        for config in [
+            Quantization::bits(3),
+            Quantization::bits(0),
+            Quantization::bits(16),
+            Quantization {
+                group: 0,
+                ..Quantization::default()
+            },
+        ] {
+            assert!(
+                matches!(config.validate(), Err(Error::Setting { .. })),
+                "{config:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn values_are_folded_and_keys_are_not() {
+        for residual in [0, 4, 9] {
+            let mut store = store(
+                2,
+                16,
+                Quantization {
+                    bits: 8,
+                    residual,
+                    ..Quantization::default()
+                },
+            );
+            append(&mut store, 9, 5);
+            store.settle().unwrap();
+            let before = [read(&store, 0), read(&store, 1)];
+            let fold = |from, into, share| Fold { from, into, share };
+            store
+                .fold_values(1, &[fold(0, 3, 0.25), fold(8, 3, 0.25), fold(3, 5, 0.5)])
+                .unwrap();
+            let after = [read(&store, 0), read(&store, 1)];
+            assert_eq!(after[0], before[0]);
+            assert_eq!(after[1][0], before[1][0]);
+            let row = |x: &Vec<f32>, u: usize| x[u * 16..][..16].to_vec();
+            let (old, new) = (&before[1][1], &after[1][1]);
+            for c in 0..16 {
+                let three = 0.5 * row(old, 3)[c] + 0.25 * (row(old, 0)[c] + row(old, 8)[c]);
+                assert!((row(new, 3)[c] - three).abs() < 0.01);
+                let five = 0.5 * (row(old, 5)[c] + row(old, 3)[c]);
+                assert!((row(new, 5)[c] - five).abs() < 0.01);
+            }
+            for unit in [0, 1, 2, 4, 6, 7, 8] {
+                assert_eq!(row(new, unit), row(old, unit));
+            }
+            assert!(store.fold_values(0, &[fold(9, 0, 0.5)]).is_err());
+        }
+    }
+}

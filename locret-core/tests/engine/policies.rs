@@ -1,0 +1,332 @@
+//! Small policies of every kind that the contract allows.
+
+use locret_core::{
+    Fold, Keep, KvCachePolicy, LayerSpec, LayerUnits, Needs, Observation, Observe, Phase,
+    Positions, Queries, Result, Scorer, Scores, Step, Verdict, into_f32,
+};
+
+/// Keys with a small norm are kept; nothing is carried.
+#[derive(Debug)]
+pub(crate) struct KeyNorm;
+
+impl Scorer for KeyNorm {
+    fn name(&self) -> String {
+        "key-norm".into()
+    }
+
+    fn score(&self, _at: &Step, units: &LayerUnits<'_>) -> Result<Scores> {
+        units.score_heads(|head| {
+            Ok(-units
+                .keys(head)?
+                .powi_scalar(2)
+                .sum_dim(1)
+                .sqrt()
+                .squeeze_dim(1))
+        })
+    }
+}
+
+/// The newest are kept.
+#[derive(Debug)]
+pub(crate) struct Newest;
+
+impl Scorer for Newest {
+    fn name(&self) -> String {
+        "newest".into()
+    }
+
+    fn score(&self, _at: &Step, units: &LayerUnits<'_>) -> Result<Scores> {
+        let of = |head| units.positions(head).iter().map(|p| *p as f32).collect();
+        Scores::per_head((0..units.kv_heads()).map(of).collect())
+    }
+}
+
+/// By chance, the same chance for a position wherever it stands; many equal scores.
+#[derive(Debug)]
+pub(crate) struct Chance(pub(crate) u64);
+
+impl Scorer for Chance {
+    fn name(&self) -> String {
+        "chance".into()
+    }
+
+    fn score(&self, at: &Step, units: &LayerUnits<'_>) -> Result<Scores> {
+        let chance = |head: usize, position: u32| {
+            let mut x = self.0 ^ (at.layer.index as u64) << 48 ^ (head as u64) << 40;
+            x ^= u64::from(position);
+            x = x.wrapping_mul(0x9E37_79B9_7F4A_7C15);
+            ((x ^ x >> 31).wrapping_mul(0xBF58_476D_1CE4_E5B9) >> 60) as f32
+        };
+        let of = |head| {
+            units
+                .positions(head)
+                .iter()
+                .map(|p| chance(head, *p))
+                .collect()
+        };
+        Scores::per_head((0..units.kv_heads()).map(of).collect())
+    }
+}
+
+/// A score at birth from queries, keys and values, carried ever after.
+#[derive(Debug)]
+pub(crate) struct Birth;
+
+impl Scorer for Birth {
+    fn name(&self) -> String {
+        "birth".into()
+    }
+
+    fn needs(&self) -> Needs {
+        Needs {
+            qkv: true,
+            ..Needs::NOTHING
+        }
+    }
+
+    fn carries(&self) -> bool {
+        true
+    }
+
+    fn score(&self, at: &Step, units: &LayerUnits<'_>) -> Result<Scores> {
+        let LayerSpec {
+            heads,
+            kv_heads,
+            head_dim: d,
+            ..
+        } = at.layer;
+        let mut all: Vec<Vec<f32>> = (0..kv_heads).map(|h| units.carried(h).to_vec()).collect();
+        if let Some(qkv) = units.qkv() {
+            let (q, k) = (into_f32(qkv.q.clone())?, into_f32(qkv.k.clone())?);
+            let v = into_f32(qkv.v.clone())?;
+            for token in 0..units.incoming() {
+                for (head, scores) in all.iter_mut().enumerate() {
+                    let own = (token * kv_heads + head) * d;
+                    let query = (token * heads + head * at.layer.group()) * d;
+                    let dot =
+                        |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| a * b).sum::<f32>();
+                    let (k, q) = (&k[own..own + d], &q[query..query + d]);
+                    scores.push(dot(q, k) + dot(k, &v[own..own + d]));
+                }
+            }
+        }
+        Scores::per_head(all)
+    }
+}
+
+/// Tokens that were hard to predict are kept.
+#[derive(Debug)]
+pub(crate) struct Surprise;
+
+impl Scorer for Surprise {
+    fn name(&self) -> String {
+        "surprise".into()
+    }
+
+    fn needs(&self) -> Needs {
+        Needs {
+            surprisal: true,
+            ..Needs::NOTHING
+        }
+    }
+
+    fn carries(&self) -> bool {
+        true
+    }
+
+    fn score(&self, _at: &Step, units: &LayerUnits<'_>) -> Result<Scores> {
+        let new = units.surprisal().unwrap_or_default().iter();
+        let new: Vec<f32> = new.map(|x| if x.is_nan() { 100.0 } else { *x }).collect();
+        let of = |head| [units.carried(head), &new].concat();
+        Scores::per_head((0..units.kv_heads()).map(of).collect())
+    }
+}
+
+/// What was attended to so far is kept.
+#[derive(Debug)]
+pub(crate) struct Attended;
+
+impl Scorer for Attended {
+    fn name(&self) -> String {
+        "attended".into()
+    }
+
+    fn needs(&self) -> Needs {
+        Needs {
+            observe: Some(Observe {
+                queries: Queries::All,
+                what: Observation::Weights,
+            }),
+            ..Needs::NOTHING
+        }
+    }
+
+    fn carries(&self) -> bool {
+        true
+    }
+
+    fn score(&self, at: &Step, units: &LayerUnits<'_>) -> Result<Scores> {
+        let group = at.layer.group();
+        let of = |head: usize| {
+            let mut scores = units.carried(head).to_vec();
+            scores.resize(units.len(head), 0.0);
+            if let Some(observed) = units.observed() {
+                for paid in &observed.per_head[head * group..(head + 1) * group] {
+                    scores.iter_mut().zip(paid).for_each(|(s, p)| *s += p);
+                }
+            }
+            scores
+        };
+        Scores::per_head((0..units.kv_heads()).map(of).collect())
+    }
+}
+
+/// The largest logits of the last queries; nothing is carried.
+#[derive(Debug)]
+pub(crate) struct Logits;
+
+impl Scorer for Logits {
+    fn name(&self) -> String {
+        "logits".into()
+    }
+
+    fn needs(&self) -> Needs {
+        Needs {
+            observe: Some(Observe {
+                queries: Queries::Last(4),
+                what: Observation::MaxLogits,
+            }),
+            ..Needs::NOTHING
+        }
+    }
+
+    fn score(&self, _at: &Step, units: &LayerUnits<'_>) -> Result<Scores> {
+        match units.observed() {
+            Some(observed) => Scores::per_head(observed.per_head.clone()),
+            // Between prompts nobody attends.
+            None => Newest.score(_at, units),
+        }
+    }
+}
+
+/// Each head keeps fewer than the one before it; one keeps nothing at all.
+#[derive(Debug)]
+pub(crate) struct Ragged {
+    pub(crate) limit: usize,
+    pub(crate) positions: Positions,
+}
+
+impl KvCachePolicy for Ragged {
+    fn name(&self) -> String {
+        "ragged".into()
+    }
+
+    fn positions(&self) -> Positions {
+        self.positions
+    }
+
+    fn limit(&self, _layer: &LayerSpec, _total: usize) -> Option<usize> {
+        Some(self.limit)
+    }
+
+    fn step(&self, at: &Step, units: &LayerUnits<'_>) -> Result<Verdict> {
+        if matches!(at.phase, Phase::Tail | Phase::Decode) {
+            return Ok(Verdict::keep_all());
+        }
+        let of = |head: usize| {
+            let n = units.len(head);
+            if n <= self.limit {
+                return (0..n as u32).collect();
+            }
+            let most = match head {
+                2 => 0,
+                _ => self.limit - 3 * head,
+            };
+            // Every other one of the newest.
+            (n.saturating_sub(2 * most) as u32..n as u32)
+                .step_by(2)
+                .collect()
+        };
+        Verdict::keep((0..units.kv_heads()).map(of).collect())
+    }
+}
+
+/// Keeps everything, with scores or without.
+#[derive(Debug, Default)]
+pub(crate) struct Everything {
+    pub(crate) positions: Positions,
+    pub(crate) needs: Needs,
+}
+
+impl KvCachePolicy for Everything {
+    fn name(&self) -> String {
+        "everything".into()
+    }
+
+    fn needs(&self) -> Needs {
+        self.needs
+    }
+
+    fn positions(&self) -> Positions {
+        self.positions
+    }
+
+    fn step(&self, _at: &Step, _units: &LayerUnits<'_>) -> Result<Verdict> {
+        Ok(Verdict::keep_all())
+    }
+}
+
+/// A window; what leaves it is mixed into the oldest and the newest that stay.
+#[derive(Debug)]
+pub(crate) struct Mixing {
+    pub(crate) limit: usize,
+    pub(crate) positions: Positions,
+}
+
+impl KvCachePolicy for Mixing {
+    fn name(&self) -> String {
+        "mixing".into()
+    }
+
+    fn positions(&self) -> Positions {
+        self.positions
+    }
+
+    fn limit(&self, _layer: &LayerSpec, _total: usize) -> Option<usize> {
+        Some(self.limit)
+    }
+
+    fn step(&self, at: &Step, units: &LayerUnits<'_>) -> Result<Verdict> {
+        let n = units.longest();
+        if matches!(at.phase, Phase::Tail | Phase::Decode) || n <= self.limit {
+            return Ok(Verdict::keep_all());
+        }
+        let first = n - self.limit;
+        let folds = |head: usize| {
+            let into = [first, n - 1 - head];
+            let each = |from| into.map(|into| (from, into as u32));
+            let pairs = (0..first as u32).flat_map(each);
+            let share = 0.5 / first as f32;
+            pairs
+                .map(|(from, into)| Fold { from, into, share })
+                .collect()
+        };
+        let heads = 0..units.kv_heads();
+        let kept = Verdict::keep(
+            heads
+                .clone()
+                .map(|_| (first as u32..n as u32).collect())
+                .collect(),
+        )?;
+        let Keep::Slots(kept) = kept.keep else {
+            return Ok(kept);
+        };
+        Ok(Verdict {
+            keep: Keep::Merged {
+                kept,
+                folds: heads.map(folds).collect(),
+            },
+            scores: None,
+        })
+    }
+}

@@ -1,0 +1,290 @@
+//! The conformance suite over simple policies, every dense store and both kinds of kernels.
+
+use crate::{
+    device, model_of,
+    policies::{
+        Attended, Birth, Chance, Everything, KeyNorm, Logits, Mixing, Newest, Ragged, Surprise,
+    },
+    text,
+};
+use locret_core::{
+    Budget, CacheOptions, Dense, Evict, Kernels, KvCachePolicy, KvDtype, KvStore, LayerSpec,
+    LayerUnits, Needs, Placement, Positions, QuantLayout, Quantization, QuantizedStore, Result,
+    RopeConfig, RopeScaling, Scorer, Step, Verdict,
+    conformance::{
+        AdapterCheck, Case, PolicyCheck, StoreCheck, check_adapter, check_policy, check_store,
+        small_spec,
+    },
+};
+use std::sync::Arc;
+
+fn evict<S: Scorer + 'static>(case: &Case<'_>, scorer: S) -> Evict<S> {
+    Evict::new(scorer, Budget::Units(case.budget))
+        .positions(case.positions)
+        .while_decoding(case.decode)
+}
+
+#[test]
+fn a_scorer_over_keys() {
+    check_policy(&device(), &PolicyCheck::default(), |case| {
+        Arc::new(evict(case, KeyNorm).sinks(2).recent(3))
+    })
+    .unwrap();
+}
+
+#[test]
+fn a_window() {
+    check_policy(&device(), &PolicyCheck::default(), |case| {
+        Arc::new(evict(case, Newest).sinks(4))
+    })
+    .unwrap();
+}
+
+#[test]
+fn chance_with_ties() {
+    check_policy(&device(), &PolicyCheck::default(), |case| {
+        Arc::new(evict(case, Chance(case.seed)))
+    })
+    .unwrap();
+}
+
+#[test]
+fn scores_from_birth_with_stabilizers() {
+    check_policy(&device(), &PolicyCheck::default(), |case| {
+        Arc::new(evict(case, Birth).stabilizers(case.budget / 3))
+    })
+    .unwrap();
+}
+
+#[test]
+fn surprisal() {
+    check_policy(&device(), &PolicyCheck::default(), |case| {
+        Arc::new(evict(case, Surprise).sinks(1).recent(2))
+    })
+    .unwrap();
+}
+
+#[test]
+fn observed_weights() {
+    check_policy(&device(), &PolicyCheck::default(), |case| {
+        Arc::new(evict(case, Attended))
+    })
+    .unwrap();
+}
+
+#[test]
+fn observed_logits() {
+    check_policy(&device(), &PolicyCheck::default(), |case| {
+        Arc::new(evict(case, Logits).recent(2))
+    })
+    .unwrap();
+}
+
+#[test]
+fn heads_of_different_lengths() {
+    let check = PolicyCheck {
+        fills_budget: false,
+        evicts_while_decoding: false,
+        ..PolicyCheck::default()
+    };
+    check_policy(&device(), &check, |case| {
+        Arc::new(Ragged {
+            limit: case.budget,
+            positions: case.positions,
+        })
+    })
+    .unwrap();
+}
+
+#[test]
+fn mixed_values() {
+    let check = PolicyCheck {
+        evicts_while_decoding: false,
+        ..PolicyCheck::default()
+    };
+    check_policy(&device(), &check, |case| {
+        Arc::new(Mixing {
+            limit: case.budget,
+            positions: case.positions,
+        })
+    })
+    .unwrap();
+}
+
+/// Any policy with units of 8 bits.
+#[derive(Debug)]
+struct Packed<P>(P);
+
+impl<P: KvCachePolicy> KvCachePolicy for Packed<P> {
+    fn name(&self) -> String {
+        format!("packed {}", self.0.name())
+    }
+
+    fn needs(&self) -> Needs {
+        self.0.needs()
+    }
+
+    fn positions(&self) -> Positions {
+        self.0.positions()
+    }
+
+    fn store(&self, layer: &LayerSpec, place: &Placement) -> Result<Box<dyn KvStore>> {
+        let config = Quantization {
+            residual: 4,
+            ..Quantization::bits(8)
+        };
+        QuantizedStore::boxed(layer, place, config)
+    }
+
+    fn limit(&self, layer: &LayerSpec, total: usize) -> Option<usize> {
+        self.0.limit(layer, total)
+    }
+
+    fn step(&self, at: &Step, units: &LayerUnits<'_>) -> Result<Verdict> {
+        self.0.step(at, units)
+    }
+}
+
+#[test]
+fn a_policy_with_a_store_of_few_bits() {
+    let check = PolicyCheck {
+        dense: false,
+        dtypes: vec![KvDtype::F32],
+        tolerance: 5e-2,
+        store_tolerance: 1.0 / 255.0 + 3e-3,
+        ..PolicyCheck::default()
+    };
+    check_policy(&device(), &check, |case| {
+        Arc::new(Packed(evict(case, Birth).stabilizers(4)))
+    })
+    .unwrap();
+    let check = PolicyCheck {
+        evicts_while_decoding: false,
+        ..check
+    };
+    check_policy(&device(), &check, |case| {
+        Arc::new(Packed(Mixing {
+            limit: case.budget,
+            positions: case.positions,
+        }))
+    })
+    .unwrap();
+}
+
+#[test]
+fn a_full_cache() {
+    check_policy(&device(), &PolicyCheck::default(), |case| {
+        Arc::new(Everything {
+            positions: case.positions,
+            needs: Needs::NOTHING,
+        })
+    })
+    .unwrap();
+}
+
+#[test]
+fn a_ratio() {
+    check_policy(&device(), &PolicyCheck::default(), |case| {
+        // `like_full` asks for a budget that is never reached.
+        let ratio = if case.budget > 1000 { 1.0 } else { 0.3 };
+        let policy = Evict::new(KeyNorm, Budget::Ratio(ratio)).recent(2);
+        Arc::new(policy.positions(case.positions).while_decoding(case.decode))
+    })
+    .unwrap();
+}
+
+#[test]
+fn dense_stores() {
+    for host in [true, false] {
+        for (dtype, tolerance) in [
+            (KvDtype::F32, 0.0),
+            (KvDtype::F16, 5e-4),
+            (KvDtype::Bf16, 4e-3),
+        ] {
+            let check = StoreCheck {
+                tolerance,
+                bytes_per_value: dtype.bytes() as f64,
+                ..StoreCheck::default()
+            };
+            let place = Placement {
+                device: device(),
+                dtype,
+                host,
+            };
+            check_store(&device(), &check, |layer| Ok(Dense::boxed(layer, &place))).unwrap();
+        }
+    }
+}
+
+#[test]
+fn stores_of_few_bits() {
+    for (index, (bits, layout, group, residual)) in [
+        (8, QuantLayout::PerToken, 64, 32),
+        (4, QuantLayout::PerToken, 16, 0),
+        (2, QuantLayout::PerToken, 64, 5),
+        (8, QuantLayout::Kivi, 32, 16),
+        (4, QuantLayout::Kivi, 10, 0),
+        (2, QuantLayout::Kivi, 64, 3),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let config = Quantization {
+            bits,
+            layout,
+            group,
+            residual,
+        };
+        let (run, waiting) = match layout {
+            QuantLayout::PerToken => (0.0, 0),
+            // A group of keys that has one unit left keeps its scales.
+            _ => (2.0, group - 1),
+        };
+        let check = StoreCheck {
+            seeds: 0..30,
+            // Half a step of the whole range, and the 16 bits of step and low.
+            tolerance: 1.0 / ((1 << bits) - 1) as f32 + 3e-3,
+            bytes_per_value: f64::from(bits) / 8.0 + 4.0 / group.min(8) as f64 + run,
+            reserve: 2 * 64 + residual + waiting,
+            head_dims: vec![8, 20, 64],
+            ..StoreCheck::default()
+        };
+        let place = Placement {
+            device: device(),
+            dtype: KvDtype::F32,
+            host: index % 3 != 2,
+        };
+        check_store(&device(), &check, |layer| {
+            QuantizedStore::boxed(layer, &place, config)
+        })
+        .unwrap();
+    }
+}
+
+#[test]
+fn adapters() {
+    for (heads, kv_heads, head_dim) in [(4, 4, 8), (6, 2, 16), (8, 1, 64)] {
+        for kernels in [Kernels::Auto, Kernels::Operations] {
+            let check = AdapterCheck {
+                options: CacheOptions {
+                    kernels,
+                    ..CacheOptions::default()
+                },
+                ..AdapterCheck::default()
+            };
+            let mut spec = small_spec(heads, kv_heads, head_dim);
+            let model = model_of(spec.clone());
+            check_adapter(model, &text(37), &check).unwrap();
+            spec.rope = RopeConfig {
+                scaling: RopeScaling::Llama3 {
+                    factor: 8.0,
+                    low_freq_factor: 1.0,
+                    high_freq_factor: 4.0,
+                    original_max: 40,
+                },
+                ..RopeConfig::plain(10_000.0, head_dim)
+            };
+            check_adapter(model_of(spec), &text(20), &check).unwrap();
+        }
+    }
+}

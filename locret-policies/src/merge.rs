@@ -1,0 +1,128 @@
+//! Any policy, with what it drops folded into what it keeps.
+
+use burn::tensor::{Int, Tensor, TensorData};
+use locret_core::{
+    Error, Fold, Keep, KvCachePolicy, KvStore, LayerSpec, LayerUnits, ModelSpec, Needs, Placement,
+    Positions, Prefill, Result, Step, Verdict, into_f32,
+};
+
+/// A policy whose dropped units leave their values behind: each is folded into the value of the
+/// kept unit of its head whose key is most like its own (the largest cosine), if they are alike
+/// enough.
+///
+/// Nothing is trained. A kept unit's new value is the mean of its own and all that are folded into
+/// it in this step; its key stays. The idea is that of CaM and D2O (arXiv 2406.13035 §3.3); LoCoCo
+/// (arXiv 2406.05317), which the authors of Locret combined it with, trains a convolution instead:
+/// 28.70 instead of 27.96 on L-Eval (arXiv 2410.01805, table 4).
+///
+/// **Keeps** the units that the policy inside keeps.
+///
+/// **Cost:** a product of the dropped keys with the kept ones of each head, when something goes.
+///
+/// **Chunked prefill:** values that were folded once are folded again with their unit, so that what
+/// is mixed into a unit over a long text is a blur.
+#[derive(Debug, Clone)]
+pub struct Merge<P> {
+    inner: P,
+    threshold: f32,
+}
+
+impl<P: KvCachePolicy> Merge<P> {
+    /// Folds what `inner` drops where the cosine of the keys is at least `threshold` (from -1,
+    /// everything, to 1).
+    pub fn new(inner: P, threshold: f32) -> Self {
+        Self { inner, threshold }
+    }
+
+    /// The policy that decides.
+    pub fn inner(&self) -> &P {
+        &self.inner
+    }
+
+    /// What is folded into what, in one head of which `kept` stays.
+    fn folds(&self, units: &LayerUnits<'_>, head: usize, kept: &[u32]) -> Result<Vec<Fold>> {
+        let n = units.len(head);
+        if kept.is_empty() || kept.len() >= n {
+            return Ok(Vec::new());
+        }
+        let mut stays = kept.iter().copied().peekable();
+        let dropped: Vec<u32> = (0..n as u32)
+            .filter(|unit| stays.next_if_eq(unit).is_none())
+            .collect();
+        let keys = units.keys(head)?;
+        let norm = (keys.clone() * keys.clone()).sum_dim(1).sqrt();
+        let keys = keys / norm.clamp_min(1e-12);
+        let pick = |list: &[u32]| {
+            let at: Vec<i32> = list.iter().map(|unit| *unit as i32).collect();
+            let at = Tensor::<1, Int>::from_data(TensorData::new(at, [list.len()]), &keys.device());
+            keys.clone().select(0, at)
+        };
+        let cosines = into_f32(pick(&dropped).matmul(pick(kept).transpose()))?;
+        let mut targets = Vec::with_capacity(dropped.len());
+        let mut folded = vec![0u32; kept.len()];
+        for (unit, cosines) in dropped.iter().zip(cosines.chunks_exact(kept.len())) {
+            let (mut best, mut most) = (0, f32::NEG_INFINITY);
+            for (i, cosine) in cosines.iter().enumerate() {
+                if *cosine > most {
+                    (best, most) = (i, *cosine);
+                }
+            }
+            if most >= self.threshold {
+                targets.push((*unit, best));
+                folded[best] += 1;
+            }
+        }
+        let fold = |(from, target): (u32, usize)| Fold {
+            from,
+            into: kept[target],
+            share: 1.0 / (folded[target] + 1) as f32,
+        };
+        Ok(targets.into_iter().map(fold).collect())
+    }
+}
+
+#[deny(clippy::missing_trait_methods)]
+impl<P: KvCachePolicy> KvCachePolicy for Merge<P> {
+    fn name(&self) -> String {
+        format!("{}+merge", self.inner.name())
+    }
+
+    fn needs(&self) -> Needs {
+        self.inner.needs()
+    }
+
+    fn positions(&self) -> Positions {
+        self.inner.positions()
+    }
+
+    fn validate(&self, model: &ModelSpec, prefill: &Prefill) -> Result<()> {
+        if !(-1.0..=1.0).contains(&self.threshold) {
+            return Err(Error::setting(
+                "merge threshold",
+                "a cosine, from -1 to 1",
+                self.threshold,
+            ));
+        }
+        self.inner.validate(model, prefill)
+    }
+
+    fn store(&self, layer: &LayerSpec, place: &Placement) -> Result<Box<dyn KvStore>> {
+        self.inner.store(layer, place)
+    }
+
+    fn limit(&self, layer: &LayerSpec, total: usize) -> Option<usize> {
+        self.inner.limit(layer, total)
+    }
+
+    fn step(&self, at: &Step, units: &LayerUnits<'_>) -> Result<Verdict> {
+        let mut verdict = self.inner.step(at, units)?;
+        if let Keep::Slots(kept) = verdict.keep {
+            let folds = kept.heads().iter().enumerate();
+            let folds = folds
+                .map(|(head, kept)| self.folds(units, head, kept))
+                .collect::<Result<_>>()?;
+            verdict.keep = Keep::Merged { kept, folds };
+        }
+        Ok(verdict)
+    }
+}

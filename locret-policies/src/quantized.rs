@@ -1,0 +1,65 @@
+//! Any policy over a quantised store.
+
+use locret_core::{
+    KvCachePolicy, KvStore, LayerSpec, LayerUnits, ModelSpec, Needs, Placement, Positions, Prefill,
+    Quantization, QuantizedStore, Result, Step, Verdict,
+};
+
+/// A policy whose units are kept as integers of 2, 4 or 8 bits
+/// ([`QuantizedStore`]); what stays is the policy's decision as before.
+///
+/// **Cost:** codes and scales are made once for each unit that survives the step it came in, and
+/// become numbers again as attention reads them.
+///
+/// **Chunked prefill:** within its own step a unit is exact. Later chunks see what the codes say.
+///
+/// Locret with 4 bits: 27.11 instead of 27.96 on L-Eval (arXiv 2410.01805, table 4).
+#[derive(Debug, Clone)]
+pub struct Quantized<P> {
+    inner: P,
+    config: Quantization,
+}
+
+impl<P: KvCachePolicy> Quantized<P> {
+    /// `inner` over a store of this kind.
+    pub fn new(inner: P, config: Quantization) -> Self {
+        Self { inner, config }
+    }
+
+    /// The policy that decides.
+    pub fn inner(&self) -> &P {
+        &self.inner
+    }
+}
+
+#[deny(clippy::missing_trait_methods)]
+impl<P: KvCachePolicy> KvCachePolicy for Quantized<P> {
+    fn name(&self) -> String {
+        format!("{}+{}", self.inner.name(), self.config.name())
+    }
+
+    fn needs(&self) -> Needs {
+        self.inner.needs()
+    }
+
+    fn positions(&self) -> Positions {
+        self.inner.positions()
+    }
+
+    fn validate(&self, model: &ModelSpec, prefill: &Prefill) -> Result<()> {
+        self.config.validate()?;
+        self.inner.validate(model, prefill)
+    }
+
+    fn store(&self, layer: &LayerSpec, place: &Placement) -> Result<Box<dyn KvStore>> {
+        QuantizedStore::boxed(layer, place, self.config)
+    }
+
+    fn limit(&self, layer: &LayerSpec, total: usize) -> Option<usize> {
+        self.inner.limit(layer, total)
+    }
+
+    fn step(&self, at: &Step, units: &LayerUnits<'_>) -> Result<Verdict> {
+        self.inner.step(at, units)
+    }
+}

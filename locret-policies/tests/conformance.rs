@@ -1,0 +1,106 @@
+//! Every policy, in every shape of the budget, over every store, in both position modes: the
+//! conformance suite, by one table.
+
+use burn::tensor::Device;
+use locret_core::{
+    Budget, KvCachePolicy, QuantLayout, Quantization,
+    conformance::{Case, PolicyCheck, check_policy},
+};
+use locret_policies::{HeadWeights, LayerHead, Method, PolicyConfig, RetainingHeads};
+use std::sync::Arc;
+
+/// How a budget is shared out: name, pyramid, Ada.
+const SHAPES: [(&str, Option<f64>, Option<f64>); 4] = [
+    ("uniform", None, None),
+    ("pyramid", Some(20.0), None),
+    ("ada", None, Some(0.2)),
+    ("pyramid and ada", Some(3.0), Some(0.5)),
+];
+
+/// Stores: name, quantisation, how far off a number and a hidden state may be.
+fn stores() -> Vec<(&'static str, Option<Quantization>, f32, f32)> {
+    let store = |bits, layout| Quantization {
+        bits,
+        layout,
+        group: 16,
+        residual: 4,
+    };
+    let (rows, kivi) = (QuantLayout::PerToken, QuantLayout::Kivi);
+    vec![
+        ("dense", None, 0.0, 1e-4),
+        ("8 bit", Some(store(8, rows)), 0.01, 0.2),
+        ("8 bit KIVI", Some(store(8, kivi)), 0.01, 0.2),
+        ("4 bit", Some(store(4, rows)), 0.1, 2.0),
+        ("4 bit KIVI", Some(store(4, kivi)), 0.1, 2.0),
+        ("2 bit", Some(store(2, rows)), 0.5, 10.0),
+        ("2 bit KIVI", Some(store(2, kivi)), 0.5, 10.0),
+    ]
+}
+
+fn policy(config: &PolicyConfig, case: &Case<'_>) -> Arc<dyn KvCachePolicy> {
+    if config.policy != Method::Locret {
+        return config.build(case.spec, case.device).unwrap();
+    }
+    // Weights that differ, from a formula.
+    let weight = |i: usize| ((i * 37 % 101) as f32 - 50.0) / 60.0;
+    let layer = |l: usize| LayerHead {
+        d_r: 6,
+        fc1: (0..6 * case.spec.layer(0).qkv_features())
+            .map(|i| weight(i + l))
+            .collect(),
+        fc2: (0..6 * case.spec.kv_heads)
+            .map(|i| weight(i + 3 * l))
+            .collect(),
+    };
+    let weights = HeadWeights {
+        layers: (0..case.spec.layers).map(layer).collect(),
+        metadata: Default::default(),
+    };
+    let heads = RetainingHeads::new(&weights, case.spec, case.device).unwrap();
+    config.build_with_heads(case.spec, heads).unwrap()
+}
+
+#[test]
+fn every_policy_shape_and_store_conforms() {
+    let mut cases = 0;
+    for method in Method::ALL {
+        for (shape, pyramid, ada) in SHAPES {
+            for (store, quantize, store_tolerance, tolerance) in stores() {
+                for merge in [None, Some(0.5)] {
+                    let full = method == Method::Full;
+                    if (full && (shape != "uniform" || merge.is_some()))
+                        || (merge.is_some() && shape == "pyramid")
+                    {
+                        continue;
+                    }
+                    let check = PolicyCheck {
+                        seeds: cases..cases + 1,
+                        fills_budget: ada.is_none(),
+                        evicts_while_decoding: ada.is_none(),
+                        dense: quantize.is_none(),
+                        store_tolerance,
+                        tolerance,
+                        ..PolicyCheck::default()
+                    };
+                    cases += 1;
+                    check_policy(&Device::flex(), &check, |case| {
+                        let mut config = PolicyConfig::new(method).positions(case.positions);
+                        config.quantize = quantize;
+                        if !full {
+                            config.budget = Some(Budget::Units(case.budget));
+                            config.decode = Some(case.decode);
+                            config.pyramid = pyramid;
+                            config.ada = ada;
+                            config.merge = merge;
+                        }
+                        policy(&config, case)
+                    })
+                    .unwrap_or_else(|e| {
+                        panic!("{method}, {shape}, {store}, merging {merge:?}: {e}")
+                    });
+                }
+            }
+        }
+    }
+    assert!(cases > 400, "{cases}");
+}

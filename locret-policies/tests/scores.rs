@@ -1,0 +1,129 @@
+//! One-shot scores on SmolLM2 against those of kvpress on the same model (`golden/scores`).
+
+use burn::tensor::Device;
+use locret_core::{
+    Budget, Evict, LayerUnits, ModelSpec, Needs, Prefill, Result, Scorer, Scores, Session, Step,
+};
+use locret_models::{FetchOptions, LoadOptions, load_model, resolve};
+use locret_policies::{H2o, KeyDiff, KeyNorm, SnapKv, Tova};
+use safetensors::SafeTensors;
+use serde::Deserialize;
+use std::{
+    path::Path,
+    sync::{Arc, Mutex},
+};
+
+#[derive(Deserialize)]
+struct Golden {
+    prompt: Vec<u32>,
+    layers: Vec<usize>,
+    window: usize,
+    kernel: usize,
+}
+
+/// Remembers the scores of every layer.
+#[derive(Debug)]
+struct Spy<S> {
+    inner: S,
+    seen: Arc<Mutex<Vec<Scores>>>,
+}
+
+impl<S: Scorer> Scorer for Spy<S> {
+    fn name(&self) -> String {
+        self.inner.name()
+    }
+
+    fn needs(&self) -> Needs {
+        self.inner.needs()
+    }
+
+    fn carries(&self) -> bool {
+        self.inner.carries()
+    }
+
+    fn validate(&self, model: &ModelSpec) -> Result<()> {
+        self.inner.validate(model)
+    }
+
+    fn score(&self, at: &Step, units: &LayerUnits<'_>) -> Result<Scores> {
+        let scores = self.inner.score(at, units)?;
+        self.seen.lock().unwrap().push(scores.clone());
+        Ok(scores)
+    }
+}
+
+#[test]
+fn scores_are_those_of_kvpress() {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/scores");
+    let text = std::fs::read_to_string(folder.join("golden.json")).unwrap();
+    let golden: Golden = serde_json::from_str(&text).unwrap();
+    let bytes = std::fs::read(folder.join("golden.safetensors")).unwrap();
+    let tensors = SafeTensors::deserialize(&bytes).unwrap();
+    let file =
+        resolve("smollm2", &FetchOptions::default(), &|_| {}).expect("SmolLM2 can be fetched");
+    let model = load_model(file, &LoadOptions::default(), &Device::flex())
+        .unwrap()
+        .model;
+    let tokens = golden.prompt.len();
+
+    fn scores<S: Scorer + 'static>(
+        model: &Arc<dyn locret_core::CausalLm>,
+        scorer: S,
+        ids: &[u32],
+    ) -> Vec<Scores> {
+        let seen = Arc::new(Mutex::new(Vec::new()));
+        let spy = Spy {
+            inner: scorer,
+            seen: seen.clone(),
+        };
+        let policy = Evict::new(spy, Budget::Units(ids.len() / 2));
+        let mut session = Session::new(model.clone(), Arc::new(policy)).unwrap();
+        let prefill = Prefill {
+            chunk: ids.len(),
+            local: 0,
+        };
+        session.prefill(ids, &prefill).unwrap();
+        let all = seen.lock().unwrap().clone();
+        all
+    }
+
+    let snapkv = SnapKv::new().window(golden.window).kernel(golden.kernel);
+    let ids = &golden.prompt;
+    // How many of the newest units kvpress marks instead of scoring.
+    let cases = [
+        ("key_norm", scores(&model, KeyNorm, ids), 0),
+        ("key_diff", scores(&model, KeyDiff, ids), 0),
+        ("snapkv", scores(&model, snapkv, ids), golden.window),
+        ("tova", scores(&model, Tova, ids), 1),
+        ("h2o", scores(&model, H2o, ids), 0),
+    ];
+    for (name, found, marked) in cases {
+        let expected = tensors.tensor(name).unwrap();
+        let expected: Vec<f32> = expected
+            .data()
+            .chunks_exact(4)
+            .map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]))
+            .collect();
+        let kv_heads = model.spec().kv_heads;
+        assert_eq!(expected.len(), golden.layers.len() * kv_heads * tokens);
+        for (layer, expected) in golden.layers.iter().zip(expected.chunks(kv_heads * tokens)) {
+            for (head, expected) in expected.chunks(tokens).enumerate() {
+                let found = found[*layer].head(head);
+                assert_eq!(found.len(), tokens);
+                for unit in 0..tokens - marked {
+                    let (a, b) = (found[unit], expected[unit]);
+                    // Attention weights are small: what counts is their ratio.
+                    assert!(
+                        (a - b).abs() <= 1e-5 + 1e-3 * b.abs(),
+                        "{name}, layer {layer}, head {head}, unit {unit}: {a} for {b}"
+                    );
+                }
+                let most = found[..tokens - marked]
+                    .iter()
+                    .copied()
+                    .fold(f32::MIN, f32::max);
+                assert!(found[tokens - marked..].iter().all(|s| *s >= most) || name == "tova");
+            }
+        }
+    }
+}
