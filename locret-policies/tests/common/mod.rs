@@ -547,7 +547,7 @@ impl Naive {
         };
         let compact = self.settings.positions == Positions::Compact;
         let units = &self.units[layer][head];
-        if kept.len() == units.len() {
+        if kept.is_empty() || kept.len() == units.len() {
             return;
         }
         let keys: Vec<Vec<f64>> = units
