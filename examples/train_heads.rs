@@ -144,6 +144,10 @@ pub fn run(args: &Args) -> Result<()> {
             .map(|m| Duration::from_secs_f64(m.max(0.0) * 60.0 * share));
         limit.map(|l| l.saturating_sub(started.elapsed()).as_secs_f64())
     };
+    // A place that cannot be written to is found out before the work, not after it.
+    if let Some(folder) = args.out.parent() {
+        std::fs::create_dir_all(folder).map_err(|e| Error::write(folder, e))?;
+    }
     let runtime = args.model.load()?;
     let samples = samples(args, &runtime)?;
     let work = match &args.workdir {
