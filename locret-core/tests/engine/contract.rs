@@ -635,7 +635,9 @@ impl KvStore for Spoiled {
         self.inner.fork().retain(kept)?;
         let mut kept = kept.to_vec();
         match self.how {
-            Spoil::Loses => kept.iter_mut().for_each(|list| list.truncate(list.len().saturating_sub(1))),
+            Spoil::Loses => kept
+                .iter_mut()
+                .for_each(|list| list.truncate(list.len().saturating_sub(1))),
             Spoil::Reverses => {
                 // The same number of units, but the first ones.
                 for list in &mut kept {
