@@ -386,10 +386,7 @@ impl Settings<'_> {
             self.text("model_type")?
                 .ok_or_else(|| self.bad("model_type", "a string", "nothing"))?,
         );
-        let max_positions = match self.size("max_position_embeddings")? {
-            Some(n) => n,
-            None => 2048,
-        };
+        let max_positions = self.size("max_position_embeddings")?.unwrap_or(2048);
         // Qwen2 writes a window and says elsewhere that it is not in use.
         let windowed = self.flag("use_sliding_window")?.unwrap_or(true);
         let mut eos = match generation {

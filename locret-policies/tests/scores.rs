@@ -83,8 +83,7 @@ fn scores_are_those_of_kvpress() {
             local: 0,
         };
         session.prefill(ids, &prefill).unwrap();
-        let all = seen.lock().unwrap().clone();
-        all
+        seen.lock().unwrap().clone()
     }
 
     let snapkv = SnapKv::new().window(golden.window).kernel(golden.kernel);

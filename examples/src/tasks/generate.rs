@@ -477,7 +477,7 @@ mod tests {
         let mut in_word = false;
         for c in text.chars() {
             let letter = c.is_alphabetic();
-            n += usize::from(!c.is_whitespace() && !(letter && in_word));
+            n += usize::from(!(c.is_whitespace() || letter && in_word));
             in_word = letter;
         }
         Ok(n)

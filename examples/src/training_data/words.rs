@@ -106,7 +106,7 @@ pub(super) const ROLES: &[&str] = &[
     "the night porter",
     "our accountant",
     "the new apprentice",
-    "the harbour pilot",
+    "the canal pilot",
     "the choir master",
     "the senior engineer",
     "my landlord",

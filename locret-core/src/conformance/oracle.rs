@@ -127,7 +127,9 @@ impl<'a> Oracle<'a> {
             let inner = normalised(&x);
             let (q, k, v) = (layer.q.of(&inner), layer.k.of(&inner), layer.v.of(&inner));
             let attended = self.attend(index, &q, &k, &v, &mut pass);
-            (pass.q.push(q), pass.k.push(k), pass.v.push(v));
+            pass.q.push(q);
+            pass.k.push(k);
+            pass.v.push(v);
             add(&mut x, &layer.out.of(&attended));
             let mut up = layer.up.of(&normalised(&x));
             up.iter_mut().flatten().for_each(|x| *x = x.tanh());

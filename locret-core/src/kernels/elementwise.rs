@@ -160,7 +160,7 @@ fn swiglu_with(isa: Isa, gate: &[f32], up: &[f32], out: &mut [f32]) {
 
 fn swiglu_fused_with(isa: Isa, x: &[f32], n: usize, out: &mut [f32]) {
     assert!(
-        x.len() == 2 * out.len() && (n > 0 || out.is_empty()) && out.len() % n.max(1) == 0,
+        x.len() == 2 * out.len() && (n > 0 || out.is_empty()) && out.len().is_multiple_of(n.max(1)),
         "fused SwiGLU of {} numbers into {} in rows of {n}",
         x.len(),
         out.len()
@@ -217,7 +217,7 @@ fn norm_row<S: Simd>(s: S, x: &[f32], weight: &[f32], eps: f32, out: &mut [f32])
 fn rms_norm_with(isa: Isa, x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
     let n = weight.len();
     assert!(
-        x.len() == out.len() && (n > 0 || out.is_empty()) && out.len() % n.max(1) == 0,
+        x.len() == out.len() && (n > 0 || out.is_empty()) && out.len().is_multiple_of(n.max(1)),
         "norm of {} numbers into {} in rows of {n}",
         x.len(),
         out.len()
@@ -251,7 +251,7 @@ fn add_rms_norm_with(
         x.len() == out.len()
             && residual.len() == out.len()
             && (n > 0 || out.is_empty())
-            && out.len() % n.max(1) == 0,
+            && out.len().is_multiple_of(n.max(1)),
         "sum and norm of {} and {} numbers into {} in rows of {n}",
         residual.len(),
         x.len(),

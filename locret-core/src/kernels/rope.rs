@@ -152,7 +152,7 @@ fn rotate_with(
         table.rotary_dim()
     );
     assert!(
-        x.len() % stride == 0 || x.len() % stride >= head_dim,
+        x.len().is_multiple_of(stride) || x.len() % stride >= head_dim,
         "the last row is cut off"
     );
     #[inline(always)]

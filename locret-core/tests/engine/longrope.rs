@@ -129,7 +129,8 @@ fn generated_text_crosses_the_original_context() {
                 Session::with_options(tap.clone(), everything(positions), options).unwrap();
             session.prefill(&ids, &Prefill::default()).unwrap();
             let tokens = session.generate(Generate::greedy(12)).unwrap();
-            assert_eq!(tokens.map(|t| t.unwrap()).count(), 12);
+            let tokens: Vec<u32> = tokens.map(|t| t.unwrap()).collect();
+            assert_eq!(tokens.len(), 12);
             let mut oracle = Oracle::new(&model, positions);
             for pass in tap.passes() {
                 let total = oracle.seen() + pass.ids.len();

@@ -477,8 +477,8 @@ mod tests {
             fs::write(&path, &whole[..cut]).unwrap();
             assert!(Shard::open(&path).is_err(), "{cut}");
         }
-        let none = HashMap::new();
-        save(&path, Vec::new(), none).unwrap();
+        let other = HashMap::from([("format".to_owned(), "pt".to_owned())]);
+        save(&path, Vec::new(), other).unwrap();
         let error = Shard::open(&path).unwrap_err().to_string();
         assert!(error.contains("not a collected sample"), "{error}");
         assert!(Shards::new(Vec::new()).is_err());
