@@ -1,6 +1,6 @@
 //! Evaluation tasks: contexts, and questions with known answers.
 //!
-//! A task is one object a line of a JSON lines file ([`read`], [`write`]), or comes from a seeded
+//! A task is one object a line of a JSON lines file ([`read`], [`write`](fn@write)), or comes from a seeded
 //! generator ([`Recipe`]).
 
 mod file;

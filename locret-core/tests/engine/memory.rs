@@ -86,8 +86,9 @@ fn the_tail_and_generated_text_come_on_top_of_the_budget() {
     assert_eq!(session.cache().len(0, 0), 30);
     assert_eq!(session.report().prefill_peak.units_per_head, 36);
     let tokens = session.generate(Generate::greedy(50)).unwrap();
-    let tokens: Result<Vec<u32>> = tokens.collect();
-    tokens.unwrap();
+    for token in tokens {
+        token.unwrap();
+    }
     // The last token that was drawn has not been read.
     assert_eq!(session.cache().len(0, 0), 79);
     let report = session.report();
