@@ -20,6 +20,9 @@ use locret_policies::{Method, PolicyConfig};
 use std::process::ExitCode;
 
 const TOKENS: usize = 4200;
+/// With a full cache this small model finds the pass key for six of the seeds 1 to 10; where it
+/// does not, there would be nothing for a bounded cache to lose.
+const SEED: u64 = 4;
 const BUDGET: usize = 512;
 const CHUNK: usize = 256;
 
@@ -36,7 +39,7 @@ pub fn run(model: &ModelArgs, tokens: usize) -> Result<()> {
         kinds: vec![Kind::EssayPasskey],
         tokens,
         samples: 1,
-        seed: 1,
+        seed: SEED,
     };
     let tasks = recipe.generate(&runtime.frame(None)?, &essays, &|t| runtime.count(t))?;
     let question = &tasks[0].queries[0];

@@ -232,11 +232,14 @@ impl Table {
 impl fmt::Display for Table {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let widths = self.widths(|s| s.chars().count());
-        let names = self.columns.iter().map(|c| c.0.clone());
-        let head = self.padded(names, &widths).join("  ");
-        writeln!(f, "{}", head.trim_end())?;
-        let rules: Vec<String> = widths.iter().map(|w| "─".repeat(*w)).collect();
-        writeln!(f, "{}", rules.join("──"))?;
+        // Rows that name themselves need no head.
+        if self.columns.iter().any(|c| !c.0.is_empty()) {
+            let names = self.columns.iter().map(|c| c.0.clone());
+            let head = self.padded(names, &widths).join("  ");
+            writeln!(f, "{}", head.trim_end())?;
+            let rules: Vec<String> = widths.iter().map(|w| "─".repeat(*w)).collect();
+            writeln!(f, "{}", rules.join("──"))?;
+        }
         for row in &self.rows {
             let line = self.padded(row.iter().cloned(), &widths).join("  ");
             writeln!(f, "{}", line.trim_end())?;
