@@ -320,7 +320,7 @@ struct HostStore<T> {
 }
 
 /// How many units a buffer grows by when single tokens are appended.
-const DECODE_RESERVE: usize = 16;
+const DECODE_RESERVE: usize = 64;
 
 impl<T: HostValue> HostStore<T> {
     fn new(layer: &LayerSpec, device: &Device) -> Self {
