@@ -264,7 +264,7 @@ impl<'a> Run<'a> {
 
 fn cache(point: &Point) -> CacheOptions {
     CacheOptions {
-        dtype: point.store,
+        dtype: point.store.dtype(),
         ..CacheOptions::default()
     }
 }

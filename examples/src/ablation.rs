@@ -8,7 +8,7 @@ use crate::{
     report::{self, Table},
     tasks::Kind,
 };
-use locret_core::{Budget, KvDtype, Positions};
+use locret_core::{Budget, KvDtype, Positions, Quantization};
 use locret_policies::{Method, PolicyConfig};
 use serde::{Deserialize, Serialize};
 use std::{
@@ -63,9 +63,9 @@ pub struct Grid {
     /// Units that every KV head keeps; a policy that keeps everything has none.
     #[serde(default = "default_budgets")]
     pub budgets: Vec<Budgeted>,
-    /// Types of cached keys and values.
+    /// How keys and values are kept: f32, f16, bf16, q8, q4, q2.
     #[serde(default = "default_stores")]
-    pub stores: Vec<KvDtype>,
+    pub stores: Vec<Store>,
     /// Positions; by default those that each policy was published with.
     #[serde(default = "default_positions")]
     pub positions: Vec<Place>,
@@ -101,8 +101,8 @@ fn default_seeds() -> Vec<u64> {
 fn default_budgets() -> Vec<Budgeted> {
     vec![Budgeted(Budget::Units(256))]
 }
-fn default_stores() -> Vec<KvDtype> {
-    vec![KvDtype::F32]
+fn default_stores() -> Vec<Store> {
+    vec![Store::F32]
 }
 fn default_positions() -> Vec<Place> {
     vec![Place::Published]
@@ -112,6 +112,57 @@ fn default_chunk() -> usize {
 }
 fn default_local() -> usize {
     32
+}
+
+/// How keys and values are kept.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Store {
+    /// 32-bit numbers.
+    F32,
+    /// IEEE half.
+    F16,
+    /// Brain float.
+    Bf16,
+    /// Integers of 8 bits.
+    Q8,
+    /// Integers of 4 bits.
+    Q4,
+    /// Integers of 2 bits.
+    Q2,
+}
+
+impl Store {
+    /// The name in files and tables.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::F32 => "f32",
+            Self::F16 => "f16",
+            Self::Bf16 => "bf16",
+            Self::Q8 => "q8",
+            Self::Q4 => "q4",
+            Self::Q2 => "q2",
+        }
+    }
+
+    /// The type of dense values; quantised stores have none.
+    pub fn dtype(self) -> KvDtype {
+        match self {
+            Self::F16 => KvDtype::F16,
+            Self::Bf16 => KvDtype::Bf16,
+            _ => KvDtype::F32,
+        }
+    }
+
+    fn quantization(self) -> Option<Quantization> {
+        let bits = match self {
+            Self::Q8 => 8,
+            Self::Q4 => 4,
+            Self::Q2 => 2,
+            _ => return None,
+        };
+        Some(Quantization::bits(bits))
+    }
 }
 
 /// A budget: a number of units, or `{ ratio = 0.125 }`, or `{ bytes = 4_000_000 }`.
@@ -162,7 +213,7 @@ pub struct Entry {
     /// Instead of the grid's.
     pub budgets: Option<Vec<Budgeted>>,
     /// Instead of the grid's.
-    pub stores: Option<Vec<KvDtype>>,
+    pub stores: Option<Vec<Store>>,
     /// The policy. A budget or positions in it are instead of the grid's, too.
     pub config: PolicyConfig,
 }
@@ -199,8 +250,8 @@ pub struct Point {
     pub label: String,
     /// The policy with its budget and positions.
     pub config: PolicyConfig,
-    /// Type of cached keys and values.
-    pub store: KvDtype,
+    /// How keys and values are kept.
+    pub store: Store,
     /// Tokens of a context; 0 for tasks of a file.
     pub length: usize,
     /// Seed of the tasks; 0 for tasks of a file.
@@ -293,7 +344,7 @@ impl Grid {
         all
     }
 
-    fn variants(&self, entry: &Entry) -> Vec<(PolicyConfig, KvDtype)> {
+    fn variants(&self, entry: &Entry) -> Vec<(PolicyConfig, Store)> {
         let config = &entry.config;
         let keeps_all = config.policy == Method::Full;
         let budgets: Vec<Option<Budget>> = match (&entry.budgets, config.budget) {
@@ -314,7 +365,13 @@ impl Grid {
                 })
                 .collect(),
         };
-        let stores = entry.stores.as_ref().unwrap_or(&self.stores);
+        // A quantisation in the policy's own settings is a store of its own.
+        let own = [Store::F32];
+        let stores = match (&entry.stores, config.quantize) {
+            (_, Some(_)) => &own[..],
+            (Some(stores), None) => stores,
+            (None, None) => &self.stores,
+        };
         let mut all = Vec::new();
         for budget in &budgets {
             for positions in &positions {
@@ -322,12 +379,13 @@ impl Grid {
                     let config = PolicyConfig {
                         budget: *budget,
                         positions: *positions,
+                        quantize: config.quantize.or(store.quantization()),
                         ..config.clone()
                     };
                     // "published" and the same by name are one case.
                     let resolved =
                         |c: &PolicyConfig| c.positions.unwrap_or(c.policy.default_positions());
-                    let twice = all.iter().any(|(c, s): &(PolicyConfig, KvDtype)| {
+                    let twice = all.iter().any(|(c, s): &(PolicyConfig, Store)| {
                         c.budget == config.budget && s == store && resolved(c) == resolved(&config)
                     });
                     if !twice {
@@ -394,8 +452,8 @@ pub struct Record {
     pub label: String,
     /// The policy.
     pub policy: PolicyConfig,
-    /// Type of cached keys and values.
-    pub store: KvDtype,
+    /// How keys and values are kept.
+    pub store: Store,
     /// Tokens of a context.
     pub length: usize,
     /// Seed of the tasks.
@@ -516,8 +574,8 @@ pub struct Row {
     pub label: String,
     /// The policy.
     pub config: PolicyConfig,
-    /// Type of cached keys and values.
-    pub store: KvDtype,
+    /// How keys and values are kept.
+    pub store: Store,
     /// Tokens of a context.
     pub length: usize,
     /// Mean bytes of keys and values when a context was read.
@@ -577,7 +635,7 @@ impl Row {
             name += &format!(", {}", positions_name(positions));
         }
         if with_store {
-            name += &format!(", {}", store_name(self.store));
+            name += &format!(", {}", self.store.name());
         }
         name
     }
@@ -599,14 +657,6 @@ fn positions_name(positions: Positions) -> &'static str {
     }
 }
 
-fn store_name(store: KvDtype) -> &'static str {
-    match store {
-        KvDtype::F32 => "f32",
-        KvDtype::F16 => "f16",
-        KvDtype::Bf16 => "bf16",
-    }
-}
-
 /// The tables of a run in Markdown: one for each length, and which method is best at equal bytes.
 pub fn markdown(rows: &[Row]) -> String {
     let mut lengths: Vec<usize> = rows.iter().map(|r| r.length).collect();
@@ -624,7 +674,8 @@ pub fn markdown(rows: &[Row]) -> String {
                  cache that was kept; tasks without questions show −ln p a token.\n\n";
         let best = best_at_equal_bytes(&rows);
         if !best.is_empty() {
-            text += "Best at equal bytes (no more than this share of a full 16-bit cache):\n\n";
+            text += "At equal bytes, no more than this share of a full 16-bit cache (in brackets the \
+                     budget):\n\n";
             text += &best.markdown();
             text.push('\n');
         }
@@ -660,7 +711,7 @@ fn table(rows: &[&Row]) -> Table {
         let mut cells = vec![
             row.label.clone(),
             positions_name(positions.unwrap_or(row.config.policy.default_positions())).into(),
-            store_name(row.store).into(),
+            row.store.name().into(),
             row.budget(),
             report::bytes(row.kept.round() as usize),
             format!("{:.3}", row.share),
@@ -686,26 +737,46 @@ fn table(rows: &[&Row]) -> Table {
     table
 }
 
-/// For each share of a full 16-bit cache, the method with the highest mean that kept no more.
+/// Shares of a full 16-bit cache, as divisors.
+const SHARES: [usize; 4] = [4, 8, 16, 32];
+
+/// For each method and each share of a full 16-bit cache, its highest mean (and the budget) that
+/// kept no more; the best of a share is bold.
 fn best_at_equal_bytes(rows: &[&Row]) -> Table {
-    let mut table = Table::new(&["share", "method", "store", ">budget", ">KV kept", ">mean"]);
-    for divisor in [4usize, 8, 16, 32] {
-        // Locals, sinks and the like may take a little more than the budget.
-        let limit = 1.1 / divisor as f64;
-        let scored = rows.iter().filter(|r| r.share <= limit);
-        let best = scored
-            .filter_map(|r| Some((r, r.results.mean.as_ref()?.exact)))
-            .max_by(|a, b| a.1.total_cmp(&b.1));
-        if let Some((row, mean)) = best {
-            table.row([
-                format!("1/{divisor}"),
-                row.line(false),
-                store_name(row.store).into(),
-                row.budget(),
-                report::bytes(row.kept.round() as usize),
-                format!("{mean:.3}"),
-            ]);
+    let mut lines: Vec<(String, [Option<(&Row, f64)>; 4])> = Vec::new();
+    for row in rows {
+        let Some(mean) = &row.results.mean else {
+            continue;
+        };
+        let name = row.line(true);
+        let at = match lines.iter().position(|l| l.0 == name) {
+            Some(at) => at,
+            None => {
+                lines.push((name, [None; 4]));
+                lines.len() - 1
+            }
+        };
+        for (best, divisor) in lines[at].1.iter_mut().zip(SHARES) {
+            // The last words of a context, which are not evicted, come on top of a budget.
+            let fits = row.share <= 1.1 / divisor as f64;
+            if fits && best.is_none_or(|(_, value)| mean.exact > value) {
+                *best = Some((row, mean.exact));
+            }
         }
+    }
+    lines.retain(|l| l.1.iter().any(Option::is_some));
+    let mut table = Table::new(&["method", ">1/4", ">1/8", ">1/16", ">1/32"]);
+    for (name, cells) in &lines {
+        let cells = cells.iter().enumerate().map(|(i, cell)| match cell {
+            None => "–".to_owned(),
+            Some((row, value)) => {
+                let all = lines.iter().filter_map(|l| l.1[i]);
+                let top = all.map(|c| c.1).fold(f64::NEG_INFINITY, f64::max);
+                let mark = if *value >= top { "**" } else { "" };
+                format!("{mark}{value:.3}{mark} ({})", row.budget())
+            }
+        });
+        table.row([name.clone()].into_iter().chain(cells));
     }
     table
 }
@@ -868,7 +939,7 @@ mod tests {
         Record {
             label: label.into(),
             policy,
-            store: KvDtype::F32,
+            store: Store::F32,
             length: 2000,
             seed: 1,
             chunk: 256,
@@ -926,8 +997,14 @@ mod tests {
         };
         // Full: facts right, perplexity as nats.
         assert!(line("| full").contains("| 1.000 |") && line("| full").contains("0.500 |"));
-        assert!(line("| 1/8").contains("window") && line("| 1/8").contains("256"));
-        assert!(line("| 1/16").contains("128"));
+        // 0.12 of a full cache at 256 units, 0.06 at 128; the full cache fits nowhere.
+        let best = line("| window, f32");
+        let cells: Vec<&str> = best.split('|').map(str::trim).collect();
+        assert_eq!(
+            cells[2..5],
+            ["**1.000** (256)", "**1.000** (256)", "**0.500** (128)"]
+        );
+        assert_eq!(cells[5], "–");
         let quality = quality_chart(&rows, 2000).unwrap();
         assert_eq!(quality.series.len(), 2);
         assert_eq!(quality.series[1].points, [(60e3, 0.5), (120e3, 1.0)]);

@@ -7,7 +7,9 @@ use crate::{
     tasks::{self, Kind, Recipe, Task},
 };
 use clap::Args;
-use locret_core::{Budget, CacheOptions, DecodeEviction, KvDtype, Positions, Prefill, Sampling};
+use locret_core::{
+    Budget, CacheOptions, DecodeEviction, KvDtype, Positions, Prefill, Quantization, Sampling,
+};
 use locret_models::{FetchOptions, LoadOptions, WeightDtype};
 use locret_policies::{Method, PolicyConfig};
 use serde_json::json;
@@ -112,6 +114,18 @@ pub struct PolicyArgs {
     /// Select on scores max-pooled over this many neighbours (odd)
     #[arg(long, value_name = "N")]
     pub pool: Option<usize>,
+    /// Keep keys and values as integers of this many bits: 8, 4 or 2
+    #[arg(long, value_name = "BITS")]
+    pub quantize: Option<u8>,
+    /// Share the budget out over layers, more for lower ones (PyramidKV's beta: 20)
+    #[arg(long, value_name = "BETA")]
+    pub pyramid: Option<f64>,
+    /// Share a layer's budget out over its heads, with this floor (Ada-KV: 0.2)
+    #[arg(long, value_name = "FLOOR")]
+    pub ada: Option<f64>,
+    /// Fold dropped values into kept ones whose keys have at least this cosine
+    #[arg(long, value_name = "COSINE")]
+    pub merge: Option<f32>,
     /// Evict while generating, whenever the budget is exceeded by N units
     #[arg(long, value_name = "N")]
     pub decode_every: Option<usize>,
@@ -153,6 +167,10 @@ impl PolicyArgs {
         set(&mut config.heads, self.heads.clone());
         set(&mut config.positions, self.positions);
         set(&mut config.pool, self.pool);
+        set(&mut config.quantize, self.quantize.map(Quantization::bits));
+        set(&mut config.pyramid, self.pyramid);
+        set(&mut config.ada, self.ada);
+        set(&mut config.merge, self.merge);
         set(&mut config.decode, decode);
         set(&mut config.decay, self.decay);
         set(&mut config.seed, self.policy_seed);
@@ -453,7 +471,8 @@ mod tests {
     fn flags_become_a_configuration() {
         let all = parse(
             "--policy locret --budget 160 --stabilizers 32 --chunk 128 --local 16 --heads h.bin \
-             --positions original --sinks 4 --decode-every 8 --kv bf16",
+             --positions original --sinks 4 --decode-every 8 --kv bf16 \
+             --quantize 4 --pyramid 20 --ada 0.2 --merge 0.5",
         )
         .unwrap();
         let config = all.policy.config().unwrap();
@@ -462,6 +481,10 @@ mod tests {
             heads: Some("h.bin".into()),
             sinks: Some(4),
             decode: Some(DecodeEviction::Every(8)),
+            quantize: Some(Quantization::bits(4)),
+            pyramid: Some(20.0),
+            ada: Some(0.2),
+            merge: Some(0.5),
             ..PolicyConfig::new(Method::Locret)
                 .budget(Budget::Units(160))
                 .positions(Positions::Original)

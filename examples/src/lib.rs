@@ -61,7 +61,11 @@ pub fn write_atomically(
             _ => Path::new("."),
         };
         fs::create_dir_all(folder)?;
-        let file = tempfile::NamedTempFile::new_in(folder)?;
+        let mut builder = tempfile::Builder::new();
+        // Temporary files are their owner's alone; results are as readable as any other file.
+        #[cfg(unix)]
+        builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
+        let file = builder.tempfile_in(folder)?;
         let mut out = BufWriter::new(file);
         content(&mut out)?;
         out.flush()?;

@@ -55,6 +55,7 @@ const COLOURS: [RGBColor; 7] = [
     RGBColor(86, 180, 233),
 ];
 
+const MIB: f64 = (1u32 << 20) as f64;
 const WIDTH: u32 = 860;
 const HEIGHT: u32 = 480;
 const LEGEND: u32 = 200;
@@ -164,6 +165,8 @@ impl Scale {
     fn place(self, value: f64) -> f64 {
         match self {
             Self::LogBytes => value.max(1.0).log2(),
+            // So that ticks are at round numbers of MiB.
+            Self::Bytes => value / MIB,
             _ => value,
         }
     }
@@ -181,6 +184,7 @@ impl Scale {
     fn label(self, place: f64) -> String {
         let value = match self {
             Self::LogBytes => place.exp2(),
+            Self::Bytes => place * MIB,
             _ => place,
         };
         match self {

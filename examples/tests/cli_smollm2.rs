@@ -190,3 +190,63 @@ fn quickstart_and_custom_policy_run() {
     quickstart::run(&ModelArgs::default(), 900).unwrap();
     custom_policy::run(&ModelArgs::default()).unwrap();
 }
+
+/// `plan` against runs of the real model, within 5 %, quantised stores included.
+#[test]
+fn a_plan_is_within_five_percent_of_what_is_measured() {
+    use locret_core::{Budget, Generate, Prefill, Quantization, Session};
+    use locret_examples::plan::{Request, Shape};
+    use locret_policies::{Method, PolicyConfig};
+
+    let runtime = ModelArgs::default().load().unwrap();
+    let ids: Vec<u32> = (0..700).map(|i| 1000 + i * 37 % 20_000).collect();
+    let prefill = Prefill {
+        chunk: 128,
+        local: 32,
+    };
+    let bounded = |method| PolicyConfig::new(method).budget(Budget::Units(160));
+    for config in [
+        PolicyConfig::new(Method::Full),
+        bounded(Method::Window),
+        bounded(Method::SirLlm),
+    ] {
+        for bits in [None, Some(8), Some(4), Some(2)] {
+            let policy = PolicyConfig {
+                quantize: bits.map(Quantization::bits),
+                ..config.clone()
+            };
+            let max_new = 4;
+            let request = Request {
+                shape: Shape::preset("smollm2-135m").unwrap(),
+                context: ids.len(),
+                max_new,
+                policy: policy.clone(),
+                prefill,
+                store: Default::default(),
+                weight_bytes: 4,
+                heads: (0, 0),
+            };
+            let plan = request.plan().unwrap();
+            let model = runtime.model();
+            let built = policy.build(model.spec(), model.device()).unwrap();
+            let mut session = Session::new(model, built).unwrap();
+            session.prefill(&ids, &prefill).unwrap();
+            let reading = session.report().prefill_peak.bytes;
+            let greedy = Generate::greedy(max_new);
+            let generated = session.generate(greedy).unwrap().filter(|t| t.is_ok());
+            assert_eq!(generated.count(), max_new);
+            let report = session.report();
+            for (what, planned, measured) in [
+                ("reading", plan.kv_prefill, reading),
+                ("after", plan.kv_decode, report.kv_bytes),
+            ] {
+                let off = planned as f64 / measured as f64 - 1.0;
+                let case = format!("{} {bits:?} {what}", policy.policy);
+                // A group of KIVI's that lost some of its units keeps what all of them shared.
+                let scattered = bits == Some(2) && policy.policy == Method::SirLlm;
+                let limit = if scattered { 0.2 } else { 0.05 };
+                assert!(off.abs() < limit, "{case}: {planned} {measured} {off:+.3}");
+            }
+        }
+    }
+}

@@ -267,6 +267,31 @@ fn a_plan_is_what_a_run_takes() {
 }
 
 #[test]
+fn policies_compose_with_integers_shared_budgets_and_merging() {
+    let dir = tempfile::tempdir().unwrap();
+    let plain = "--policy key-diff --budget 24 --chunk 16 --local 8 --max-new 2";
+    let exact = run(dir.path(), &ids(100), plain).unwrap();
+    for flags in ["--quantize 8", "--pyramid 4", "--ada 0.2", "--merge 0.5"] {
+        let trace = run(dir.path(), &ids(100), &format!("{plain} {flags}")).unwrap();
+        let units = |t: &Trace| -> Vec<usize> {
+            let last = t.kept.last().unwrap();
+            last.iter().flatten().map(Vec::len).collect()
+        };
+        match flags {
+            // Shared out over layers or heads: ragged, and no more in all.
+            "--pyramid 4" | "--ada 0.2" => {
+                assert_ne!(units(&trace), units(&exact), "{flags}");
+                let sum = |t: &Trace| units(t).iter().sum::<usize>();
+                assert!(sum(&trace) <= sum(&exact), "{flags}");
+            }
+            _ => assert_eq!(units(&trace), units(&exact), "{flags}"),
+        }
+    }
+    let error = run(dir.path(), &ids(50), &format!("{plain} --quantize 3")).unwrap_err();
+    assert!(error.contains("2, 4 or 8"), "{error}");
+}
+
+#[test]
 fn heads_of_another_model_are_refused() {
     let dir = tempfile::tempdir().unwrap();
     let file: PathBuf = dir.path().join("heads.safetensors");
