@@ -930,6 +930,19 @@ mod tests {
         );
     }
 
+    #[test]
+    fn the_grids_beside_the_examples_can_be_read() {
+        let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("grids");
+        let files = fs::read_dir(dir).unwrap().map(|f| f.unwrap().path());
+        let sizes: Vec<usize> = files
+            .map(|f| Grid::load(&f).unwrap().points().len())
+            .collect();
+        assert!(
+            sizes.len() >= 2 && sizes.iter().all(|n| *n >= 5),
+            "{sizes:?}"
+        );
+    }
+
     fn record(label: &str, budget: usize, task: &str, exact: bool, kept: usize) -> Record {
         let policy = match budget {
             0 => PolicyConfig::new(Method::Full),
