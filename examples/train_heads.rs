@@ -21,10 +21,10 @@ use locret_examples::{
     training_data::{self, Recipe, TrainingCorpus},
 };
 use locret_policies::{
-    HeadDtype,
+    HeadAdvice, HeadDtype,
     training::{
         CollectConfig, InputDtype, LabelKind, RECALL_AT, Sample, Shards, Split, Target,
-        TrainConfig, TrainProgress, Trained, Watched, collect, epochs_within, train,
+        TrainConfig, TrainProgress, Trained, collect, epochs_within, train,
     },
 };
 use std::{
@@ -84,21 +84,30 @@ pub struct Args {
     /// Weigh attention by the norm of the value
     #[arg(long)]
     pub value_norm: bool,
-    /// Labels from the queries, too, not from the answers alone
-    #[arg(long)]
-    pub watch_queries: bool,
+    /// Labels from the last N tokens of each query, too, not from its answer alone
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub query_tokens: usize,
     /// Bring labels of each head and text to one scale
     #[arg(long)]
     pub standardise: bool,
     /// A label becomes the largest of N around it
     #[arg(long, value_name = "N", default_value_t = 1)]
     pub pool_labels: usize,
+    /// The first N units of a text are fitted to its highest label
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub sinks: usize,
     /// Weight of the smoothing loss, summed over layers
     #[arg(long, value_name = "X", default_value_t = 0.0025)]
     pub alpha: f32,
     /// Weight of a ranking loss at the cut
     #[arg(long, value_name = "X", default_value_t = 0.0)]
     pub ranking: f32,
+    /// Advise, in the file, that the first N units of a text stay
+    #[arg(long, value_name = "N", default_value_t = 4)]
+    pub advise_sinks: usize,
+    /// Advise, in the file, selection on scores max-pooled over N neighbours; 1 for none
+    #[arg(long, value_name = "N", default_value_t = 3)]
+    pub advise_pool: usize,
     /// Highest learning rate
     #[arg(long, value_name = "X", default_value_t = 5e-4)]
     pub learning_rate: f64,
@@ -144,6 +153,9 @@ pub fn run(args: &Args) -> Result<()> {
             .map(|m| Duration::from_secs_f64(m.max(0.0) * 60.0 * share));
         limit.map(|l| l.saturating_sub(started.elapsed()).as_secs_f64())
     };
+    if args.advise_pool.is_multiple_of(2) {
+        return Err(Error::Usage("--advise-pool must be odd".into()));
+    }
     // A place that cannot be written to is found out before the work, not after it.
     if let Some(folder) = args.out.parent() {
         std::fs::create_dir_all(folder).map_err(|e| Error::write(folder, e))?;
@@ -188,6 +200,7 @@ impl Args {
                 Target::Raw
             },
             pool: self.pool_labels,
+            sinks: self.sinks,
             seed: self.seed,
             threads: self.threads,
             ..TrainConfig::default()
@@ -201,11 +214,7 @@ impl Args {
                 Label::Mass => LabelKind::Mass,
             },
             value_norm: self.value_norm,
-            watched: if self.watch_queries {
-                Watched::QueryAndAnswer
-            } else {
-                Watched::Answer
-            },
+            query_tokens: self.query_tokens,
             inputs: InputDtype::Q8,
             max_rows: self.max_rows,
             seed: self.seed,
@@ -343,6 +352,11 @@ fn save(
         metadata.insert("model_sha256".into(), hash);
     }
     metadata.insert("training".into(), settings.to_string());
+    trained.heads.advise(&HeadAdvice {
+        pool: Some(args.advise_pool),
+        sinks: Some(args.advise_sinks),
+        ..HeadAdvice::default()
+    });
     let dtype = match args.dtype {
         Dtype::F32 => HeadDtype::F32,
         Dtype::F16 => HeadDtype::F16,

@@ -116,7 +116,8 @@ fn every_option_has_an_influence() {
     for flags in [
         "--label mass",
         "--value-norm",
-        "--watch-queries",
+        "--query-tokens",
+        "4",
         "--standardise",
         "--pool-labels 3",
         "--alpha 0.5",

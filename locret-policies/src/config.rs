@@ -1,8 +1,8 @@
 //! Policies as configuration: the same choice in a file, on a command line and in code.
 
 use crate::{
-    Full, H2o, HeadWeights, KeyDiff, KeyNorm, Locret, Merge, PolicyError, Quantized, Random,
-    Result, RetainingHeads, SirLlm, SnapKv, Tova, Window,
+    Full, H2o, HeadAdvice, HeadWeights, KeyDiff, KeyNorm, Locret, Merge, PolicyError, Quantized,
+    Random, Result, RetainingHeads, SirLlm, SnapKv, Tova, Window,
 };
 use burn::tensor::Device;
 use locret_core::{
@@ -155,8 +155,8 @@ pub struct PolicyConfig {
     /// Whether units are dropped while text is generated.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub decode: Option<DecodeEviction>,
-    /// Selects on scores max-pooled over this many neighbouring units (odd; by default 1, which
-    /// is no pooling).
+    /// Selects on scores max-pooled over this many neighbouring units (odd; by default what the
+    /// file of heads advises for `locret`, else 1, which is no pooling).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pool: Option<usize>,
     /// Shares the budget out over the layers, more for lower ones, with this β ([`Evict::pyramid`]).
@@ -176,7 +176,10 @@ pub struct PolicyConfig {
         skip_serializing_if = "Option::is_none"
     )]
     pub quantize: Option<Quantization>,
-    /// `locret`: the file of retaining heads, see [`HeadWeights::load`].
+    /// `locret`: the file of retaining heads, see [`HeadWeights::load`]. Its
+    /// [`HeadAdvice`](crate::HeadAdvice) stands in for `pool`, `sinks` and `positions` where they
+    /// are not set; `pool = 1, sinks = 0, positions = "compact"` is the authors' procedure with any
+    /// heads.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub heads: Option<PathBuf>,
     /// `random`: the seed (0).
@@ -366,7 +369,10 @@ impl PolicyConfig {
                 })?;
                 let weights = HeadWeights::load(file, model)?;
                 let heads = RetainingHeads::new(&weights, model, device)?;
-                self.evict(model, Locret::new(heads))?
+                let advice = weights
+                    .advice()
+                    .map_err(|e| PolicyError::file(file, e.to_string()))?;
+                self.advised(&advice).evict(model, Locret::new(heads))?
             }
         };
         policy.validate(model, &Default::default())?;
@@ -389,6 +395,15 @@ impl PolicyConfig {
         let policy = self.evict(model, Locret::new(heads))?;
         policy.validate(model, &Default::default())?;
         Ok(policy)
+    }
+
+    /// With what heads advise, where nothing else is set.
+    fn advised(&self, advice: &HeadAdvice) -> Self {
+        let mut config = self.clone();
+        config.pool = config.pool.or(advice.pool);
+        config.sinks = config.sinks.or(advice.sinks);
+        config.positions = config.positions.or(advice.positions);
+        config
     }
 
     fn snapkv(&self) -> SnapKv {

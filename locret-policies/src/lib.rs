@@ -46,7 +46,7 @@ pub use full::Full;
 pub use h2o::H2o;
 pub use key_diff::KeyDiff;
 pub use key_norm::KeyNorm;
-pub use locret::{HeadDtype, HeadWeights, LayerHead, Locret, RetainingHeads};
+pub use locret::{HeadAdvice, HeadDtype, HeadWeights, LayerHead, Locret, RetainingHeads};
 pub use merge::Merge;
 pub use quantized::Quantized;
 pub use random::Random;

@@ -5,7 +5,9 @@ mod common;
 use burn::tensor::Device;
 use common::{Numbers, cache, drive, spec, steps};
 use locret_core::{Budget, DecodeEviction, Error, Positions};
-use locret_policies::{HeadDtype, HeadWeights, LayerHead, Method, PolicyConfig, PolicyError};
+use locret_policies::{
+    HeadAdvice, HeadDtype, HeadWeights, LayerHead, Method, PolicyConfig, PolicyError,
+};
 use std::path::PathBuf;
 
 fn heads_file(folder: &std::path::Path, spec: &locret_core::ModelSpec) -> PathBuf {
@@ -221,6 +223,59 @@ fn settings_that_do_not_fit_are_errors() {
                 .unwrap_or_else(|e| panic!("{method} {budget}: {e}"));
         }
     }
+}
+
+#[test]
+fn advice_of_heads_is_taken_where_nothing_else_is_said() {
+    let folder = tempfile::tempdir().unwrap();
+    let spec = spec(2, 2, 3, 8);
+    let path = heads_file(folder.path(), &spec);
+    let config = PolicyConfig {
+        heads: Some(path.clone()),
+        ..PolicyConfig::new(Method::Locret).budget(Budget::Units(64))
+    };
+    let positions = |config: &PolicyConfig| {
+        config
+            .build(&spec, &Device::default())
+            .map(|p| p.positions())
+    };
+    assert_eq!(positions(&config).unwrap(), Positions::Compact);
+    let mut heads = HeadWeights::load(&path, &spec).unwrap();
+    let advice = HeadAdvice {
+        pool: Some(3),
+        sinks: Some(2),
+        positions: Some(Positions::Original),
+    };
+    heads.advise(&advice);
+    heads.save(&path, HeadDtype::F32).unwrap();
+    assert_eq!(
+        HeadWeights::load(&path, &spec).unwrap().advice().unwrap(),
+        advice
+    );
+    assert_eq!(positions(&config).unwrap(), Positions::Original);
+    let own = config.clone().positions(Positions::Compact);
+    assert_eq!(positions(&own).unwrap(), Positions::Compact);
+    // Sinks and pool arrive, too: more sinks than budget, or an even pool, would be refused.
+    for (pool, sinks) in [(Some(2), None), (None, Some(65))] {
+        heads.advise(&HeadAdvice {
+            pool,
+            sinks,
+            positions: None,
+        });
+        heads.save(&path, HeadDtype::F32).unwrap();
+        assert!(positions(&config).is_err(), "{pool:?} {sinks:?}");
+        let own = PolicyConfig {
+            pool: Some(1),
+            sinks: Some(0),
+            ..config.clone()
+        };
+        assert_eq!(positions(&own).unwrap(), Positions::Compact);
+    }
+    heads
+        .metadata
+        .insert("advice".into(), "{\"pol\": 3}".into());
+    heads.save(&path, HeadDtype::F32).unwrap();
+    assert!(matches!(positions(&config), Err(PolicyError::File { .. })));
 }
 
 #[test]

@@ -151,10 +151,7 @@ fn naive_labels(
     let mut norms = Vec::new();
     for answer in &sample.answers {
         let all = [&sample.prompt[..], &answer.query, &answer.answer].concat();
-        let from = match config.watched {
-            Watched::Answer => prompt + answer.query.len(),
-            Watched::QueryAndAnswer => prompt,
-        };
+        let from = prompt + answer.query.len().saturating_sub(config.query_tokens);
         let qkv = &tape(model, &all)[layer];
         norms = (qkv[2].chunks(DIM))
             .map(|v| v.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>().sqrt())
@@ -191,16 +188,18 @@ fn naive_labels(
 #[test]
 fn labels_equal_a_naive_full_attention() {
     let model = model();
-    for (label, watched, value_norm) in [
-        (LabelKind::MaxLogit, Watched::Answer, false),
-        (LabelKind::MaxLogit, Watched::QueryAndAnswer, true),
-        (LabelKind::Mass, Watched::Answer, false),
+    for (label, query_tokens, value_norm) in [
+        (LabelKind::MaxLogit, 0, false),
+        (LabelKind::MaxLogit, 2, false),
+        (LabelKind::MaxLogit, usize::MAX, true),
+        (LabelKind::Mass, 0, false),
+        (LabelKind::Mass, 1, false),
     ] {
         let folder = tempfile::tempdir().unwrap();
         let config = CollectConfig {
             chunk: 13,
             label,
-            watched,
+            query_tokens,
             value_norm,
             inputs: InputDtype::F16,
             ..collecting()

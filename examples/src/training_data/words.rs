@@ -266,6 +266,113 @@ const GROUPS: &[&str] = &[
     "cooperative",
 ];
 
+const TRADES: &[&str] = &[
+    "carpenter",
+    "chemist",
+    "tailor",
+    "surveyor",
+    "dentist",
+    "plumber",
+    "translator",
+    "miller",
+    "locksmith",
+    "optician",
+    "bookbinder",
+    "nurse",
+    "sculptor",
+    "brewer",
+];
+
+const SPORTS: &[&str] = &[
+    "tennis",
+    "badminton",
+    "hockey",
+    "archery",
+    "rugby",
+    "volleyball",
+    "squash",
+    "bowling",
+    "wrestling",
+    "cycling",
+    "skiing",
+    "golf",
+];
+
+const TREES: &[&str] = &[
+    "elm",
+    "birch",
+    "larch",
+    "cedar",
+    "poplar",
+    "cypress",
+    "sycamore",
+    "alder",
+    "linden",
+    "spruce",
+    "beech",
+    "chestnut tree",
+];
+
+const LANGUAGES: &[&str] = &[
+    "Portuguese",
+    "Finnish",
+    "Swahili",
+    "Latin",
+    "Welsh",
+    "Turkish",
+    "Hungarian",
+    "Icelandic",
+    "Korean",
+    "Basque",
+    "Danish",
+    "Persian",
+];
+
+const CLOTHES: &[&str] = &[
+    "raincoat",
+    "bow tie",
+    "waistcoat",
+    "straw hat",
+    "scarf",
+    "apron",
+    "tuxedo",
+    "poncho",
+    "cardigan",
+    "turban",
+    "kilt",
+    "sandals",
+];
+
+const PLACES: &[&str] = &[
+    "north gate",
+    "warehouse",
+    "town hall",
+    "east pier",
+    "railway bridge",
+    "laboratory",
+    "printing house",
+    "old mill",
+    "car park",
+    "clinic",
+    "hangar",
+    "customs office",
+];
+
+const PROJECTS: &[&str] = &[
+    "Meridian",
+    "Bluebird",
+    "Cascade",
+    "Tempest",
+    "Falcon",
+    "Horizon",
+    "Juniper",
+    "Monsoon",
+    "Orion",
+    "Sandstone",
+    "Vanguard",
+    "Zephyr",
+];
+
 pub(super) const FACTS: &[Fact] = &[
     Fact {
         statement: "{who} was born in {value} but never spoke about it.",
@@ -407,6 +514,286 @@ pub(super) const FACTS: &[Fact] = &[
         value: Of::List(CITIES),
         what: &[],
     },
+    Fact {
+        statement: "The access number for the {what} is {value}.",
+        question: "What is the access number for the {what}?",
+        opening: "The access number for the {what} is ",
+        value: Of::Number(4, 7),
+        what: PLACES,
+    },
+    Fact {
+        statement: "The budget of project {what} was fixed at {value} dollars.",
+        question: "At how many dollars was the budget of project {what} fixed?",
+        opening: "The budget of project {what} is ",
+        value: Of::Number(4, 7),
+        what: PROJECTS,
+    },
+    Fact {
+        statement: "Project {what} has the internal code {value}.",
+        question: "Which internal code does project {what} have?",
+        opening: "Project {what} has the internal code",
+        value: Of::Code,
+        what: PROJECTS,
+    },
+    Fact {
+        statement: "The director of project {what} is {value}.",
+        question: "Who is the director of project {what}?",
+        opening: "The director of project {what} is",
+        value: Of::Person,
+        what: PROJECTS,
+    },
+    Fact {
+        statement: "{who} earned a living as a {value} before the war.",
+        question: "What did {who} do for a living before the war?",
+        opening: "{who} worked as a",
+        value: Of::List(TRADES),
+        what: &[],
+    },
+    Fact {
+        statement: "{who} plays {value} on Sunday mornings.",
+        question: "Which sport does {who} play on Sunday mornings?",
+        opening: "On Sunday mornings {who} plays",
+        value: Of::List(SPORTS),
+        what: &[],
+    },
+    Fact {
+        statement: "In front of the {what} stands a single {value}.",
+        question: "Which tree stands in front of the {what}?",
+        opening: "In front of the {what} stands a",
+        value: Of::List(TREES),
+        what: PLACES,
+    },
+    Fact {
+        statement: "To everyone's surprise {who} speaks fluent {value}.",
+        question: "Which language does {who} speak fluently?",
+        opening: "{who} speaks fluent",
+        value: Of::List(LANGUAGES),
+        what: &[],
+    },
+    Fact {
+        statement: "{who} never goes out without a {value}.",
+        question: "Without what does {who} never go out?",
+        opening: "{who} never goes out without a",
+        value: Of::List(CLOTHES),
+        what: &[],
+    },
+    Fact {
+        statement: "The distance to the {what} is {value} metres.",
+        question: "How many metres is it to the {what}?",
+        opening: "The distance to the {what} is ",
+        value: Of::Number(3, 5),
+        what: PLACES,
+    },
+    Fact {
+        statement: "The {what} was built by {value}.",
+        question: "Who built the {what}?",
+        opening: "The {what} was built by",
+        value: Of::Person,
+        what: PLACES,
+    },
+    Fact {
+        statement: "The combination for the safe in the {what} is {value}.",
+        question: "What is the combination for the safe in the {what}?",
+        opening: "The combination is ",
+        value: Of::Number(4, 8),
+        what: PLACES,
+    },
+    Fact {
+        statement: "The favourite drink of {who} is {value}.",
+        question: "What is the favourite drink of {who}?",
+        opening: "The favourite drink of {who} is",
+        value: Of::List(DRINKS),
+        what: &[],
+    },
+    Fact {
+        statement: "The best friend of {who} is {value}.",
+        question: "Who is the best friend of {who}?",
+        opening: "The best friend of {who} is",
+        value: Of::Person,
+        what: &[],
+    },
+    Fact {
+        statement: "{who} lives on the corner of {value} Street.",
+        question: "On which street does {who} live?",
+        opening: "{who} lives on the corner of",
+        value: Of::Invented,
+        what: &[],
+    },
+    Fact {
+        statement: "The meeting with {who} begins at {value}.",
+        question: "When does the meeting with {who} begin?",
+        opening: "The meeting with {who} begins at ",
+        value: Of::Time,
+        what: &[],
+    },
+    Fact {
+        statement: "The deadline for the {what} is {value}.",
+        question: "What is the deadline for the {what}?",
+        opening: "The deadline for the {what} is",
+        value: Of::Date,
+        what: PAPERS,
+    },
+    Fact {
+        statement: "{who} owns a {what} made entirely of {value}.",
+        question: "What is the {what} that {who} owns made of?",
+        opening: "It is made entirely of",
+        value: Of::List(METALS),
+        what: CLOTHES,
+    },
+    Fact {
+        statement: "The population of {what} was then {value}.",
+        question: "What was the population of {what} then?",
+        opening: "The population of {what} was ",
+        value: Of::Number(4, 6),
+        what: CITIES,
+    },
+    Fact {
+        statement: "The winner of the prize in {what} was {value}.",
+        question: "Who won the prize in {what}?",
+        opening: "The prize in {what} was won by",
+        value: Of::Person,
+        what: CITIES,
+    },
+    Fact {
+        statement: "The ship in the harbour of {what} is called the {value}.",
+        question: "What is the ship in the harbour of {what} called?",
+        opening: "The ship is called the",
+        value: Of::Invented,
+        what: CITIES,
+    },
+    Fact {
+        statement: "The best thing to buy in {what} is {value}.",
+        question: "What is the best thing to buy in {what}?",
+        opening: "The best thing to buy in {what} is",
+        value: Of::List(FRUITS),
+        what: CITIES,
+    },
+    Fact {
+        statement: "{who}'s membership number is {value}.",
+        question: "What is {who}'s membership number?",
+        opening: "{who}'s membership number is ",
+        value: Of::Number(4, 9),
+        what: &[],
+    },
+    Fact {
+        statement: "Note that the ticket for {what} costs {value} marks.",
+        question: "How many marks does the ticket for {what} cost?",
+        opening: "The ticket for {what} costs ",
+        value: Of::Number(2, 4),
+        what: CITIES,
+    },
+    Fact {
+        statement: "The train from {what} arrives at {value}.",
+        question: "When does the train from {what} arrive?",
+        opening: "The train from {what} arrives at ",
+        value: Of::Time,
+        what: CITIES,
+    },
+    Fact {
+        statement: "{who} was seen in the {value} on the night in question.",
+        question: "Where was {who} seen on the night in question?",
+        opening: "{who} was seen in the",
+        value: Of::List(ROOMS),
+        what: &[],
+    },
+    Fact {
+        statement: "The {value} is the bird on the banner of the {what}.",
+        question: "Which bird is on the banner of the {what}?",
+        opening: "The bird on the banner of the {what} is the",
+        value: Of::List(BIRDS),
+        what: GROUPS,
+    },
+    Fact {
+        statement: "{who} wrote a book about {value}.",
+        question: "What did {who} write a book about?",
+        opening: "{who} wrote a book about",
+        value: Of::List(SUBJECTS),
+        what: &[],
+    },
+    Fact {
+        statement: "The invoice number of the {what} is {value}.",
+        question: "What is the invoice number of the {what}?",
+        opening: "The invoice number of the {what} is ",
+        value: Of::Number(5, 8),
+        what: MACHINES,
+    },
+    Fact {
+        statement: "One code for the {what} was noted: the code for the {what} is {value}.",
+        question: "What is the code for the {what}?",
+        opening: "The code for the {what} is ",
+        value: Of::Number(5, 8),
+        what: MACHINES,
+    },
+    Fact {
+        statement: "The {what} has exactly {value} members.",
+        question: "How many members does the {what} have?",
+        opening: "The number of members is ",
+        value: Of::Number(2, 4),
+        what: GROUPS,
+    },
+    Fact {
+        statement: "The password for the {what} is {value}. Remember it, because {value} is the only password for the {what}.",
+        question: "What is the password for the {what}?",
+        opening: "The password for the {what} is",
+        value: Of::Invented,
+        what: PLACES,
+    },
+    Fact {
+        statement: "{who} keeps {value} coins in a jar.",
+        question: "How many coins does {who} keep in a jar?",
+        opening: "The number of coins in the jar is ",
+        value: Of::Number(3, 5),
+        what: &[],
+    },
+    Fact {
+        statement: "The middle name of {who} is {value}.",
+        question: "What is the middle name of {who}?",
+        opening: "The middle name of {who} is",
+        value: Of::Invented,
+        what: &[],
+    },
+    Fact {
+        statement: "{who} is afraid of the {value}.",
+        question: "Which bird is {who} afraid of?",
+        opening: "{who} is afraid of the",
+        value: Of::List(BIRDS),
+        what: &[],
+    },
+    Fact {
+        statement: "The opposite of the {what} in the plan is marked {value}.",
+        question: "What is marked opposite the {what} in the plan?",
+        opening: "Opposite the {what} is marked",
+        value: Of::Code,
+        what: PLACES,
+    },
+    Fact {
+        statement: "{who} has a brother who is a {value}.",
+        question: "What is the trade of {who}'s brother?",
+        opening: "The brother of {who} is a",
+        value: Of::List(TRADES),
+        what: &[],
+    },
+    Fact {
+        statement: "At the end of the tour {who} bought a {value}.",
+        question: "What did {who} buy at the end of the tour?",
+        opening: "At the end of the tour {who} bought a",
+        value: Of::List(CLOTHES),
+        what: &[],
+    },
+    Fact {
+        statement: "The licence plate of {who} is {value}.",
+        question: "What is the licence plate of {who}?",
+        opening: "The licence plate of {who} is",
+        value: Of::Code,
+        what: &[],
+    },
+    Fact {
+        statement: "The {what} weighs {value} kilograms.",
+        question: "How many kilograms does the {what} weigh?",
+        opening: "The weight of the {what} is ",
+        value: Of::Number(2, 5),
+        what: MACHINES,
+    },
 ];
 
 /// What a user of a chat mentions.
@@ -460,6 +847,90 @@ pub(super) const MENTIONS: &[Fact] = &[
         value: Of::Person,
         what: SUBJECTS,
     },
+    Fact {
+        statement: "I almost forgot to say that {who}'s phone number is {value}.",
+        question: "What is {who}'s phone number?",
+        opening: "{who}'s phone number is ",
+        value: Of::Number(6, 9),
+        what: &[],
+    },
+    Fact {
+        statement: "My hotel in {what} is the {value}.",
+        question: "What is my hotel in {what} called?",
+        opening: "Your hotel in {what} is the",
+        value: Of::Invented,
+        what: CITIES,
+    },
+    Fact {
+        statement: "You should know that {who} is allergic to {value}.",
+        question: "What is {who} allergic to?",
+        opening: "{who} is allergic to",
+        value: Of::List(FRUITS),
+        what: &[],
+    },
+    Fact {
+        statement: "We parked in front of the {value}.",
+        question: "Where did we park?",
+        opening: "You parked in front of the",
+        value: Of::List(PLACES),
+        what: &[],
+    },
+    Fact {
+        statement: "The wifi password at the {what} is {value}.",
+        question: "Which wifi password did I tell you for the {what}?",
+        opening: "The wifi password at the {what} is",
+        value: Of::Code,
+        what: PLACES,
+    },
+    Fact {
+        statement: "My son {who} wants to become a {value}.",
+        question: "What does my son {who} want to become?",
+        opening: "Your son {who} wants to become a",
+        value: Of::List(TRADES),
+        what: &[],
+    },
+    Fact {
+        statement: "I have signed up for {value} lessons, by the way.",
+        question: "What lessons have I signed up for?",
+        opening: "You have signed up for",
+        value: Of::List(SPORTS),
+        what: &[],
+    },
+    Fact {
+        statement: "My boss {who} gave me until {value}.",
+        question: "Until when did my boss {who} give me time?",
+        opening: "{who} gave you until",
+        value: Of::Date,
+        what: &[],
+    },
+    Fact {
+        statement: "The seat that I booked to {what} is number {value}.",
+        question: "What is the number of the seat that I booked to {what}?",
+        opening: "Your seat to {what} is number ",
+        value: Of::Number(2, 3),
+        what: CITIES,
+    },
+    Fact {
+        statement: "I am learning {value} with {who}.",
+        question: "Which language am I learning with {who}?",
+        opening: "You are learning",
+        value: Of::List(LANGUAGES),
+        what: &[],
+    },
+    Fact {
+        statement: "The repair of my {what} cost {value} euros.",
+        question: "How many euros did the repair of my {what} cost?",
+        opening: "The repair of your {what} cost ",
+        value: Of::Number(2, 4),
+        what: MACHINES,
+    },
+    Fact {
+        statement: "My favourite tree is the {value}.",
+        question: "What is my favourite tree?",
+        opening: "Your favourite tree is the",
+        value: Of::List(TREES),
+        what: &[],
+    },
 ];
 
 /// Fillers that are repeated, and what is hidden in them.
@@ -472,6 +943,10 @@ pub(super) const FILLERS: &[&str] = &[
      one by one.",
     "Waves roll in and out again. The boats lie at anchor. Gulls cry above the pier. The tide \
      will turn soon.",
+    "Rain falls on the fields. The road winds on. Lights glow in the valley. We walk along. Then \
+     we rest a while.",
+    "This line has no meaning. Neither does this one. Read on and on. There is nothing to see. \
+     Carry on.",
 ];
 
 pub(super) const HIDDEN: &[Fact] = &[
@@ -501,6 +976,48 @@ pub(super) const HIDDEN: &[Fact] = &[
         question: "Which digit string appears in the lines above?",
         opening: "The digit string is ",
         value: Of::Number(8, 12),
+        what: &[],
+    },
+    Fact {
+        statement: "The secret access code is {value}. Do not lose it: {value} is the secret access code.",
+        question: "What is the secret access code?",
+        opening: "The secret access code is ",
+        value: Of::Number(4, 7),
+        what: &[],
+    },
+    Fact {
+        statement: "The hidden key is {value}. Memorise it. {value} is the hidden key.",
+        question: "What is the hidden key?",
+        opening: "The hidden key is ",
+        value: Of::Number(5, 6),
+        what: &[],
+    },
+    Fact {
+        statement: "The number to remember is {value}. Again, the number to remember is {value}.",
+        question: "Which number had to be remembered?",
+        opening: "The number to remember is ",
+        value: Of::Number(5, 10),
+        what: &[],
+    },
+    Fact {
+        statement: "The name of the winner is {value}.",
+        question: "What is the name of the winner?",
+        opening: "The name of the winner is",
+        value: Of::Person,
+        what: &[],
+    },
+    Fact {
+        statement: "The treasure lies in {value}.",
+        question: "Where does the treasure lie?",
+        opening: "The treasure lies in",
+        value: Of::List(CITIES),
+        what: &[],
+    },
+    Fact {
+        statement: "The long code is {value}. Keep it safe: {value} is the long code.",
+        question: "What is the long code?",
+        opening: "The long code is ",
+        value: Of::Number(9, 11),
         what: &[],
     },
 ];
@@ -539,6 +1056,8 @@ pub(super) const INTRODUCTIONS: &[&str] = &[
     "The text that follows may contain details that matter.",
     "",
     "Document:",
+    "Some information that will be needed later is somewhere in here. Try to keep it in mind.",
+    "I am going to give you a long text with a few questions at the end.",
 ];
 
 pub(super) const TABLE_INTRODUCTIONS: &[&str] = &[
@@ -585,9 +1104,9 @@ pub(super) fn templates() -> impl Iterator<Item = &'static str> {
 
 /// Every list of words.
 #[cfg(test)]
-pub(super) fn lists() -> [&'static [&'static str]; 14] {
+pub(super) fn lists() -> [&'static [&'static str]; 21] {
     [
-        FIRST, FAMILY, ROLES, CITIES, ROOMS, METALS, SUBJECTS, BIRDS, DRINKS, FRUITS, MACHINES,
-        PAPERS, GROUPS, TABLE_KEYS,
+        TRADES, SPORTS, TREES, LANGUAGES, CLOTHES, PLACES, PROJECTS, FIRST, FAMILY, ROLES, CITIES,
+        ROOMS, METALS, SUBJECTS, BIRDS, DRINKS, FRUITS, MACHINES, PAPERS, GROUPS, TABLE_KEYS,
     ]
 }

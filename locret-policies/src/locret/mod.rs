@@ -4,7 +4,7 @@ mod heads;
 mod weights;
 
 pub use heads::RetainingHeads;
-pub use weights::{HeadDtype, HeadWeights, LayerHead};
+pub use weights::{HeadAdvice, HeadDtype, HeadWeights, LayerHead};
 
 use locret_core::{
     Budget, Error, Evict, LayerUnits, ModelSpec, Needs, Positions, Result, Scorer, Scores, Step,

@@ -2,19 +2,16 @@
 
 use crate::error::{PolicyError, Result};
 use half::{bf16, f16};
-use locret_core::ModelSpec;
+use locret_core::{ModelSpec, Positions};
 use memmap2::Mmap;
 use pytorch_reader::{DType as TorchType, PytorchReader};
-use safetensors::{
-    Dtype, SafeTensors,
-    tensor::{View, serialize_to_file},
-};
+use safetensors::{Dtype, SafeTensors};
 use serde::{Deserialize, Serialize};
 use std::{
     borrow::Cow,
-    collections::{BTreeMap, BTreeSet, HashMap},
+    collections::{BTreeMap, BTreeSet},
     fs::File,
-    io::Read,
+    io::{BufWriter, Read, Write},
     path::{Path, PathBuf},
 };
 
@@ -29,6 +26,25 @@ pub struct HeadWeights {
     /// Free text that a safetensors file carries: where the heads come from.
     pub metadata: BTreeMap<String, String>,
 }
+
+/// How heads are best used, as their file says: settings that won on texts put aside when they were
+/// trained. A file of the authors' says nothing, and so leaves their procedure as it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct HeadAdvice {
+    /// Over how many neighbouring units scores are max-pooled for selection (odd).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pool: Option<usize>,
+    /// First units of the text that stay.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sinks: Option<usize>,
+    /// Which positions attention uses.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub positions: Option<Positions>,
+}
+
+/// The key of [`HeadAdvice`] in the metadata.
+const ADVICE: &str = "advice";
 
 /// One layer's retaining head, `score = fc2 · silu(fc1 · [q; k; v])`.
 #[derive(Debug, Clone, PartialEq, Default)]
@@ -162,6 +178,26 @@ impl HeadWeights {
         Ok(())
     }
 
+    /// What [`metadata`](Self::metadata) says about the use of these heads, under `advice`.
+    ///
+    /// # Errors
+    /// [`PolicyError::Config`] for an entry that is not the JSON of [`HeadAdvice`].
+    pub fn advice(&self) -> Result<HeadAdvice> {
+        match self.metadata.get(ADVICE) {
+            Some(text) => serde_json::from_str(text)
+                .map_err(|e| PolicyError::Config(format!("the advice of these heads: {e}"))),
+            None => Ok(HeadAdvice::default()),
+        }
+    }
+
+    /// Puts advice into [`metadata`](Self::metadata).
+    pub fn advise(&mut self, advice: &HeadAdvice) {
+        // A struct of numbers and names always has a JSON form.
+        if let Ok(text) = serde_json::to_string(advice) {
+            self.metadata.insert(ADVICE.into(), text);
+        }
+    }
+
     /// Writes a safetensors file, with [`metadata`](Self::metadata). The file appears whole or not
     /// at all: it is written beside its place and renamed.
     ///
@@ -199,14 +235,49 @@ impl HeadWeights {
         #[cfg(unix)]
         builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
         let file = builder.tempfile_in(folder).map_err(PolicyError::io(path))?;
-        let metadata: HashMap<String, String> = self.metadata.clone().into_iter().collect();
-        serialize_to_file(tensors, Some(metadata), file.path())
-            .map_err(|e| PolicyError::file(path, e))?;
-        let written = File::open(file.path()).map_err(PolicyError::io(path))?;
-        written.sync_all().map_err(PolicyError::io(path))?;
+        let header = self.header(&tensors);
+        let mut out = BufWriter::new(file.as_file());
+        let mut write = || {
+            out.write_all(&(header.len() as u64).to_le_bytes())?;
+            out.write_all(header.as_bytes())?;
+            for (_, tensor) in &tensors {
+                out.write_all(&tensor.data)?;
+            }
+            out.flush()
+        };
+        write().map_err(PolicyError::io(path))?;
+        drop(out);
+        file.as_file().sync_all().map_err(PolicyError::io(path))?;
         file.persist(path)
             .map_err(|e| PolicyError::io(path)(e.error))?;
         Ok(())
+    }
+
+    /// The header of a safetensors file. The library that reads them keeps metadata in no order;
+    /// here equal heads make equal files.
+    fn header(&self, tensors: &[(String, Encoded)]) -> String {
+        let mut entries = serde_json::Map::new();
+        if !self.metadata.is_empty() {
+            entries.insert("__metadata__".into(), serde_json::json!(self.metadata));
+        }
+        let mut end = 0;
+        for (name, tensor) in tensors {
+            let start = end;
+            end += tensor.data.len();
+            let dtype = match tensor.dtype {
+                HeadDtype::F32 => "F32",
+                HeadDtype::F16 => "F16",
+                HeadDtype::Bf16 => "BF16",
+            };
+            let entry = serde_json::json!({
+                "dtype": dtype, "shape": tensor.shape, "data_offsets": [start, end],
+            });
+            entries.insert(name.clone(), entry);
+        }
+        let mut header = serde_json::Value::Object(entries).to_string();
+        // Data begin at a multiple of eight bytes.
+        header.push_str(&" ".repeat(header.len().next_multiple_of(8) - header.len()));
+        header
     }
 
     /// Weights over all layers.
@@ -474,26 +545,4 @@ struct Encoded {
     dtype: HeadDtype,
     shape: Vec<usize>,
     data: Vec<u8>,
-}
-
-impl View for Encoded {
-    fn dtype(&self) -> Dtype {
-        match self.dtype {
-            HeadDtype::F32 => Dtype::F32,
-            HeadDtype::F16 => Dtype::F16,
-            HeadDtype::Bf16 => Dtype::BF16,
-        }
-    }
-
-    fn shape(&self) -> &[usize] {
-        &self.shape
-    }
-
-    fn data(&self) -> Cow<'_, [u8]> {
-        Cow::Borrowed(&self.data)
-    }
-
-    fn data_len(&self) -> usize {
-        self.data.len()
-    }
 }

@@ -32,17 +32,6 @@ pub enum LabelKind {
     Mass,
 }
 
-/// Which tokens' attention counts.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Watched {
-    /// The answer's, as the authors do.
-    #[default]
-    Answer,
-    /// The query's and the answer's.
-    QueryAndAnswer,
-}
-
 /// How labels are collected.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
@@ -54,12 +43,13 @@ pub struct CollectConfig {
     /// Adds the logarithm of the norm of a unit's value to its label: attention to a value of
     /// small norm changes little.
     pub value_norm: bool,
-    /// Whose attention counts.
-    pub watched: Watched,
+    /// How many of a query's last tokens count beside the answer's. The authors count none, so that
+    /// the token that predicts the first one of an answer, the last of the query, has no say.
+    pub query_tokens: usize,
     /// How inputs are kept on disk.
     pub inputs: InputDtype,
-    /// At most about this many tokens of a training sample go to disk, in random stretches of
-    /// [`span`](Self::span); 0 for all. Validation samples are kept whole.
+    /// At most about this many tokens of a training sample go to disk: its beginning, and random
+    /// stretches of [`span`](Self::span); 0 for all. Validation samples are kept whole.
     pub max_rows: usize,
     /// Tokens of a stretch.
     pub span: usize,
@@ -75,7 +65,7 @@ impl Default for CollectConfig {
             chunk: 512,
             label: LabelKind::MaxLogit,
             value_norm: false,
-            watched: Watched::Answer,
+            query_tokens: 0,
             inputs: InputDtype::Q8,
             max_rows: 0,
             span: 512,
@@ -97,6 +87,9 @@ pub struct CollectProgress {
     /// Of so many.
     pub of_tokens: usize,
 }
+
+/// Tokens of the stretch at the beginning of a long text.
+const BEGINNING: usize = 64;
 
 /// Reads samples through the model and writes inputs and labels to `folder`, one file for each.
 /// `None` if `progress` stopped it.
@@ -203,12 +196,14 @@ impl CollectConfig {
         if self.max_rows == 0 || tokens <= self.max_rows || split == Split::Validation {
             return std::iter::once(0..tokens).collect();
         }
-        let all = (0..tokens).step_by(self.span);
+        // The beginning is always there: what stands first is like nothing else in a text.
+        let first = BEGINNING.min(self.max_rows).min(tokens);
+        let all = (first..tokens).step_by(self.span);
         let mut all: Vec<_> = all.map(|s| s..(s + self.span).min(tokens)).collect();
         let seed = self.seed ^ ((index as u64 + 1) << 20);
         all.shuffle(&mut ChaCha8Rng::seed_from_u64(seed));
-        let mut left = self.max_rows;
-        let mut kept = Vec::new();
+        let mut left = self.max_rows - first;
+        let mut kept = vec![0..first];
         for span in all {
             let rows = span.len().min(left);
             if rows == 0 {
@@ -259,18 +254,18 @@ fn label(
     });
     for answer in &sample.answers {
         let mut fork = cache.fork()?;
-        if config.watched == Watched::Answer {
-            fork.set_policy(plain.clone())?;
-        } else {
-            fork.set_policy(watcher.clone())?;
-        }
-        feed(model, &mut fork, &answer.query, config.chunk)?;
+        let tokens = config.query_tokens.min(answer.query.len());
+        let (unseen, watched) = answer.query.split_at(answer.query.len() - tokens);
+        fork.set_policy(plain.clone())?;
+        feed(model, &mut fork, unseen, config.chunk)?;
         fork.set_policy(watcher.clone())?;
-        feed(model, &mut fork, &answer.answer, config.chunk)?;
-        let tokens = match config.watched {
-            Watched::Answer => answer.answer.len(),
-            Watched::QueryAndAnswer => answer.query.len() + answer.answer.len(),
-        };
+        feed(
+            model,
+            &mut fork,
+            &[watched, &answer.answer].concat(),
+            config.chunk,
+        )?;
+        let tokens = tokens + answer.answer.len();
         for layer in &mut lock(&sink).layers {
             layer.close(config.label, tokens);
         }
@@ -503,16 +498,17 @@ mod tests {
     #[test]
     fn long_samples_are_cut_to_stretches() {
         let config = CollectConfig {
-            max_rows: 25,
+            max_rows: 89,
             span: 10,
             ..CollectConfig::default()
         };
-        let spans = config.spans(95, Split::Train, 4);
-        assert_eq!(spans.iter().map(|s| s.len()).sum::<usize>(), 25);
+        let spans = config.spans(159, Split::Train, 4);
+        assert_eq!(spans.iter().map(|s| s.len()).sum::<usize>(), 89);
+        assert_eq!(spans[0], 0..BEGINNING);
         assert!(spans.windows(2).all(|w| w[0].end <= w[1].start));
-        assert_eq!(spans, config.spans(95, Split::Train, 4));
-        assert_ne!(spans, config.spans(95, Split::Train, 5));
-        assert_eq!(config.spans(95, Split::Validation, 4), [0..95]);
-        assert_eq!(config.spans(25, Split::Train, 4), [0..25]);
+        assert_eq!(spans, config.spans(159, Split::Train, 4));
+        assert_ne!(spans, config.spans(159, Split::Train, 5));
+        assert_eq!(config.spans(159, Split::Validation, 4), [0..159]);
+        assert_eq!(config.spans(89, Split::Train, 4), [0..89]);
     }
 }

@@ -34,7 +34,7 @@ mod metrics;
 mod sample;
 mod shards;
 
-pub use collect::{CollectConfig, CollectProgress, LabelKind, Watched, collect};
+pub use collect::{CollectConfig, CollectProgress, LabelKind, collect};
 pub use fit::{LayerReport, TrainConfig, TrainProgress, Trained, epochs_within, train};
 pub use head::{HeadTrainer, Loss, StepLoss, Target};
 pub use metrics::{Metrics, RECALL_AT, pearson, recall_at};
