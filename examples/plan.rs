@@ -94,15 +94,5 @@ fn from_files(model: &str) -> Result<Shape> {
         Error::Usage(format!("{e}\npresets are {presets}"))
     })?;
     let config = ModelFiles::open(&path)?.config()?;
-    Ok(Shape {
-        name: model.to_owned(),
-        layers: config.layers,
-        heads: config.heads,
-        kv_heads: config.kv_heads,
-        head_dim: config.head_dim,
-        hidden: config.hidden,
-        intermediate: config.intermediate,
-        vocab: config.vocab,
-        tied: config.tied_embeddings,
-    })
+    Ok(Shape::of(model, &config))
 }

@@ -2,6 +2,7 @@
 
 use crate::{Error, Result, report};
 use locret_core::{Budget, KvDtype, LayerSpec, Prefill, QuantLayout, Quantization};
+use locret_models::ModelConfig;
 use locret_policies::{Method, PolicyConfig};
 
 /// A model's dimensions.
@@ -63,7 +64,22 @@ impl Shape {
         })
     }
 
-    fn layer(&self) -> LayerSpec {
+    /// The dimensions of a model's files.
+    pub fn of(name: impl Into<String>, config: &ModelConfig) -> Self {
+        Self {
+            name: name.into(),
+            layers: config.layers,
+            heads: config.heads,
+            kv_heads: config.kv_heads,
+            head_dim: config.head_dim,
+            hidden: config.hidden,
+            intermediate: config.intermediate,
+            vocab: config.vocab,
+            tied: config.tied_embeddings,
+        }
+    }
+
+    pub(crate) fn layer(&self) -> LayerSpec {
         LayerSpec {
             index: 0,
             layers: self.layers,

@@ -210,18 +210,7 @@ fn a_plan_is_what_a_run_takes() {
         ..ModelArgs::default()
     };
     let runtime = args.load().unwrap();
-    let config = &runtime.loaded.config;
-    let shape = Shape {
-        name: "tiny".into(),
-        layers: config.layers,
-        heads: config.heads,
-        kv_heads: config.kv_heads,
-        head_dim: config.head_dim,
-        hidden: config.hidden,
-        intermediate: config.intermediate,
-        vocab: config.vocab,
-        tied: config.tied_embeddings,
-    };
+    let shape = Shape::of("tiny", &runtime.loaded.config);
     let bounded = |method| PolicyConfig::new(method).budget(Budget::Units(40));
     let ids: Vec<u32> = (0..150).map(|i| i % 150).collect();
     for policy in [

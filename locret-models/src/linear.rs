@@ -3,7 +3,6 @@
 
 use crate::{Encoding, Loader, ModelError, Result, WeightDtype};
 use burn::tensor::{DType, FloatDType, Int, Tensor};
-use half::{bf16, f16};
 use locret_core::{
     from_f32, ids_tensor, into_f32,
     kernels::linear::{Format, Weight, matmul_fused},
@@ -52,34 +51,18 @@ fn host_weight(
                 // Scales that are not finite are found and named.
                 source.tensor_rows_f32(name, start..(start + band).min(rows))?;
             }
-            (format, source.raw_rows(name, 0..rows)?.into_owned())
+            let bytes = source.raw_rows(name, 0..rows)?.into_owned();
+            source.release_rows(name, 0..rows);
+            (format, bytes)
         }
         None => {
-            let resident = match encoding {
-                Some(encoding) => loader.dtype().resident(encoding),
-                None => DType::F32,
+            let (dtype, bytes) = loader.bytes(name, &[rows, columns])?;
+            let format = match dtype {
+                DType::F16 => Format::F16,
+                DType::BF16 => Format::Bf16,
+                _ => Format::F32,
             };
-            let values = loader.values(name, &[rows, columns])?;
-            match resident {
-                DType::F16 => {
-                    let half: Vec<f16> = values.iter().map(|x| f16::from_f32(*x)).collect();
-                    if let Some(at) = half.iter().position(|x| !x.is_finite()) {
-                        return Err(ModelError::NotFinite {
-                            path: source.path().to_path_buf(),
-                            tensor: name.to_owned(),
-                            row: at / columns.max(1),
-                            value: values[at],
-                            dtype: "f16",
-                        });
-                    }
-                    (Format::F16, bytemuck::cast_slice(&half).to_vec())
-                }
-                DType::BF16 => {
-                    let half: Vec<bf16> = values.iter().map(|x| bf16::from_f32(*x)).collect();
-                    (Format::Bf16, bytemuck::cast_slice(&half).to_vec())
-                }
-                _ => (Format::F32, bytemuck::cast_slice(&values).to_vec()),
-            }
+            (format, bytes)
         }
     };
     Weight::new(format, rows, columns, bytes)

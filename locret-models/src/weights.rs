@@ -105,6 +105,8 @@ trait Resident: Copy + Default + Send + Sync + 'static {
     fn value(self) -> f32;
     fn from_f32(x: f32) -> Self;
     fn is_finite(self) -> bool;
+    /// To little-endian bytes, as many as the type has.
+    fn put(self, out: &mut [u8]);
 }
 
 impl Resident for f32 {
@@ -121,6 +123,9 @@ impl Resident for f32 {
     }
     fn is_finite(self) -> bool {
         self.is_finite()
+    }
+    fn put(self, out: &mut [u8]) {
+        out.copy_from_slice(&self.to_le_bytes());
     }
 }
 
@@ -139,6 +144,9 @@ impl Resident for f16 {
     fn is_finite(self) -> bool {
         self.is_finite()
     }
+    fn put(self, out: &mut [u8]) {
+        out.copy_from_slice(&self.to_le_bytes());
+    }
 }
 
 impl Resident for bf16 {
@@ -155,6 +163,9 @@ impl Resident for bf16 {
     }
     fn is_finite(self) -> bool {
         self.is_finite()
+    }
+    fn put(self, out: &mut [u8]) {
+        out.copy_from_slice(&self.to_le_bytes());
     }
 }
 
@@ -222,8 +233,47 @@ impl dyn Weights + '_ {
         Ok(Tensor::from_data(data, (device, dtype)))
     }
 
-    /// Converts rows, band by band, each band by all threads.
+    /// A tensor's little-endian bytes in the type that `dtype` says, and that type. Memory holds
+    /// them once, beside what is being converted.
+    fn resident_bytes(&self, name: &str, dtype: WeightDtype) -> Result<(DType, Vec<u8>)> {
+        let info = self.expect(name)?;
+        let rows = 0..info.rows();
+        let dtype = dtype.resident(info.encoding);
+        let bytes = match dtype {
+            DType::F16 => self.convert_bytes::<f16>(name, rows),
+            DType::BF16 => self.convert_bytes::<bf16>(name, rows),
+            _ => self.convert_bytes::<f32>(name, rows),
+        };
+        Ok((dtype, bytes?))
+    }
+
     fn convert<T: Resident>(&self, name: &str, rows: Range<usize>) -> Result<Vec<T>> {
+        self.convert_with(name, rows, T::NAME, 1, decode_finite::<T>)
+    }
+
+    fn convert_bytes<T: Resident>(&self, name: &str, rows: Range<usize>) -> Result<Vec<u8>> {
+        let size = size_of::<T>();
+        self.convert_with(name, rows, T::NAME, size, |encoding, bytes, out| {
+            let mut values = vec![T::default(); out.len() / size];
+            decode_finite(encoding, bytes, &mut values)?;
+            for (value, out) in values.into_iter().zip(out.chunks_exact_mut(size)) {
+                value.put(out);
+            }
+            Ok(())
+        })
+    }
+
+    /// Converts rows, band by band, each band by all threads: `decode` writes the values of some
+    /// blocks, `per_value` elements for each, or gives the index and the value of one that `dtype`
+    /// cannot hold.
+    fn convert_with<E: Clone + Default + Send>(
+        &self,
+        name: &str,
+        rows: Range<usize>,
+        dtype: &'static str,
+        per_value: usize,
+        decode: impl Fn(Encoding, &[u8], &mut [E]) -> Result<(), (usize, f32)> + Sync,
+    ) -> Result<Vec<E>> {
         let info = self.expect(name)?;
         if rows.start > rows.end || rows.end > info.rows() {
             return Err(ModelError::format(
@@ -239,24 +289,23 @@ impl dyn Weights + '_ {
         }
         let band = (BAND_VALUES / cols).max(1);
         let piece = (PIECE_VALUES / cols).max(1);
-        let mut out = vec![T::default(); rows.len() * cols];
-        for (i, out) in out.chunks_mut(band * cols).enumerate() {
+        let width = cols * per_value;
+        let mut out = vec![E::default(); rows.len() * width];
+        for (i, out) in out.chunks_mut(band * width).enumerate() {
             let start = rows.start + i * band;
-            let end = start + out.len() / cols;
+            let end = start + out.len() / width;
             let bytes = self.raw_rows(name, start..end)?;
             let row_bytes = bytes.len() / (end - start);
-            out.par_chunks_mut(piece * cols)
+            out.par_chunks_mut(piece * width)
                 .zip(bytes.par_chunks(piece * row_bytes))
                 .enumerate()
                 .try_for_each(|(j, (out, bytes))| {
-                    decode_finite(encoding, bytes, out).map_err(|(at, value)| {
-                        ModelError::NotFinite {
-                            path: self.path().to_path_buf(),
-                            tensor: name.to_owned(),
-                            row: start + j * piece + at / cols,
-                            value,
-                            dtype: T::NAME,
-                        }
+                    decode(encoding, bytes, out).map_err(|(at, value)| ModelError::NotFinite {
+                        path: self.path().to_path_buf(),
+                        tensor: name.to_owned(),
+                        row: start + j * piece + at / cols,
+                        value,
+                        dtype,
                     })
                 })?;
             drop(bytes);
@@ -420,6 +469,18 @@ impl<'a> Loader<'a> {
         }
     }
 
+    /// Little-endian bytes of a tensor of shape `expected` in the loader's type, and that type:
+    /// for weights that stay in host memory.
+    ///
+    /// Memory holds them once, beside a few MiB that are being converted.
+    ///
+    /// # Errors
+    /// [`ModelError::MissingTensors`]; [`ModelError::Shape`]; [`ModelError::NotFinite`].
+    pub fn bytes(&self, name: &str, expected: &[usize]) -> Result<(DType, Vec<u8>)> {
+        self.check(name, expected)?;
+        self.weights.resident_bytes(name, self.dtype)
+    }
+
     /// The names that nothing has asked for.
     pub fn unused(&self) -> Vec<String> {
         let used = self.used.lock().unwrap_or_else(PoisonError::into_inner);
@@ -564,6 +625,57 @@ mod tests {
             weights.load("large", [2], WeightDtype::F16, &device),
             Err(ModelError::NotFinite { row: 0, value, .. }) if value == 1e6
         ));
+    }
+
+    #[test]
+    fn bytes_are_those_of_the_values() {
+        // More than one band again.
+        let (rows, cols) = (6000, 1501);
+        let values: Vec<f32> = (0..rows * cols).map(|i| (i % 509) as f32 - 8.25).collect();
+        let half: Vec<u8> = (values.iter())
+            .flat_map(|x| bf16::from_f32(*x).to_le_bytes())
+            .collect();
+        let memory = memory(&[
+            ("f32", &[rows, cols], Encoding::F32, f32s(&values)),
+            ("bf16", &[rows, cols], Encoding::BF16, half.clone()),
+            (
+                "nan",
+                &[2, 2],
+                Encoding::F32,
+                f32s(&[0.0, 0.0, 0.0, f32::NAN]),
+            ),
+        ]);
+        let device = Device::flex();
+        let load =
+            |name, dtype, shape: &[usize]| Loader::new(&memory, dtype, &device).bytes(name, shape);
+        let shape = [rows, cols];
+        let (dtype, bytes) = load("f32", WeightDtype::File, &shape).unwrap();
+        assert!(dtype == DType::F32 && bytes == f32s(&values));
+        for (name, wanted) in [
+            ("f32", WeightDtype::BF16),
+            ("bf16", WeightDtype::BF16),
+            ("bf16", WeightDtype::File),
+        ] {
+            let (dtype, bytes) = load(name, wanted, &shape).unwrap();
+            assert!(
+                dtype == DType::BF16 && bytes == half,
+                "{name} as {wanted:?}"
+            );
+        }
+        let (dtype, bytes) = load("bf16", WeightDtype::F16, &shape).unwrap();
+        let found = bytes.chunks_exact(2).map(|b| f16::from_bytes(b).to_f32());
+        let exact = values.iter().map(|x| bf16::from_f32(*x).to_f32());
+        assert!(dtype == DType::F16 && found.eq(exact));
+        assert!(matches!(
+            load("f32", WeightDtype::File, &[cols, rows]),
+            Err(ModelError::Shape { .. })
+        ));
+        for dtype in [WeightDtype::F32, WeightDtype::BF16] {
+            assert!(matches!(
+                load("nan", dtype, &[2, 2]),
+                Err(ModelError::NotFinite { tensor, row: 1, .. }) if tensor == "nan"
+            ));
+        }
     }
 
     #[test]

@@ -1,0 +1,289 @@
+//! Models of published dimensions whose weights are drawn by lot: for time and memory at sizes
+//! whose weights are not at hand.
+
+use crate::{Result, plan::Shape};
+use burn::tensor::Device;
+use locret_core::{LongRopeSwitch, ModelSpec, RopeConfig, RopeScaling};
+use locret_models::{
+    Decoder, DecoderConfig, Encoding, Layout, LoadOptions, Loader, TensorInfo, WeightDtype, Weights,
+};
+use locret_policies::{HeadWeights, LayerHead, RetainingHeads};
+use std::{borrow::Cow, collections::BTreeMap, ops::Range, path::Path};
+
+/// The standard deviation that the published models were initialised with.
+const DEVIATION: f32 = 0.02;
+
+/// Weights that are made when they are read: `bf16`, uniform around 0, the gains of norms 1.
+#[derive(Debug)]
+pub struct RandomWeights {
+    tensors: BTreeMap<String, TensorInfo>,
+    seed: u64,
+}
+
+impl RandomWeights {
+    /// Weights for a model of `shape`.
+    pub fn new(shape: &Shape, seed: u64) -> Self {
+        let (hidden, inner) = (shape.hidden, shape.intermediate);
+        let output = shape.heads * shape.head_dim;
+        let kv = shape.kv_heads * shape.head_dim;
+        let mut tensors = BTreeMap::new();
+        let mut add = |name: String, shape: &[usize]| {
+            let info = TensorInfo {
+                shape: shape.to_vec(),
+                encoding: Encoding::BF16,
+            };
+            tensors.insert(name, info);
+        };
+        add("model.embed_tokens.weight".into(), &[shape.vocab, hidden]);
+        add("model.norm.weight".into(), &[hidden]);
+        if !shape.tied {
+            add("lm_head.weight".into(), &[shape.vocab, hidden]);
+        }
+        for layer in 0..shape.layers {
+            let mut own = |name: &str, shape: &[usize]| {
+                add(format!("model.layers.{layer}.{name}.weight"), shape);
+            };
+            own("input_layernorm", &[hidden]);
+            own("post_attention_layernorm", &[hidden]);
+            own("self_attn.o_proj", &[hidden, output]);
+            own("mlp.down_proj", &[hidden, inner]);
+            match layout(shape) {
+                Layout::Separate => {
+                    own("self_attn.q_proj", &[output, hidden]);
+                    own("self_attn.k_proj", &[kv, hidden]);
+                    own("self_attn.v_proj", &[kv, hidden]);
+                    own("mlp.gate_proj", &[inner, hidden]);
+                    own("mlp.up_proj", &[inner, hidden]);
+                }
+                Layout::Fused => {
+                    own("self_attn.qkv_proj", &[output + 2 * kv, hidden]);
+                    own("mlp.gate_up_proj", &[2 * inner, hidden]);
+                }
+            }
+        }
+        Self { tensors, seed }
+    }
+}
+
+impl Weights for RandomWeights {
+    fn path(&self) -> &Path {
+        Path::new("random weights")
+    }
+
+    fn names(&self) -> Vec<&str> {
+        self.tensors.keys().map(String::as_str).collect()
+    }
+
+    fn info(&self, name: &str) -> Option<&TensorInfo> {
+        self.tensors.get(name)
+    }
+
+    fn raw_rows(&self, name: &str, rows: Range<usize>) -> locret_models::Result<Cow<'_, [u8]>> {
+        let info = self.tensors.get(name).filter(|i| rows.end <= i.rows());
+        let info = info.ok_or_else(|| locret_models::ModelError::MissingTensors {
+            path: self.path().to_path_buf(),
+            names: vec![name.to_owned()],
+        })?;
+        if info.shape.len() == 1 {
+            return Ok([0x80, 0x3f].repeat(info.cols()).into());
+        }
+        let seed = name.bytes().fold(self.seed, |s, b| mix(s ^ u64::from(b)));
+        let range = rows.start * info.cols()..rows.end * info.cols();
+        let values = range.map(|i| DEVIATION * centred(seed, i));
+        // The upper half of single precision is bf16, rounded towards zero.
+        Ok(values
+            .flat_map(|x| ((x.to_bits() >> 16) as u16).to_le_bytes())
+            .collect())
+    }
+}
+
+/// Bytes of weights in the type that they are held in.
+pub fn resident_bytes(weights: &dyn Weights, dtype: WeightDtype) -> usize {
+    let infos = weights.names().into_iter().filter_map(|n| weights.info(n));
+    infos
+        .map(|i| i.rows() * i.cols() * dtype.resident(i.encoding).size())
+        .sum()
+}
+
+/// A model of `shape` with [`RandomWeights`] (or others of that shape).
+///
+/// # Errors
+/// [`Error::Model`](crate::Error::Model) for an impossible shape.
+pub fn decoder(
+    shape: &Shape,
+    weights: &dyn Weights,
+    options: &LoadOptions,
+    device: &Device,
+) -> Result<Decoder> {
+    let mut spec = spec(shape);
+    if let RopeScaling::LongRope { switch, .. } = &mut spec.rope.scaling
+        && options.always_long
+    {
+        *switch = LongRopeSwitch::AlwaysLong;
+    }
+    let config = DecoderConfig {
+        spec,
+        intermediate: shape.intermediate,
+        norm_epsilon: 1e-5,
+        tied: shape.tied,
+        layout: layout(shape),
+    };
+    let loader = Loader::new(weights, options.weights, device);
+    let decoder = Decoder::load(&config, &loader, options.kernels)?;
+    loader.finish()?;
+    Ok(decoder)
+}
+
+fn layout(shape: &Shape) -> Layout {
+    if shape.name.starts_with("phi-3") {
+        Layout::Fused
+    } else {
+        Layout::Separate
+    }
+}
+
+/// Rotary settings as the models of that name have them; LongRoPE's factors, which are lists of
+/// numbers in a model's files, are a smooth curve instead.
+fn spec(shape: &Shape) -> ModelSpec {
+    let half = shape.head_dim / 2;
+    let (theta, scaling) = match shape.name.as_str() {
+        name if name.starts_with("llama-3") => (
+            500_000.0,
+            RopeScaling::Llama3 {
+                factor: if name.starts_with("llama-3.2") {
+                    32.0
+                } else {
+                    8.0
+                },
+                low_freq_factor: 1.0,
+                high_freq_factor: 4.0,
+                original_max: 8192,
+            },
+        ),
+        name if name.starts_with("phi-3") => (
+            10_000.0,
+            RopeScaling::LongRope {
+                short: vec![1.0; half],
+                long: (0..half)
+                    .map(|i| 64f64.powf(i as f64 / half as f64))
+                    .collect(),
+                original_max: 4096,
+                attention_factor: (1.0 + 32f64.ln() / 4096f64.ln()).sqrt(),
+                switch: Default::default(),
+            },
+        ),
+        _ => (10_000.0, RopeScaling::None),
+    };
+    ModelSpec {
+        layers: shape.layers,
+        heads: shape.heads,
+        kv_heads: shape.kv_heads,
+        head_dim: shape.head_dim,
+        hidden: shape.hidden,
+        vocab: shape.vocab,
+        softmax_scale: (shape.head_dim as f32).sqrt().recip(),
+        max_positions: Some(131_072),
+        rope: RopeConfig {
+            theta,
+            rotary_dim: shape.head_dim,
+            scaling,
+        },
+    }
+}
+
+/// Locret's heads of width `d_r` with random weights for a model of `spec`.
+///
+/// # Errors
+/// [`Error::Policy`](crate::Error::Policy) for a width of 0.
+pub fn heads(spec: &ModelSpec, d_r: usize, seed: u64, device: &Device) -> Result<RetainingHeads> {
+    let inputs = spec.layer(0).qkv_features();
+    let list = |layer: usize, part: u64, n: usize, width: usize| -> Vec<f32> {
+        let seed = mix(seed ^ mix(2 * layer as u64 + part));
+        let scale = (width as f32).sqrt().recip();
+        (0..n).map(|i| scale * centred(seed, i)).collect()
+    };
+    let layer = |l| LayerHead {
+        d_r,
+        fc1: list(l, 0, d_r * inputs, inputs),
+        fc2: list(l, 1, spec.kv_heads * d_r, d_r),
+    };
+    let weights = HeadWeights {
+        layers: (0..spec.layers).map(layer).collect(),
+        metadata: BTreeMap::new(),
+    };
+    Ok(RetainingHeads::new(&weights, spec, device)?)
+}
+
+/// Tokens of a text that never repeats itself.
+pub fn tokens(n: usize, vocab: usize, seed: u64) -> Vec<u32> {
+    (0..n)
+        .map(|i| (mix(seed ^ mix(i as u64)) % vocab.max(1) as u64) as u32)
+        .collect()
+}
+
+/// A number by lot, uniform, of mean 0 and deviation 1.
+fn centred(seed: u64, i: usize) -> f32 {
+    let uniform = (mix(seed.wrapping_add(i as u64)) >> 40) as f32 / (1u64 << 24) as f32;
+    (uniform - 0.5) * 12f32.sqrt()
+}
+
+/// A bijection of 64 bits in which every input bit changes about half of the output's.
+fn mix(x: u64) -> u64 {
+    let x = (x ^ (x >> 32)).wrapping_mul(0xd6e8_feb8_6659_fd93);
+    let x = (x ^ (x >> 32)).wrapping_mul(0xd6e8_feb8_6659_fd93);
+    x ^ (x >> 32)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use locret_core::CausalLm;
+
+    #[test]
+    fn every_preset_has_the_weights_that_its_decoder_asks_for() {
+        for name in Shape::PRESETS {
+            let mut shape = Shape::preset(name).unwrap();
+            // Small, with the proportions of heads and the layout kept.
+            (shape.layers, shape.hidden, shape.intermediate) = (2, 48, 64);
+            (shape.head_dim, shape.vocab) = (8, 96);
+            let weights = RandomWeights::new(&shape, 1);
+            let device = Device::default();
+            let options = LoadOptions {
+                weights: WeightDtype::BF16,
+                always_long: true,
+                ..LoadOptions::default()
+            };
+            let model = decoder(&shape, &weights, &options, &device).unwrap();
+            assert_eq!(model.spec().heads, shape.heads, "{name}");
+            let phi = name.starts_with("phi-3");
+            assert_eq!(model.spec().rope.is_long(1), phi, "{name}");
+            let bytes = resident_bytes(&weights, WeightDtype::BF16);
+            assert_eq!(bytes, 2 * shape.parameters(), "{name}");
+            assert_eq!(resident_bytes(&weights, WeightDtype::F32), 2 * bytes);
+            heads(model.spec(), 8, 1, &device).unwrap();
+        }
+    }
+
+    #[test]
+    fn numbers_are_drawn_alike_however_they_are_read() {
+        let mut shape = Shape::preset("llama-3.1-8b").unwrap();
+        (shape.layers, shape.hidden, shape.vocab) = (1, 512, 2000);
+        let weights = RandomWeights::new(&shape, 7);
+        let name = "model.embed_tokens.weight";
+        let view: &dyn Weights = &weights;
+        let all = view.tensor_f32(name).unwrap();
+        let part = view.tensor_rows_f32(name, 100..102).unwrap();
+        assert_eq!(part, all[100 * 512..102 * 512]);
+        let n = all.len() as f32;
+        let mean = all.iter().sum::<f32>() / n;
+        let deviation = (all.iter().map(|x| x * x).sum::<f32>() / n).sqrt();
+        assert!(mean.abs() < 2e-4, "{mean}");
+        assert!((deviation / DEVIATION - 1.0).abs() < 0.02, "{deviation}");
+        assert_eq!(view.tensor_f32("model.norm.weight").unwrap(), [1.0; 512]);
+        assert!(weights.raw_rows("lm_head", 0..1).is_err());
+        assert!(weights.raw_rows(name, 0..2001).is_err());
+        let ids = tokens(5000, 2000, 3);
+        assert!(ids.iter().all(|id| *id < 2000));
+        assert_ne!(ids[..100], tokens(5000, 2000, 4)[..100]);
+    }
+}
