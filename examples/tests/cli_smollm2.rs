@@ -250,3 +250,67 @@ fn a_plan_is_within_five_percent_of_what_is_measured() {
         }
     }
 }
+
+/// `plan` against what a run takes: weights, keys and values.
+#[test]
+fn a_plan_is_within_a_twentieth_of_what_is_measured() {
+    use locret_core::{Budget, CacheOptions, Generate, KvDtype, Prefill, Quantization, Session};
+    use locret_examples::{
+        plan::{Request, Shape},
+        random::resident_bytes,
+    };
+    use locret_models::WeightDtype;
+    use locret_policies::{Method, PolicyConfig};
+
+    let near = |what: &str, planned: usize, measured: usize| {
+        let off = planned as f64 / measured as f64 - 1.0;
+        assert!(off.abs() <= 0.05, "{what}: {planned} for {measured}");
+    };
+    let runtime = ModelArgs::default().load().unwrap();
+    let model = runtime.model();
+    let weights = runtime.loaded.files.weights().unwrap();
+    let held = resident_bytes(&*weights, WeightDtype::F32);
+    let text = "The keeper wrote down the wind, the ships and the hour. ".repeat(40);
+    let ids = &runtime.encode(&text).unwrap()[..400];
+    let bounded = |method| PolicyConfig::new(method).budget(Budget::Units(128));
+    let mut integers = bounded(Method::Window);
+    integers.quantize = Some(Quantization::bits(4));
+    for (policy, store) in [
+        (PolicyConfig::new(Method::Full), KvDtype::F32),
+        (bounded(Method::KeyDiff), KvDtype::Bf16),
+        (bounded(Method::SirLlm), KvDtype::F16),
+        (integers, KvDtype::F32),
+    ] {
+        let prefill = Prefill {
+            chunk: 64,
+            local: 32,
+        };
+        let request = Request {
+            shape: Shape::of("smollm2", &runtime.loaded.config),
+            context: ids.len(),
+            max_new: 4,
+            policy,
+            prefill,
+            store,
+            weight_bytes: 4,
+            heads: (0, 0),
+        };
+        let plan = request.plan().unwrap();
+        let built = (request.policy.build(model.spec(), model.device())).unwrap();
+        let options = CacheOptions {
+            dtype: store,
+            ..CacheOptions::default()
+        };
+        let mut session = Session::with_options(model.clone(), built, options).unwrap();
+        session.prefill(ids, &prefill).unwrap();
+        let made = session.generate(Generate::greedy(4)).unwrap();
+        assert_eq!(made.filter(|t| t.is_ok()).count(), 4);
+        let report = session.report();
+        let name = request.policy.policy.to_string();
+        near(&name, plan.kv_prefill, report.prefill_peak.bytes);
+        near(&name, plan.kv_decode, report.kv_bytes);
+        let full = report.full_bytes / 4 * store.bytes();
+        near(&name, plan.kv_full, full);
+        near(&name, plan.weights, held);
+    }
+}

@@ -7,6 +7,8 @@ use std::{
     path::{Path, PathBuf},
 };
 
+#[path = "../long_shapes.rs"]
+mod long_shapes;
 #[path = "../plan.rs"]
 mod plan;
 #[path = "../trace.rs"]
@@ -288,4 +290,27 @@ fn heads_of_another_model_are_refused() {
     let flags = format!("--policy locret --budget 16 --heads {}", file.display());
     let error = run(dir.path(), &ids(30), &flags).unwrap_err();
     assert!(error.contains("heads.safetensors"), "{error}");
+}
+
+#[test]
+fn published_dimensions_take_what_is_planned() {
+    let run = |flags: &str| {
+        let all = ["long_shapes"].into_iter().chain(flags.split_whitespace());
+        let args = long_shapes::Args::try_parse_from(all).map_err(|e| e.to_string())?;
+        long_shapes::run(&args).map_err(|e| e.chain())
+    };
+    let preset = "--model smollm2-135m --vocab 256 --weights bf16 --kv bf16 --chunk 32 --local 8";
+    for policy in [
+        "--policy locret --budget 64 --d-r 16",
+        "--policy window --budget 40",
+        "--policy full",
+    ] {
+        // The run itself compares its bytes with the plan's.
+        let flags = format!("{preset} {policy} --tokens 400");
+        assert_eq!(run(&flags), Ok(()), "{policy}");
+    }
+    assert_eq!(run(&format!("--model {}", model())), Ok(()));
+    let wrong = format!("{preset} --tokens 10 --policy locret --budget 8 --d-r 0");
+    assert!(run(&wrong).is_err());
+    assert!(run("--model /none").unwrap_err().contains("/none"));
 }

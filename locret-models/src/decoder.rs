@@ -4,7 +4,7 @@
 //! on host memory, and Burn operations for every other device. They are tested against each other.
 
 use crate::{
-    Loader, ModelError, Result,
+    Loader, Result,
     linear::{Embedding, Linear},
 };
 use burn::tensor::{Device, Tensor, activation::silu};
@@ -244,14 +244,6 @@ impl Decoder {
     }
 }
 
-/// An adapter's error on its way through the engine; one of the engine's own comes back as it was.
-fn core_error(error: ModelError) -> CoreError {
-    match error {
-        ModelError::Core(error) => error,
-        other => CoreError::Model(Box::new(other)),
-    }
-}
-
 impl CausalLm for Decoder {
     fn spec(&self) -> &ModelSpec {
         &self.spec
@@ -262,17 +254,16 @@ impl CausalLm for Decoder {
     }
 
     fn hidden(&self, ids: &[u32], cache: &mut SequenceCache) -> locret_core::Result<Tensor<2>> {
-        let hidden = if self.host {
-            self.hidden_host(ids, cache)
+        Ok(if self.host {
+            self.hidden_host(ids, cache)?
         } else {
-            self.hidden_tensor(ids, cache)
-        };
-        hidden.map_err(core_error)
+            self.hidden_tensor(ids, cache)?
+        })
     }
 
     fn logits(&self, hidden: Tensor<2>) -> locret_core::Result<Tensor<2>> {
         let head = self.head.as_ref().or(self.embedding.head());
         let head = head.ok_or_else(|| CoreError::Model("a decoder without a head".into()))?;
-        head.tensor(hidden).map_err(core_error)
+        Ok(head.tensor(hidden)?)
     }
 }

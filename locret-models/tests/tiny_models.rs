@@ -8,8 +8,8 @@ use common::{Everything, KeepAll};
 use locret_core::{
     CacheOptions, Generate, Kernels, Phase, Prefill, SequenceCache, Session, into_f32,
 };
-use locret_models::{LoadOptions, LoadedModel, load_model};
-use std::{path::Path, sync::Arc};
+use locret_models::{LoadOptions, LoadedModel, ModelError, WeightDtype, load_model};
+use std::{fs, path::Path, sync::Arc};
 
 const TOLERANCE: f32 = 1e-4;
 
@@ -127,4 +127,85 @@ fn an_unknown_family_is_refused() {
     )
     .unwrap_err();
     assert!(error.to_string().contains("qwen2"), "{error}");
+}
+
+/// Loads a folder in every way; all of them have to fail alike.
+fn refused(folder: &Path, check: impl Fn(&ModelError) -> bool) {
+    for kernels in [Kernels::Auto, Kernels::Operations] {
+        for weights in [WeightDtype::F32, WeightDtype::BF16, WeightDtype::File] {
+            let options = LoadOptions {
+                weights,
+                kernels,
+                ..LoadOptions::default()
+            };
+            let error = load_model(folder, &options, &Device::flex()).unwrap_err();
+            assert!(check(&error), "{weights:?}, {kernels:?}: {error}");
+        }
+    }
+}
+
+#[test]
+fn weights_that_are_not_numbers_are_named() {
+    let folder = Everything::read("llama31").folder_with("config.json");
+    let path = folder.path().join("model.safetensors");
+    let whole = fs::read(&path).unwrap();
+    let header = u64::from_le_bytes(whole[..8].try_into().unwrap()) as usize;
+    let table: serde_json::Value = serde_json::from_slice(&whole[8..8 + header]).unwrap();
+    for name in [
+        "model.embed_tokens.weight",
+        "model.layers.1.self_attn.k_proj.weight",
+        "model.layers.2.mlp.down_proj.weight",
+        "model.layers.0.input_layernorm.weight",
+        "lm_head.weight",
+    ] {
+        let start = table[name]["data_offsets"][0].as_u64().unwrap() as usize;
+        for value in [f32::NAN, f32::NEG_INFINITY] {
+            let mut bad = whole.clone();
+            let at = 8 + header + start + 4;
+            bad[at..at + 4].copy_from_slice(&value.to_le_bytes());
+            fs::write(&path, bad).unwrap();
+            refused(
+                folder.path(),
+                |error| matches!(error, ModelError::NotFinite { tensor, row: 0, .. } if tensor == name),
+            );
+        }
+    }
+}
+
+#[test]
+fn missing_and_unknown_weights_are_named() {
+    let folder = Everything::read("llama31").folder_with("config.json");
+    let path = folder.path().join("config.json");
+    let config: serde_json::Value = common::json(&path);
+    let with = |key: &str, value: u64| {
+        let mut config = config.clone();
+        assert!(config[key].is_u64(), "{key}");
+        config[key] = value.into();
+        fs::write(&path, config.to_string()).unwrap();
+    };
+    with("num_hidden_layers", 4);
+    refused(folder.path(), |error| {
+        matches!(error, ModelError::MissingTensors { names, .. }
+            if names[0].starts_with("model.layers.3."))
+    });
+    with("num_hidden_layers", 2);
+    refused(folder.path(), |error| {
+        matches!(error, ModelError::UnusedTensors { names, .. }
+            if names.len() == 9 && names.iter().all(|n| n.starts_with("model.layers.2.")))
+    });
+    with("intermediate_size", 40);
+    refused(
+        folder.path(),
+        |error| matches!(error, ModelError::Shape { tensor, .. } if tensor.contains("mlp.")),
+    );
+    with("num_attention_heads", 0);
+    refused(
+        folder.path(),
+        |error| matches!(error, ModelError::Config { what, .. } if what == "number of heads"),
+    );
+    with("num_key_value_heads", 3);
+    refused(
+        folder.path(),
+        |error| matches!(error, ModelError::Config { what, .. } if what == "number of KV heads"),
+    );
 }

@@ -411,3 +411,49 @@ fn shards_and_folders_are_read() {
         Err(PolicyError::File { .. })
     ));
 }
+
+#[test]
+fn heads_in_a_whole_bf16_checkpoint_of_shards() {
+    let folder = tempfile::tempdir().unwrap();
+    let spec = spec(2, 1, 1, 1);
+    let write = |layer: usize, odd: &str| {
+        let header = format!(
+            "{{{},{},\"model.layers.{layer}.self_attn.q_proj.weight\":{{\"dtype\":\"BF16\",\
+             \"shape\":[1,2],\"data_offsets\":[16,20]}},\"model.embed_tokens.weight\":\
+             {{\"dtype\":\"BF16\",\"shape\":[2],\"data_offsets\":[20,24]}}}}",
+            head_entry(layer, "fc1", "BF16", "[2,3]", 0, 12),
+            head_entry(layer, odd, "BF16", "[1,2]", 12, 16),
+        );
+        let mut bytes = with_header(&header, 24);
+        // 1.5 in every place.
+        let data = bytes.len() - 24;
+        for value in bytes[data..].chunks_exact_mut(2) {
+            value.copy_from_slice(&[0xc0, 0x3f]);
+        }
+        let file = folder.path().join(format!("model-{layer}.safetensors"));
+        std::fs::write(file, bytes).unwrap();
+    };
+    write(0, "fc2");
+    write(1, "fc2");
+    let index = r#"{"weight_map":{"a":"model-0.safetensors","b":"model-1.safetensors"}}"#;
+    std::fs::write(folder.path().join("model.safetensors.index.json"), index).unwrap();
+    let heads = HeadWeights::load(folder.path(), &spec).unwrap();
+    assert_eq!(heads.layers.len(), 2);
+    for layer in &heads.layers {
+        assert_eq!(
+            (&layer.fc1[..], &layer.fc2[..]),
+            (&[1.5; 6][..], &[1.5; 2][..])
+        );
+    }
+    // A head that is named otherwise is unknown; without it, one is missing.
+    write(1, "fc3");
+    match HeadWeights::load(folder.path(), &spec) {
+        Err(PolicyError::MissingKeys { keys, .. }) => {
+            assert_eq!(keys, ["model.layers.1.self_attn.fc2.weight"]);
+        }
+        Err(PolicyError::UnknownKeys { keys, .. }) => {
+            assert_eq!(keys, ["model.layers.1.self_attn.fc3.weight"]);
+        }
+        other => panic!("{other:?}"),
+    }
+}
