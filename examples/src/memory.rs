@@ -97,14 +97,19 @@ mod tests {
     #[cfg(target_os = "linux")]
     #[test]
     fn a_block_of_memory_is_seen() {
+        // So much that what other tests allocate and free beside it does not matter.
+        const BYTES: usize = 256 << 20;
         let before = Memory::now().unwrap();
         let watch = Watch::start();
-        let block = vec![1u8; 64 << 20];
+        let block = std::hint::black_box(vec![1u8; BYTES]);
         let during = Memory::now().unwrap();
-        assert!(during.anonymous >= before.anonymous + (block.len() / 2));
+        thread::sleep(Duration::from_millis(50));
         drop(block);
         let most = watch.stop();
-        assert!(most >= before.anonymous && most < usize::MAX);
-        assert!(Memory::now().unwrap().peak >= during.resident);
+        assert!(during.anonymous >= before.anonymous + BYTES / 2);
+        assert!(during.resident >= during.anonymous);
+        assert!(most >= before.anonymous + BYTES / 2, "{most}");
+        // The system counts in batches, so that its figures are some pages apart.
+        assert!(Memory::now().unwrap().peak >= during.resident - (4 << 20));
     }
 }
