@@ -97,11 +97,20 @@ impl Weights for RandomWeights {
     }
 }
 
-/// Bytes of weights in the type that they are held in.
+/// Bytes of weights in the type that they are held in on the CPU.
 pub fn resident_bytes(weights: &dyn Weights, dtype: WeightDtype) -> usize {
     let infos = weights.names().into_iter().filter_map(|n| weights.info(n));
     infos
-        .map(|i| i.rows() * i.cols() * dtype.resident(i.encoding).size())
+        .map(|info| {
+            let (values, encoding) = (info.rows() * info.cols(), info.encoding);
+            match (dtype, encoding) {
+                // These stay as they are in the file.
+                (WeightDtype::File, Encoding::Q8_0 | Encoding::Q4_0 | Encoding::Q4_1) => {
+                    values / encoding.block_len() * encoding.block_bytes()
+                }
+                _ => values * dtype.resident(encoding).size(),
+            }
+        })
         .sum()
 }
 
