@@ -5,6 +5,9 @@
 //! cargo run --release --example train_heads -- --data my.jsonl --epochs 8 --out heads.safetensors
 //! ```
 //!
+//! The defaults are the recipe of the heads that this repository ships (`examples/assets`). The
+//! published one is `--query-tokens 0 --pool-labels 1 --sinks 0 --advise-pool 1 --advise-sinks 0`.
+//!
 //! First the model reads every text once and says what its answers look at; then one small network
 //! after the other learns to predict that. A run that was interrupted, at any moment, goes on where
 //! it was if it is started again with the same flags.
@@ -49,7 +52,7 @@ pub struct Args {
     #[arg(long, value_name = "DIR")]
     pub workdir: Option<PathBuf>,
     /// Built-in texts to make
-    #[arg(long, value_name = "N", default_value_t = 110)]
+    #[arg(long, value_name = "N", default_value_t = 140)]
     pub samples: usize,
     /// Width of a head, d_R
     #[arg(long, value_name = "N", default_value_t = 256)]
@@ -73,7 +76,7 @@ pub struct Args {
     #[arg(long, value_name = "N", default_value_t = 10_240)]
     pub max_tokens: usize,
     /// Tokens of a text that are trained on; 0 for all
-    #[arg(long, value_name = "N", default_value_t = 1024)]
+    #[arg(long, value_name = "N", default_value_t = 832)]
     pub max_rows: usize,
     /// Locret-Q: put the last N tokens of each query before its text
     #[arg(long, value_name = "N", default_value_t = 0)]
@@ -85,16 +88,16 @@ pub struct Args {
     #[arg(long)]
     pub value_norm: bool,
     /// Labels from the last N tokens of each query, too, not from its answer alone
-    #[arg(long, value_name = "N", default_value_t = 0)]
+    #[arg(long, value_name = "N", default_value_t = 16)]
     pub query_tokens: usize,
     /// Bring labels of each head and text to one scale
     #[arg(long)]
     pub standardise: bool,
     /// A label becomes the largest of N around it
-    #[arg(long, value_name = "N", default_value_t = 1)]
+    #[arg(long, value_name = "N", default_value_t = 3)]
     pub pool_labels: usize,
     /// The first N units of a text are fitted to its highest label
-    #[arg(long, value_name = "N", default_value_t = 0)]
+    #[arg(long, value_name = "N", default_value_t = 4)]
     pub sinks: usize,
     /// Weight of the smoothing loss, summed over layers
     #[arg(long, value_name = "X", default_value_t = 0.0025)]
