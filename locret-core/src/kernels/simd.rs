@@ -11,6 +11,8 @@ use std::sync::OnceLock;
 pub(super) trait Simd: Copy + Send + Sync + 'static {
     /// A vector of [`Self::LANES`] numbers.
     type V: Copy;
+    /// 32 bytes.
+    type Bytes: Copy;
     /// Numbers in a vector: 4, 8 or 16.
     const LANES: usize;
 
@@ -88,6 +90,28 @@ pub(super) trait Simd: Copy + Send + Sync + 'static {
     /// # Safety
     /// `p` must be valid for reading that many.
     unsafe fn load_nibbles(self, p: *const u8) -> (Self::V, Self::V);
+    /// Reads 32 bytes.
+    ///
+    /// # Safety
+    /// `p` must be valid for reading that many.
+    unsafe fn load_bytes(self, p: *const u8) -> Self::Bytes;
+    /// Reads 16 bytes: their low four bits and then their high four bits, a byte each.
+    ///
+    /// # Safety
+    /// `p` must be valid for reading 16 bytes.
+    unsafe fn load_halves(self, p: *const u8) -> Self::Bytes;
+    /// `n` heads of blocks, `stride` bytes apart, at most [`Self::LANES`]` / 2`: two IEEE
+    /// half-precision numbers each, the second one read as 0 unless `pairs`. Other lanes are 0.
+    ///
+    /// # Safety
+    /// `p` must be valid for reading four bytes at each of the first `n` multiples of `stride`.
+    unsafe fn load_heads(self, p: *const u8, stride: usize, n: usize, pairs: bool) -> Self::V;
+    /// All lanes lane `lane` of `a`.
+    fn splat_lane(self, a: Self::V, lane: usize) -> Self::V;
+    /// A vector whose lanes add up to `a · b` in whole numbers, `a` below 16 and `b` signed.
+    fn dot_halves(self, a: Self::Bytes, b: Self::Bytes) -> Self::V;
+    /// A vector whose lanes add up to `a · b` in whole numbers, both signed, `b` above -128.
+    fn dot_bytes(self, a: Self::Bytes, b: Self::Bytes) -> Self::V;
 }
 
 /// The first [`Simd::LANES`] numbers of `x`.
@@ -106,7 +130,8 @@ pub(super) fn store<S: Simd>(s: S, x: &mut [f32], a: S::V) {
     unsafe { s.store(x.as_mut_ptr(), a) }
 }
 
-const MAGIC: f32 = 12_582_912.0; // 1.5 * 2^23: adding it rounds to a whole number
+/// 1.5 * 2^23: adding it rounds to a whole number.
+pub(super) const MAGIC: f32 = 12_582_912.0;
 
 /// `2^x` for `x` in `[-0.5, 0.5]`: minimax polynomial of degree 6, exact at 0, relative error
 /// 2e-9 before rounding.
@@ -247,6 +272,7 @@ fn map2(a: F32x4, b: F32x4, f: impl Fn(f32, f32) -> f32) -> F32x4 {
 
 impl Simd for Portable {
     type V = F32x4;
+    type Bytes = [u8; 32];
     const LANES: usize = 4;
 
     #[inline(always)]
@@ -371,6 +397,53 @@ impl Simd for Portable {
             F32x4(bytes.map(|b| f32::from(b >> 4))),
         )
     }
+    #[inline(always)]
+    unsafe fn load_bytes(self, p: *const u8) -> [u8; 32] {
+        // SAFETY: the caller promises as many readable bytes.
+        unsafe { p.cast::<[u8; 32]>().read() }
+    }
+    #[inline(always)]
+    unsafe fn load_halves(self, p: *const u8) -> [u8; 32] {
+        // SAFETY: the caller promises as many readable bytes.
+        let bytes = unsafe { p.cast::<[u8; 16]>().read() };
+        let (mut out, (low, high)) = ([0; 32], (bytes.map(|b| b & 15), bytes.map(|b| b >> 4)));
+        out[..16].copy_from_slice(&low);
+        out[16..].copy_from_slice(&high);
+        out
+    }
+    #[inline(always)]
+    unsafe fn load_heads(self, p: *const u8, stride: usize, n: usize, pairs: bool) -> F32x4 {
+        let at = |i: usize| match i < n {
+            // SAFETY: the caller promises four readable bytes there.
+            true => unsafe { p.add(i * stride).cast::<[u8; 4]>().read() },
+            false => [0; 4],
+        };
+        let ([a, b, c, d], [e, f, g, h]) = (at(0), at(1));
+        let halves = [[a, b], [c, d], [e, f], [g, h]].map(u16::from_le_bytes);
+        let mut out = halves.map(f16_bits_to_f32);
+        if !pairs {
+            (out[1], out[3]) = (0.0, 0.0);
+        }
+        F32x4(out)
+    }
+    #[inline(always)]
+    fn splat_lane(self, a: F32x4, lane: usize) -> F32x4 {
+        F32x4([a.0[lane]; 4])
+    }
+    #[inline(always)]
+    fn dot_halves(self, a: [u8; 32], b: [u8; 32]) -> F32x4 {
+        self.dot_bytes(a, b)
+    }
+    #[inline(always)]
+    fn dot_bytes(self, a: [u8; 32], b: [u8; 32]) -> F32x4 {
+        F32x4(std::array::from_fn(|lane| {
+            let (a, b) = (&a[8 * lane..8 * lane + 8], &b[8 * lane..8 * lane + 8]);
+            let products = a.iter().zip(b);
+            let products =
+                products.map(|(a, b)| i32::from(a.cast_signed()) * i32::from(b.cast_signed()));
+            products.sum::<i32>() as f32
+        }))
+    }
 }
 
 /// IEEE half to single precision without branches: the exponent is rebased by one multiplication,
@@ -479,8 +552,43 @@ pub(super) mod x86 {
         }
     }
 
+    /// Sixteen bytes: their low four bits and then their high four bits.
+    ///
+    /// # Safety
+    /// The processor must have AVX2, and `p` be valid for reading 16 bytes.
+    #[inline(always)]
+    unsafe fn halves(p: *const u8) -> __m256i {
+        // SAFETY: promised by the caller.
+        unsafe {
+            let low = _mm_loadu_si128(p.cast());
+            let both = _mm256_set_m128i(_mm_srli_epi16::<4>(low), low);
+            _mm256_and_si256(both, _mm256_set1_epi8(15))
+        }
+    }
+
+    /// Sums of four products of `a` without and `b` with a sign, no two of which exceed 16 bits.
+    ///
+    /// # Safety
+    /// The processor must have AVX2.
+    #[inline(always)]
+    unsafe fn dot_unsigned(a: __m256i, b: __m256i) -> __m256i {
+        // SAFETY: promised by the caller.
+        unsafe { _mm256_madd_epi16(_mm256_maddubs_epi16(a, b), _mm256_set1_epi16(1)) }
+    }
+
+    /// Sums of four products of signed bytes, those of `b` above -128.
+    ///
+    /// # Safety
+    /// The processor must have AVX2.
+    #[inline(always)]
+    unsafe fn dot_signed(a: __m256i, b: __m256i) -> __m256i {
+        // SAFETY: promised by the caller. |a| is at most 128, which fits without a sign.
+        unsafe { dot_unsigned(_mm256_abs_epi8(a), _mm256_sign_epi8(b, a)) }
+    }
+
     impl Simd for Avx2 {
         type V = __m256;
+        type Bytes = __m256i;
         const LANES: usize = 8;
 
         #[inline(always)]
@@ -615,10 +723,43 @@ pub(super) mod x86 {
                 )
             })
         }
+        #[inline(always)]
+        unsafe fn load_bytes(self, p: *const u8) -> __m256i {
+            memory!(_mm256_loadu_si256(p.cast()))
+        }
+        #[inline(always)]
+        unsafe fn load_halves(self, p: *const u8) -> __m256i {
+            memory!(halves(p))
+        }
+        #[inline(always)]
+        unsafe fn load_heads(self, p: *const u8, stride: usize, n: usize, pairs: bool) -> __m256 {
+            memory!({
+                let at = |i: usize| match i < n {
+                    true => p.add(i * stride).cast::<i32>().read_unaligned(),
+                    false => 0,
+                };
+                let heads = _mm_set_epi32(at(3), at(2), at(1), at(0));
+                let mask = if pairs { -1 } else { 0xffff };
+                _mm256_cvtph_ps(_mm_and_si128(heads, _mm_set1_epi32(mask)))
+            })
+        }
+        #[inline(always)]
+        fn splat_lane(self, a: __m256, lane: usize) -> __m256 {
+            intrinsic!(_mm256_permutevar8x32_ps(a, _mm256_set1_epi32(lane as i32)))
+        }
+        #[inline(always)]
+        fn dot_halves(self, a: __m256i, b: __m256i) -> __m256 {
+            intrinsic!(_mm256_cvtepi32_ps(dot_unsigned(a, b)))
+        }
+        #[inline(always)]
+        fn dot_bytes(self, a: __m256i, b: __m256i) -> __m256 {
+            intrinsic!(_mm256_cvtepi32_ps(dot_signed(a, b)))
+        }
     }
 
     impl Simd for Avx512 {
         type V = __m512;
+        type Bytes = __m256i;
         const LANES: usize = 16;
 
         #[inline(always)]
@@ -762,6 +903,41 @@ pub(super) mod x86 {
                 )
             })
         }
+        #[inline(always)]
+        unsafe fn load_bytes(self, p: *const u8) -> __m256i {
+            memory!(_mm256_loadu_si256(p.cast()))
+        }
+        #[inline(always)]
+        unsafe fn load_halves(self, p: *const u8) -> __m256i {
+            memory!(halves(p))
+        }
+        #[inline(always)]
+        unsafe fn load_heads(self, p: *const u8, stride: usize, n: usize, pairs: bool) -> __m512 {
+            memory!({
+                let at = |i: usize| match i < n {
+                    true => p.add(i * stride).cast::<i32>().read_unaligned(),
+                    false => 0,
+                };
+                let heads =
+                    _mm256_set_epi32(at(7), at(6), at(5), at(4), at(3), at(2), at(1), at(0));
+                let mask = if pairs { -1 } else { 0xffff };
+                _mm512_cvtph_ps(_mm256_and_si256(heads, _mm256_set1_epi32(mask)))
+            })
+        }
+        #[inline(always)]
+        fn splat_lane(self, a: __m512, lane: usize) -> __m512 {
+            intrinsic!(_mm512_permutexvar_ps(_mm512_set1_epi32(lane as i32), a))
+        }
+        #[inline(always)]
+        fn dot_halves(self, a: __m256i, b: __m256i) -> __m512 {
+            intrinsic!(_mm512_zextps256_ps512(_mm256_cvtepi32_ps(dot_unsigned(
+                a, b
+            ))))
+        }
+        #[inline(always)]
+        fn dot_bytes(self, a: __m256i, b: __m256i) -> __m512 {
+            intrinsic!(_mm512_zextps256_ps512(_mm256_cvtepi32_ps(dot_signed(a, b))))
+        }
     }
 }
 
@@ -894,6 +1070,46 @@ mod tests {
                 assert_eq!(hi[i], f32::from(bytes[i] >> 4));
                 assert_eq!(signed[i], f32::from(bytes[i] as i8));
             }
+            let heads: Vec<u8> = (0..8 * 20).map(|i| (i * 7 % 120) as u8).collect();
+            // SAFETY: eight heads of 20 bytes.
+            let (pairs, firsts) = unsafe {
+                (
+                    s.load_heads(heads.as_ptr(), 20, S::LANES / 2, true),
+                    s.load_heads(heads.as_ptr(), 20, S::LANES / 4, false),
+                )
+            };
+            let (mut both, mut first) = ([0f32; 16], [0f32; 16]);
+            store(s, &mut both, pairs);
+            store(s, &mut first, firsts);
+            for i in 0..S::LANES {
+                let at = i / 2 * 20 + i % 2 * 2;
+                let expected = half::f16::from_le_bytes([heads[at], heads[at + 1]]).to_f32();
+                assert_eq!(both[i], expected);
+                let there = i % 2 == 0 && i < S::LANES / 2;
+                assert_eq!(first[i], if there { expected } else { 0.0 });
+                let mut all = [0f32; 16];
+                store(s, &mut all, s.splat_lane(pairs, i));
+                assert_eq!(all[..S::LANES], [expected; 16][..S::LANES]);
+            }
+            let a: [u8; 32] = std::array::from_fn(|i| if i < 2 { 128 } else { (i * 53) as u8 });
+            let b: [u8; 32] = std::array::from_fn(|i| ((127 - 8 * i as i32) as i8).cast_unsigned());
+            // SAFETY: both have 32 bytes.
+            let (whole, halves, other) = unsafe {
+                (
+                    s.load_bytes(a.as_ptr()),
+                    s.load_halves(a.as_ptr()),
+                    s.load_bytes(b.as_ptr()),
+                )
+            };
+            let dot = |a: [u8; 32]| -> f32 {
+                let products = a.iter().zip(&b);
+                let products =
+                    products.map(|(a, b)| i32::from(a.cast_signed()) * i32::from(b.cast_signed()));
+                products.sum::<i32>() as f32
+            };
+            assert_eq!(s.sum(s.dot_bytes(whole, other)), dot(a));
+            let codes = std::array::from_fn(|i| if i < 16 { a[i] & 15 } else { a[i - 16] >> 4 });
+            assert_eq!(s.sum(s.dot_halves(halves, other)), dot(codes));
             let square: Vec<f32> = (0..256).map(|i| i as f32).collect();
             let rows: Vec<*const f32> = (0..16).map(|i| square[i * 16..].as_ptr()).collect();
             let mut turned = vec![-1.0; 18 * 16];
