@@ -1,15 +1,23 @@
-"""SmolLM2-135M-Instruct here and in llama.cpp and transformers, on the same file, alternating.
+"""SmolLM2-135M-Instruct here and in llama.cpp and transformers: same file, same prompt, alternating.
 
-    cargo build --release --examples
-    python3 benches/peers.py --gguf SmolLM2-135M-Instruct.Q4_1.gguf --prompt-tokens 2048 --rounds 5
+    cargo build --release --workspace --bin measure
+    python3 benches/peers.py --gguf SmolLM2-135M-Instruct.Q4_1.gguf --heads heads.safetensors --write
 
-Packages: llama-cpp-python 0.3.36, gguf 0.19.0, numpy; for `--peers transformers` also torch 2.15.0
-and transformers 5.23.0. The Rust side is the `trace` example, so that what is measured is what a
-user gets. Each peer runs in a process of its own; per round every contender runs once, so that
-other load on the machine meets all of them. Reported are medians, and ratios to the first peer.
+Packages: llama-cpp-python 0.3.36, gguf 0.19.0, numpy, torch 2.15.0, transformers 5.23.0.
+
+What is measured here is the `measure` program. Every run is a process of its own, and in a round
+every contender of a group runs once, so that other load on the machine meets all of them; each
+warms up on a short text before its clock starts. Reported are medians, and ratios of medians.
+Matrices of the same file are used as they are (Q4_1), or as the f32 or f16 numbers they stand for.
+Keys and values are f16 in full caches here and in llama.cpp (its default), f32 in bounded ones and
+in transformers. All read the prompt in chunks of 512 with two threads.
+
+Three groups: a prompt of 2,048 tokens; one of 8,000 (--long-rounds); and 4,096 beside 32,768
+(--stream-rounds). The peer's memory at 32,768 tokens is that of a context of this length of which
+only 512 tokens were read, which is less than what reading all takes: that would be minutes.
 
 Refuses to report when the other load was high: the share of processor time that this script's
-children did not use is measured over each run.
+children did not use is measured over each run. --allow-busy reports all the same, and says so.
 """
 
 import argparse
@@ -22,57 +30,58 @@ import sys
 import tempfile
 import time
 
-HERE = pathlib.Path(__file__).parent
+HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parent
+BEGIN, END = "<!-- peers:begin -->", "<!-- peers:end -->"
 
-
-def dequantized(source, target, kind):
-    """The GGUF file with every matrix as f32 or f16."""
-    import gguf
-    import numpy as np
-
-    reader = gguf.GGUFReader(source)
-    arch = reader.fields["general.architecture"].contents()
-    writer = gguf.GGUFWriter(target, arch)
-    for name, field in reader.fields.items():
-        if name.startswith("GGUF.") or name in ("general.architecture", "general.file_type"):
-            continue
-        value, types = field.contents(), field.types
-        if types[0] == gguf.GGUFValueType.ARRAY:
-            writer.add_key_value(name, value, gguf.GGUFValueType.ARRAY, types[-1])
-        else:
-            writer.add_key_value(name, value, types[0])
-    writer.add_file_type(0 if kind == "f32" else 1)
-    for tensor in reader.tensors:
-        data = gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
-        if kind == "f16" and data.ndim == 2:
-            data = data.astype(np.float16)
-        writer.add_tensor(tensor.name, data)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
+# Runs in a process of its own: the memory of this one would count as the peak of its children.
+DEQUANTIZE = """
+import sys, gguf, numpy as np
+source, target, kind = sys.argv[1:]
+reader = gguf.GGUFReader(source)
+arch = reader.fields["general.architecture"].contents()
+writer = gguf.GGUFWriter(target, arch)
+for name, field in reader.fields.items():
+    if name.startswith("GGUF.") or name in ("general.architecture", "general.file_type"):
+        continue
+    value, types = field.contents(), field.types
+    if types[0] == gguf.GGUFValueType.ARRAY:
+        writer.add_key_value(name, value, gguf.GGUFValueType.ARRAY, types[-1])
+    else:
+        writer.add_key_value(name, value, types[0])
+writer.add_file_type(0 if kind == "f32" else 1)
+for tensor in reader.tensors:
+    data = gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
+    if kind == "f16" and data.ndim == 2:
+        data = data.astype(np.float16)
+    writer.add_tensor(tensor.name, data)
+writer.write_header_to_file()
+writer.write_kv_data_to_file()
+writer.write_tensors_to_file()
+writer.close()
+"""
 
 LLAMA = """
-import json, sys, time, resource
+import json, resource, sys, time
 from llama_cpp import Llama
-path, ids, new, flash = sys.argv[1], json.load(open(sys.argv[2])), int(sys.argv[3]), sys.argv[4] == "1"
-m = Llama(path, n_ctx=len(ids) + new + 8, n_batch=512, n_ubatch=512, n_threads=2, n_threads_batch=2,
-          flash_attn=flash, verbose=False, logits_all=False)
-m.eval(ids[:64]); m.reset()
+rss = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+path, ids, new, flash, context = sys.argv[1], json.load(open(sys.argv[2])), int(sys.argv[3]), sys.argv[4] == "1", int(sys.argv[5])
+imported = rss()
+m = Llama(path, n_ctx=max(context, len(ids) + new + 8), n_batch=512, n_ubatch=512, n_threads=2,
+          n_threads_batch=2, flash_attn=flash, verbose=False, logits_all=False)
+m.eval(ids[:64]); m.eval([m.sample(temp=0.0)]); m.reset()
 t = time.perf_counter(); m.eval(ids); prefill = time.perf_counter() - t
 token = m.sample(temp=0.0); made = [token]
 t = time.perf_counter()
 for _ in range(new - 1):
     m.eval([token]); token = m.sample(temp=0.0); made.append(token)
 decode = time.perf_counter() - t
-print(json.dumps({"prefill": len(ids) / prefill, "decode": (new - 1) / decode,
-                  "rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, "tokens": made[:8]}))
+print(json.dumps({"prefill": len(ids) / prefill, "decode": (new - 1) / decode if new > 1 else 0.0,
+                  "interpreter": imported, "tokens": made[:8]}))
 """
 
 TORCH = """
-import json, sys, time, resource, torch
+import json, resource, sys, time, torch
 sys.path.insert(0, sys.argv[4])
 import reference as ref
 torch.set_num_threads(2)
@@ -92,104 +101,224 @@ with torch.inference_mode():
         out = m(token, past_key_values=cache, use_cache=True)
         token = out.logits[:, -1:].argmax(-1); made.append(int(token))
     decode = time.perf_counter() - t
-print(json.dumps({"prefill": len(ids) / prefill, "decode": (new - 1) / decode,
-                  "rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, "tokens": made[:8]}))
+print(json.dumps({"prefill": len(ids) / prefill, "decode": (new - 1) / decode if new > 1 else 0.0,
+                  "tokens": made[:8]}))
 """
 
 
-def ours(args, ids_file, out, extra):
-    program = ROOT / "target" / "release" / "examples" / "trace"
-    command = [program, "--model", args.gguf, "--ids-file", ids_file, "--chunk", "512"]
-    command += ["--max-new", str(args.new), "--json", out, *extra]
-    return [str(part) for part in command]
-
-
 def busy():
-    """Processor ticks that were not idle, over all processes."""
+    """Processor seconds of all processes that were not idle."""
     with open("/proc/stat") as f:
         ticks = [int(x) for x in f.readline().split()[1:9]]
-    return sum(ticks) - ticks[3] - ticks[4]
+    return (sum(ticks) - ticks[3] - ticks[4]) / os.sysconf("SC_CLK_TCK")
 
 
-def run(command, out=None):
-    usage = os.times()
-    before, start = busy(), time.perf_counter()
-    done = subprocess.run(command, capture_output=True, text=True)
-    wall = time.perf_counter() - start
-    if done.returncode != 0:
-        sys.exit(f"{command[0]} failed:\n{done.stderr}")
-    after = os.times()
-    own = after.children_user + after.children_system - usage.children_user - usage.children_system
-    other = max(0.0, (busy() - before) / os.sysconf("SC_CLK_TCK") - own) / (wall * os.cpu_count())
-    if out is None:
-        result = json.loads(done.stdout.strip().splitlines()[-1])
-    else:
-        trace = json.loads(pathlib.Path(out).read_text())
-        result = {
-            "prefill": trace["prefill_tokens_per_second"],
-            "decode": trace["decode_tokens_per_second"],
-            "tokens": trace["generated"][:8],
-            "rss": trace.get("peak_process_bytes", 0),
-        }
-    return {**result, "cpu": own, "other": other}
+def run(command):
+    """One process: what it says of itself, its processor time, its peak memory, and other load."""
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        before, start = busy(), time.perf_counter()
+        child = subprocess.Popen(command, stdout=out, stderr=err)
+        _, status, usage = os.wait4(child.pid, 0)
+        child.returncode = os.waitstatus_to_exitcode(status)
+        wall, after = time.perf_counter() - start, busy()
+        out.seek(0), err.seek(0)
+        if child.returncode != 0:
+            sys.exit(f"{command[0]} failed ({child.returncode}):\n{err.read()[-4000:]}")
+        result = json.loads(out.read().strip().splitlines()[-1])
+    own = usage.ru_utime + usage.ru_stime
+    result["cpu"] = own
+    result["rss"] = usage.ru_maxrss * 1024 - result.pop("interpreter", 0)
+    result["other"] = max(0.0, after - before - own) / (wall * os.cpu_count())
+    return result
+
+
+class Bench:
+    """Contenders by group, and what their runs gave."""
+
+    def __init__(self, args, scratch):
+        self.args, self.scratch, self.prompts, self.results = args, scratch, {}, {}
+        golden = json.loads((ROOT / "locret-models/tests/golden/smollm2/golden.json").read_text())
+        self.ids = next(c for c in golden["cases"] if c["name"] == "long")["ids"]
+        self.files = {"q4": args.gguf}
+
+    def prompt(self, tokens):
+        if tokens not in self.prompts:
+            ids = (self.ids * (tokens // len(self.ids) + 1))[:tokens]
+            self.prompts[tokens] = self.scratch / f"{tokens}.json"
+            self.prompts[tokens].write_text(json.dumps(ids))
+        return self.prompts[tokens]
+
+    def file(self, kind):
+        if kind not in self.files:
+            path = self.scratch / f"{kind}.gguf"
+            subprocess.run([sys.executable, "-c", DEQUANTIZE, self.args.gguf, path, kind], check=True)
+            self.files[kind] = path
+        return self.files[kind]
+
+    def ours(self, kind, tokens, new, *flags):
+        weights = {"q4": "file"}.get(kind, kind)
+        return [self.args.measure, "--model", self.args.gguf, "--weights", weights, "--chunk", "512", "--ids-file", self.prompt(tokens), "--max-new", new, *flags]
+
+    def llama(self, kind, tokens, new, flash, context=0):
+        return [sys.executable, "-c", LLAMA, self.file(kind), self.prompt(tokens), new,
+                "1" if flash else "0", context]
+
+    def transformers(self, tokens, new):
+        return [sys.executable, "-c", TORCH, self.args.gguf, self.prompt(tokens), new,
+                ROOT / "locret-models/tests/golden/smollm2"]
+
+    def group(self, rounds, contenders):
+        """Runs all contenders, one after the other, as often as there are rounds."""
+        for round_ in range(rounds):
+            for name, command in contenders.items():
+                result = run([str(part) for part in command])
+                self.results.setdefault(name, []).append(result)
+                print(f"round {round_ + 1} of {rounds}, {name}: {result['prefill']:.0f} / "
+                      f"{result['decode']:.1f} tok/s, {result['cpu']:.1f} CPU s, "
+                      f"{result['rss'] / 2**20:.0f} MiB, other load {result['other']:.0%}",
+                      file=sys.stderr)
+
+    def median(self, name, key):
+        return statistics.median(r[key] for r in self.results[name])
+
+    def other(self):
+        return statistics.median(r["other"] for runs in self.results.values() for r in runs)
+
+
+def measure(bench, args):
+    """Runs everything; the bounded policy's flags and name."""
+    short, long, near, far, new = args.short, args.long, args.near, args.far, args.new
+    full = ["--policy", "full", "--local", "0", "--kv", "f16"]
+    window = ["--policy", "window", "--budget", args.budget]
+    bounded, name = window, "Window"
+    if args.heads:
+        bounded, name = ["--policy", "locret", "--budget", args.budget, "--heads", args.heads], "Locret"
+    contenders = {}
+    for kind in ("f32", "f16", "q4"):
+        contenders[f"ours {kind}"] = bench.ours(kind, short, new, *full)
+        contenders[f"llama.cpp {kind}"] = bench.llama(kind, short, new, kind != "f32")
+    if not args.no_transformers:
+        contenders["transformers f32"] = bench.transformers(short, new)
+    bench.group(args.rounds, contenders)
+    contenders = {f"ours f16, {name}, long": bench.ours("f16", long, new, *bounded)}
+    if args.heads:
+        contenders["ours f16, Window, long"] = bench.ours("f16", long, new, *window)
+    contenders["llama.cpp f16, long"] = bench.llama("f16", long, new, True)
+    bench.group(args.long_rounds, contenders)
+    bench.group(args.stream_rounds, {
+        f"ours q4, {name}, near": bench.ours("q4", near, 2, *bounded),
+        f"ours q4, {name}, far": bench.ours("q4", far, 2, *bounded),
+        "llama.cpp q4, far": bench.llama("q4", min(512, far), 2, True, far),
+    })
+    return name
+
+
+def report(bench, args, name):
+    """The tables, in Markdown."""
+    m = bench.median
+    prefill = {n: m(n, "prefill") for n in bench.results}
+    decode = {n: m(n, "decode") for n in bench.results}
+    fastest = max((n for n in ("llama.cpp f32", "llama.cpp f16", "transformers f32") if n in prefill),
+                  key=prefill.get)
+    bounded, near, far = f"ours f16, {name}, long", f"ours q4, {name}, near", f"ours q4, {name}, far"
+    n = lambda x: f"{x:,}"
+    short, long, at = n(args.short), n(args.long), f"{name} budget {n(args.budget)}"
+    speed = lambda work, rates, ours, peer, target: (
+        work, f"{rates[ours]:.1f} tok/s", f"{peer}: {rates[peer]:.1f} tok/s", rates[ours] / rates[peer], "≥", target)
+    rows = [
+        speed(f"prefill {short}, f32", prefill, "ours f32", fastest, 1.10),
+        speed(f"decode at {short}, f32", decode, "ours f32", "llama.cpp f32", 1.15),
+        speed(f"decode at {short}, 16 bits", decode, "ours f16", "llama.cpp f16", 1.0),
+        speed(f"decode at {short}, Q4_1", decode, "ours q4", "llama.cpp q4", 1.0),
+        speed(f"prefill {short}, Q4_1", prefill, "ours q4", "llama.cpp q4", 1.3),
+        speed(f"prefill {long}, {at}, 16 bits", prefill, bounded, "llama.cpp f16, long", 2.0),
+        speed(f"decode after {long}, {at}, 16 bits", decode, bounded, "llama.cpp f16, long", 1.3),
+        (f"time per token of {n(args.far)} over {n(args.near)}, {at}, Q4_1",
+         f"{1e3 / prefill[far]:.2f} ms", f"{1e3 / prefill[near]:.2f} ms", prefill[near] / prefill[far], "≤", 1.05),
+    ]
+    if args.heads:
+        window = "ours f16, Window, long"
+        rows.append((f"Locret over Window, budget {n(args.budget)}, prefill {long}",
+                     f"{args.long / prefill[bounded]:.1f} s", f"{args.long / prefill[window]:.1f} s",
+                     prefill[window] / prefill[bounded], "≤", 1.06))
+    ours, theirs = m(far, "rss"), m("llama.cpp q4, far", "rss")
+    rows.append((f"peak memory, {n(args.far)} tokens, {at}, Q4_1", f"{ours / 2**20:.0f} MiB",
+                 f"llama.cpp q4: {theirs / 2**20:.0f} MiB", ours / theirs, "≤", 0.5))
+    packages = ["llama-cpp-python 0.3.36"] + ([] if args.no_transformers else ["transformers 5.23.0"])
+    lines = []
+    if bench.other() > args.max_other:
+        lines += [f"**Other processes used {bench.other():.0%} of the machine: no figures to rely on.**", ""]
+    lines += [
+        f"{cpu()}, two threads; {', '.join(packages)}; medians of {args.rounds} rounds ({short} tokens), "
+        f"{args.long_rounds} ({long}) and {args.stream_rounds} ({n(args.far)}); other load {bench.other():.0%}.",
+        "",
+        "| work | here | against | ratio | asked for | |",
+        "|---|---|---|---|---|---|",
+    ]
+    for work, ours, peer, ratio, sign, target in rows:
+        met = ratio >= target if sign == "≥" else ratio <= target
+        lines.append(f"| {work} | {ours} | {peer} | {ratio:.2f} | {sign} {target:.2f} | {'met' if met else 'missed'} |")
+    lines += ["", "| run | prefill tok/s | decode tok/s | CPU s | peak MiB |", "|---|---|---|---|---|"]
+    for run_ in bench.results:
+        lines.append(f"| {run_} | {prefill[run_]:.0f} | {decode[run_]:.1f} | {m(run_, 'cpu'):.1f} | "
+                     f"{m(run_, 'rss') / 2**20:.0f} |")
+    return "\n".join(lines)
+
+
+def cpu():
+    """What processor this is."""
+    lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    flags = next((line.split() for line in lines if line.startswith("flags")), [])
+    isa = "AVX-512" if "avx512f" in flags else "AVX2" if "avx2" in flags else "no AVX2"
+    return f"{names[0] if names else 'unknown processor'} ({os.cpu_count()} cores, {isa})"
+
+
+def write(text):
+    """Puts the tables between their markers in docs/performance.md."""
+    path = ROOT / "docs/performance.md"
+    before, _, rest = path.read_text().partition(BEGIN)
+    _, found, after = rest.partition(END)
+    if not found:
+        sys.exit(f"{path} has no {BEGIN} … {END}")
+    path.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}")
 
 
 def main():
-    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    ap.add_argument("--gguf", required=True)
-    ap.add_argument("--prompt-tokens", type=int, default=2048)
-    ap.add_argument("--new", type=int, default=64)
+    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ap.add_argument("--gguf", required=True, type=pathlib.Path)
+    ap.add_argument("--heads", type=pathlib.Path, help="Locret's retaining heads; without them Window stands in")
+    ap.add_argument("--measure", type=pathlib.Path, default=ROOT / "target/release/measure", help="our program")
+    ap.add_argument("--budget", type=int, default=1024)
+    ap.add_argument("--new", type=int, default=64, help="tokens to generate")
+    ap.add_argument("--short", type=int, default=2048, help="tokens of the short prompt")
+    ap.add_argument("--long", type=int, default=8000, help="tokens of the long prompt")
+    ap.add_argument("--near", type=int, default=4096, help="tokens of the shorter stream")
+    ap.add_argument("--far", type=int, default=32768, help="tokens of the longer stream")
     ap.add_argument("--rounds", type=int, default=5)
-    ap.add_argument("--peers", default="llama-f32,llama-f16,llama-q4")
+    ap.add_argument("--long-rounds", type=int, default=3)
+    ap.add_argument("--stream-rounds", type=int, default=1)
+    ap.add_argument("--no-transformers", action="store_true")
     ap.add_argument("--max-other", type=float, default=0.10, help="share of the machine that others may use")
-    ap.add_argument("--ours", action="append", default=[], metavar="NAME=FLAGS",
-                    help="a contender of ours: flags of the trace example")
+    ap.add_argument("--allow-busy", action="store_true", help="report on a busy machine, too; the table says so")
+    ap.add_argument("--write", action="store_true", help="put the table into docs/performance.md")
     args = ap.parse_args()
-    golden = json.loads((ROOT / "locret-models/tests/golden/smollm2/golden.json").read_text())
-    ids = next(c for c in golden["cases"] if c["name"] == "long")["ids"]
-    while len(ids) < args.prompt_tokens:
-        ids = ids + ids
-    contenders = [spec.partition("=")[::2] for spec in args.ours] or [("ours f32, full", "--policy full")]
+    for file in (args.gguf, args.measure, args.heads):
+        if file is not None and not file.is_file():
+            sys.exit(f"{file} is not there")
+    started = time.perf_counter()
     with tempfile.TemporaryDirectory() as scratch:
-        scratch = pathlib.Path(scratch)
-        ids_file, out = scratch / "ids.json", scratch / "trace.json"
-        ids_file.write_text(json.dumps(ids[: args.prompt_tokens]))
-        runs = {}
-        for peer in args.peers.split(","):
-            if peer.startswith("llama-"):
-                kind = peer.removeprefix("llama-")
-                path, flash = args.gguf, "1"
-                if kind in ("f32", "f16"):
-                    path, flash = scratch / f"{kind}.gguf", "0" if kind == "f32" else "1"
-                    dequantized(args.gguf, path, kind)
-                command = [sys.executable, "-c", LLAMA, path, ids_file, args.new, flash]
-            elif peer == "transformers":
-                command = [sys.executable, "-c", TORCH, args.gguf, ids_file, args.new,
-                           ROOT / "locret-models/tests/golden/smollm2"]
-            else:
-                sys.exit(f"unknown peer {peer}")
-            runs[peer] = ([str(part) for part in command], None)
-        for name, flags in contenders:
-            runs[name] = (ours(args, ids_file, out, flags.split()), out)
-        results = {name: [] for name in runs}
-        for round_ in range(args.rounds):
-            for name, (command, file) in runs.items():
-                results[name].append(run(command, file))
-                last = results[name][-1]
-                print(f"round {round_ + 1}, {name}: {last['prefill']:.0f} / {last['decode']:.1f} tok/s, "
-                      f"other load {last['other']:.0%}", file=sys.stderr)
-    other = statistics.median(r["other"] for all_ in results.values() for r in all_)
-    if other > args.max_other:
-        sys.exit(f"not reported: other processes used {other:.0%} of the machine (at most {args.max_other:.0%})")
-    median = lambda name, key: statistics.median(r[key] for r in results[name])
-    first = next(iter(results))
-    print(f"{args.prompt_tokens} tokens in chunks of 512, {args.new} generated, medians of {args.rounds} "
-          f"alternating rounds, other load {other:.0%}\n")
-    print("| | prefill tok/s | × | decode tok/s | × | CPU s | peak MiB |\n|---|---|---|---|---|---|---|")
-    for name in results:
-        p, d = median(name, "prefill"), median(name, "decode")
-        print(f"| {name} | {p:.0f} | {p / median(first, 'prefill'):.2f} | {d:.1f} | "
-              f"{d / median(first, 'decode'):.2f} | {median(name, 'cpu'):.1f} | {median(name, 'rss') / 2**20:.0f} |")
+        bench = Bench(args, pathlib.Path(scratch))
+        name = measure(bench, args)
+        (ROOT / "target/peers.json").write_text(json.dumps(bench.results, indent=1))
+    print(f"took {(time.perf_counter() - started) / 60:.1f} minutes", file=sys.stderr)
+    if bench.other() > args.max_other and not args.allow_busy:
+        sys.exit(f"not reported: other processes used {bench.other():.0%} of the machine "
+                 f"(at most {args.max_other:.0%}; --allow-busy reports all the same)")
+    text = report(bench, args, name)
+    print(text)
+    if args.write:
+        write(text)
 
 
 if __name__ == "__main__":

@@ -26,8 +26,8 @@ pub struct ModelArgs {
     /// flex (CPU), or cuda, vulkan, metal where built with that feature
     #[arg(long, value_name = "NAME", default_value = "flex")]
     pub device: String,
-    /// Type of the weights in memory: f32, f16, bf16, or file (as they are)
-    #[arg(long, value_name = "TYPE", default_value = "f32", value_parser = parse_weights)]
+    /// Type of the weights in memory: file (as they are), f32, f16 or bf16
+    #[arg(long, value_name = "TYPE", default_value = "file", value_parser = parse_weights)]
     pub weights: WeightDtype,
     /// LongRoPE (Phi-3) with its long factors at every length
     #[arg(long)]
@@ -46,7 +46,7 @@ impl Default for ModelArgs {
         Self {
             model: "smollm2".into(),
             device: "flex".into(),
-            weights: WeightDtype::F32,
+            weights: WeightDtype::default(),
             always_long: false,
             cache: None,
             offline: false,

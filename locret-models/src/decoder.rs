@@ -10,8 +10,12 @@ use crate::{
 use burn::tensor::{Device, Tensor, activation::silu};
 use locret_core::{
     CausalLm, Error as CoreError, Kernels, ModelSpec, Qkv, SequenceCache, from_f32, into_f32,
-    is_host_device, kernels::elementwise,
+    is_host_device,
+    kernels::{awake::awake, elementwise},
 };
+
+/// With up to this many tokens, pieces of work are so short that waking a thread would show.
+const AWAKE: usize = 16;
 
 /// A decoder-only model of the Llama family.
 #[derive(Debug)]
@@ -254,10 +258,10 @@ impl CausalLm for Decoder {
     }
 
     fn hidden(&self, ids: &[u32], cache: &mut SequenceCache) -> locret_core::Result<Tensor<2>> {
-        Ok(if self.host {
-            self.hidden_host(ids, cache)?
-        } else {
-            self.hidden_tensor(ids, cache)?
+        Ok(match self.host {
+            true if ids.len() <= AWAKE => awake(|| self.hidden_host(ids, cache))?,
+            true => self.hidden_host(ids, cache)?,
+            false => self.hidden_tensor(ids, cache)?,
         })
     }
 

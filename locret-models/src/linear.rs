@@ -1,11 +1,14 @@
 //! Weight matrices, where they are used: for the CPU kernels in the type that they are held in,
 //! packed blocks of a GGUF file included; as tensors elsewhere.
+//!
+//! Blocks stay packed only where [`WeightDtype::File`] asks for it, and only there does a token that
+//! is decoded meet them with activations of eight bits (`matmul_rounded`).
 
 use crate::{Encoding, Loader, ModelError, Result, WeightDtype};
 use burn::tensor::{DType, FloatDType, Int, Tensor};
 use locret_core::{
     from_f32, ids_tensor, into_f32,
-    kernels::linear::{Format, Weight, matmul_fused},
+    kernels::linear::{Format, Weight, matmul_rounded},
 };
 
 /// Values that are checked at a time where a matrix stays packed.
@@ -102,7 +105,7 @@ impl Linear {
                 let weights: Vec<&Weight<'_>> = weights.iter().collect();
                 let rows: usize = weights.iter().map(|w| w.rows()).sum();
                 let mut out = vec![0.0; tokens * rows];
-                matmul_fused(&x, &weights, &mut out);
+                matmul_rounded(&x, &weights, &mut out);
                 Ok(out)
             }
             Self::Tensor(weight) => {

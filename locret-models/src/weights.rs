@@ -74,13 +74,19 @@ pub trait Weights: Debug + Send + Sync {
 #[serde(rename_all = "lowercase")]
 pub enum WeightDtype {
     /// Single precision.
-    #[default]
     F32,
     /// IEEE half precision. Values beyond 65504 are refused.
     F16,
     /// The upper half of single precision, rounded to nearest even.
     BF16,
-    /// As the file has it: `f16` and `bf16` stay, everything else becomes `f32`.
+    /// As the file has it. `f16` and `bf16` stay; for the CPU kernels so do matrices in blocks of
+    /// `Q8_0`, `Q4_0` and `Q4_1`; everything else becomes `f32`, and so does what the device has
+    /// no type for.
+    ///
+    /// With blocks, activations of a token that is decoded are rounded to eight bits, as other
+    /// engines do that read such files: logits differ from those of `F32` weights by some
+    /// hundredths. Choose [`F32`](Self::F32) where they must not.
+    #[default]
     File,
 }
 
@@ -219,7 +225,11 @@ impl dyn Weights + '_ {
             });
         }
         let rows = 0..info.rows();
-        let dtype = dtype.resident(info.encoding);
+        let asked = dtype;
+        let mut dtype = asked.resident(info.encoding);
+        if asked == WeightDtype::File && !device.supports_dtype(dtype) {
+            dtype = DType::F32;
+        }
         if !device.supports_dtype(dtype) {
             return Err(ModelError::UnsupportedDtype {
                 dtype: format!("{dtype:?}").to_lowercase(),

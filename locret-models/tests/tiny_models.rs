@@ -37,6 +37,7 @@ fn logits(loaded: &LoadedModel, ids: &[u32], chunk: usize, kernels: Kernels) -> 
 fn check(name: &str, folder: &Path, case: &common::Case, kernels: Kernels) {
     let options = LoadOptions {
         kernels,
+        weights: WeightDtype::F32,
         ..LoadOptions::default()
     };
     let loaded = load_model(folder, &options, &Device::flex()).unwrap();

@@ -9,7 +9,7 @@ use common::Numbers;
 use locret_core::{
     Budget, CacheOptions, CausalLm, Generate, Kernels, ModelSpec, Positions, Prefill, Session,
 };
-use locret_models::{FetchOptions, LoadOptions, load_model, resolve};
+use locret_models::{FetchOptions, LoadOptions, WeightDtype, load_model, resolve};
 use locret_policies::{HeadWeights, LayerHead, Locret, RetainingHeads};
 use safetensors::SafeTensors;
 use serde::Deserialize;
@@ -225,15 +225,21 @@ fn floats(tensors: &SafeTensors<'_>, name: &str) -> Vec<f32> {
         .collect()
 }
 
+/// Weights of single precision: the references are computed with them.
+fn exact() -> LoadOptions {
+    LoadOptions {
+        weights: WeightDtype::F32,
+        ..LoadOptions::default()
+    }
+}
+
 #[test]
 fn smollm2_keeps_what_the_authors_procedure_keeps() {
     let (golden, bytes) = golden("authors");
     let tensors = SafeTensors::deserialize(&bytes).unwrap();
     let file =
         resolve("smollm2", &FetchOptions::default(), &|_| {}).expect("SmolLM2 can be fetched");
-    let model = load_model(file, &LoadOptions::default(), &Device::flex())
-        .unwrap()
-        .model;
+    let model = load_model(file, &exact(), &Device::flex()).unwrap().model;
     assert_eq!(golden.prompt.len(), 600);
     for case in &golden.cases {
         check(
@@ -258,7 +264,7 @@ fn small_models_with_scaled_rotations_too() {
             let options = LoadOptions {
                 always_long: case.rope == "always long",
                 kernels,
-                ..LoadOptions::default()
+                ..exact()
             };
             let loaded = load_model(models.join(&case.model), &options, &Device::flex()).unwrap();
             check(

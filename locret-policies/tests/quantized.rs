@@ -2,7 +2,7 @@
 
 use burn::tensor::Device;
 use locret_core::{KvCachePolicy, Prefill, Quantization, Session};
-use locret_models::{FetchOptions, LoadOptions, load_model, resolve};
+use locret_models::{FetchOptions, LoadOptions, WeightDtype, load_model, resolve};
 use locret_policies::{Full, Quantized};
 use serde::Deserialize;
 use std::{path::Path, sync::Arc};
@@ -18,6 +18,14 @@ struct Case {
     ids: Vec<u32>,
 }
 
+/// Weights of single precision: the references are computed with them.
+fn exact() -> LoadOptions {
+    LoadOptions {
+        weights: WeightDtype::F32,
+        ..LoadOptions::default()
+    }
+}
+
 #[test]
 fn eight_bits_cost_nothing_and_four_bits_little() {
     let golden = Path::new(env!("CARGO_MANIFEST_DIR"))
@@ -26,9 +34,7 @@ fn eight_bits_cost_nothing_and_four_bits_little() {
     let text = &golden.cases.iter().find(|c| c.name == "long").unwrap().ids;
     let file =
         resolve("smollm2", &FetchOptions::default(), &|_| {}).expect("SmolLM2 can be fetched");
-    let model = load_model(file, &LoadOptions::default(), &Device::flex())
-        .unwrap()
-        .model;
+    let model = load_model(file, &exact(), &Device::flex()).unwrap().model;
     let (context, rest) = text[..1500].split_at(1000);
     // Mean -ln p of the continuation, and bytes of keys and values.
     let measure = |policy: Arc<dyn KvCachePolicy>| {

@@ -4,7 +4,7 @@ use burn::tensor::Device;
 use locret_core::{
     Budget, Evict, LayerUnits, ModelSpec, Needs, Prefill, Result, Scorer, Scores, Session, Step,
 };
-use locret_models::{FetchOptions, LoadOptions, load_model, resolve};
+use locret_models::{FetchOptions, LoadOptions, WeightDtype, load_model, resolve};
 use locret_policies::{H2o, KeyDiff, KeyNorm, SnapKv, Tova};
 use safetensors::SafeTensors;
 use serde::Deserialize;
@@ -52,6 +52,14 @@ impl<S: Scorer> Scorer for Spy<S> {
     }
 }
 
+/// Weights of single precision: the references are computed with them.
+fn exact() -> LoadOptions {
+    LoadOptions {
+        weights: WeightDtype::F32,
+        ..LoadOptions::default()
+    }
+}
+
 #[test]
 fn scores_are_those_of_kvpress() {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/scores");
@@ -61,9 +69,7 @@ fn scores_are_those_of_kvpress() {
     let tensors = SafeTensors::deserialize(&bytes).unwrap();
     let file =
         resolve("smollm2", &FetchOptions::default(), &|_| {}).expect("SmolLM2 can be fetched");
-    let model = load_model(file, &LoadOptions::default(), &Device::flex())
-        .unwrap()
-        .model;
+    let model = load_model(file, &exact(), &Device::flex()).unwrap().model;
     let tokens = golden.prompt.len();
 
     fn scores<S: Scorer + 'static>(

@@ -1,0 +1,68 @@
+//! One run of one configuration, timed: the contender that `peers.py` sets beside other engines.
+//!
+//! Reads token ids, generates greedily, and prints a line of JSON. Nothing is recorded on the way,
+//! so that time and memory are those of the engine.
+
+use clap::Parser;
+use locret_core::{Generate, Prefill, Session};
+use locret_examples::{
+    Error, Result,
+    args::{ModelArgs, PolicyArgs, PrefillArgs},
+};
+use std::{fs, path::PathBuf, process::ExitCode};
+
+/// Times a prompt and the tokens after it
+#[derive(Debug, Parser)]
+struct Args {
+    /// A JSON array of token ids
+    #[arg(long, value_name = "FILE")]
+    ids_file: PathBuf,
+    /// Tokens to generate
+    #[arg(long, value_name = "N", default_value_t = 64)]
+    max_new: usize,
+    /// Tokens of the prompt that are read, and followed by four more, before the clock starts
+    #[arg(long, value_name = "N", default_value_t = 64)]
+    warm_up: usize,
+    #[command(flatten)]
+    policy: PolicyArgs,
+    #[command(flatten)]
+    prefill: PrefillArgs,
+    #[command(flatten)]
+    model: ModelArgs,
+}
+
+fn main() -> ExitCode {
+    locret_examples::run(|| run(&Args::parse()))
+}
+
+fn run(args: &Args) -> Result<()> {
+    let config = args.policy.config()?;
+    let text = fs::read_to_string(&args.ids_file).map_err(|e| Error::read(&args.ids_file, e))?;
+    let ids: Vec<u32> = serde_json::from_str(&text)
+        .map_err(|e| Error::format(&args.ids_file, format!("no array of token ids: {e}")))?;
+    let runtime = args.model.load()?;
+    let model = runtime.model();
+    let policy = config.build(model.spec(), model.device())?;
+    let read = |ids: &[u32], prefill: &Prefill, max_new: usize| -> Result<(Session, Vec<u32>)> {
+        let mut session =
+            Session::with_options(model.clone(), policy.clone(), args.prefill.cache())?;
+        session.prefill(ids, prefill)?;
+        let made = session.generate(Generate::greedy(max_new))?;
+        let made = made.collect::<std::result::Result<_, _>>()?;
+        Ok((session, made))
+    };
+    let prefill = args.prefill.prefill();
+    if args.warm_up > 0 {
+        read(&ids[..args.warm_up.min(ids.len())], &prefill, 4)?;
+    }
+    let (session, made) = read(&ids, &prefill, args.max_new)?;
+    let report = session.report();
+    let line = serde_json::json!({
+        "prefill": report.prefill_rate(),
+        "decode": report.decode_rate(),
+        "kv_bytes": report.peak.bytes,
+        "tokens": made.iter().take(8).collect::<Vec<_>>(),
+    });
+    println!("{line}");
+    Ok(())
+}
