@@ -197,6 +197,7 @@ def measure(bench, args):
     for kind in ("f32", "f16", "q4"):
         contenders[f"ours {kind}"] = bench.ours(kind, short, new, *full)
         contenders[f"llama.cpp {kind}"] = bench.llama(kind, short, new, kind != "f32")
+    contenders["ours q4, 8-bit activations"] = bench.ours("q4", short, new, "--activations", "bytes", *full)
     if not args.no_transformers:
         contenders["transformers f32"] = bench.transformers(short, new)
     bench.group(args.rounds, contenders)

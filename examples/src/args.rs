@@ -10,7 +10,7 @@ use clap::Args;
 use locret_core::{
     Budget, CacheOptions, DecodeEviction, KvDtype, Positions, Prefill, Quantization, Sampling,
 };
-use locret_models::{FetchOptions, LoadOptions, WeightDtype};
+use locret_models::{Activations, FetchOptions, LoadOptions, WeightDtype};
 use locret_policies::{Method, PolicyConfig};
 use serde_json::json;
 use sha2::{Digest, Sha256};
@@ -29,6 +29,9 @@ pub struct ModelArgs {
     /// Type of the weights in memory: file (as they are), f32, f16 or bf16
     #[arg(long, value_name = "TYPE", default_value = "file", value_parser = parse_weights)]
     pub weights: WeightDtype,
+    /// How a decoded token meets packed weights: exact, or bytes (rounded to eight bits, faster)
+    #[arg(long, value_name = "HOW", default_value = "exact", value_parser = parse_activations)]
+    pub activations: Activations,
     /// LongRoPE (Phi-3) with its long factors at every length
     #[arg(long)]
     pub always_long: bool,
@@ -47,6 +50,7 @@ impl Default for ModelArgs {
             model: "smollm2".into(),
             device: "flex".into(),
             weights: WeightDtype::default(),
+            activations: Activations::default(),
             always_long: false,
             cache: None,
             offline: false,
@@ -68,6 +72,7 @@ impl ModelArgs {
     pub fn options(&self) -> LoadOptions {
         LoadOptions {
             weights: self.weights,
+            activations: self.activations,
             always_long: self.always_long,
             ..LoadOptions::default()
         }
@@ -426,6 +431,14 @@ fn parse_weights(text: &str) -> Result<WeightDtype, String> {
         "bf16" => Ok(WeightDtype::BF16),
         "file" => Ok(WeightDtype::File),
         _ => Err("expected f32, f16, bf16 or file".into()),
+    }
+}
+
+fn parse_activations(text: &str) -> Result<Activations, String> {
+    match text {
+        "exact" => Ok(Activations::Exact),
+        "bytes" => Ok(Activations::Bytes),
+        _ => Err("expected exact or bytes".into()),
     }
 }
 

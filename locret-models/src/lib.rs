@@ -80,4 +80,4 @@ pub use gguf_weights::GgufWeights;
 pub use load::{LoadOptions, LoadedModel, ModelFiles, load_model};
 pub use safetensors_dir::SafetensorsDir;
 pub use tokenizer::{DecodeStream, SpecialTokens, Tokenizer};
-pub use weights::{Loader, TensorInfo, WeightDtype, Weights};
+pub use weights::{Activations, Loader, TensorInfo, WeightDtype, Weights};

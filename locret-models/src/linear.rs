@@ -1,14 +1,11 @@
 //! Weight matrices, where they are used: for the CPU kernels in the type that they are held in,
 //! packed blocks of a GGUF file included; as tensors elsewhere.
-//!
-//! Blocks stay packed only where [`WeightDtype::File`] asks for it, and only there does a token that
-//! is decoded meet them with activations of eight bits (`matmul_rounded`).
 
-use crate::{Encoding, Loader, ModelError, Result, WeightDtype};
+use crate::{Activations, Encoding, Loader, ModelError, Result, WeightDtype};
 use burn::tensor::{DType, FloatDType, Int, Tensor};
 use locret_core::{
     from_f32, ids_tensor, into_f32,
-    kernels::linear::{Format, Weight, matmul_rounded},
+    kernels::linear::{Format, Weight, matmul_fused, matmul_rounded},
 };
 
 /// Values that are checked at a time where a matrix stays packed.
@@ -17,8 +14,13 @@ const BAND: usize = 1 << 20;
 /// A projection without bias.
 #[derive(Debug)]
 pub(crate) enum Linear {
-    /// Matrices `[rows, in]`, one below the other, in host memory.
-    Host(Vec<Weight<'static>>),
+    /// In host memory.
+    Host {
+        /// Matrices `[rows, in]`, one below the other.
+        weights: Vec<Weight<'static>>,
+        /// How few tokens meet packed ones.
+        activations: Activations,
+    },
     /// `[in, out]`
     Tensor(Tensor<2>),
 }
@@ -55,6 +57,7 @@ fn host_weight(
                 source.tensor_rows_f32(name, start..(start + band).min(rows))?;
             }
             let bytes = source.raw_rows(name, 0..rows)?.into_owned();
+            // Or the file's pages count beside the copy.
             source.release_rows(name, 0..rows);
             (format, bytes)
         }
@@ -84,7 +87,10 @@ impl Linear {
             let parts = names
                 .iter()
                 .map(|(name, rows)| host_weight(loader, name, [*rows, input]));
-            return Ok(Self::Host(parts.collect::<Result<_>>()?));
+            return Ok(Self::Host {
+                weights: parts.collect::<Result<_>>()?,
+                activations: loader.activations(),
+            });
         }
         let mut parts = Vec::with_capacity(names.len());
         for (name, rows) in names {
@@ -101,11 +107,17 @@ impl Linear {
     /// `[tokens, in]` to `[tokens, out]`, in host memory.
     pub(crate) fn host(&self, x: Vec<f32>, tokens: usize) -> Result<Vec<f32>> {
         match self {
-            Self::Host(weights) => {
+            Self::Host {
+                weights,
+                activations,
+            } => {
                 let weights: Vec<&Weight<'_>> = weights.iter().collect();
                 let rows: usize = weights.iter().map(|w| w.rows()).sum();
                 let mut out = vec![0.0; tokens * rows];
-                matmul_rounded(&x, &weights, &mut out);
+                match activations {
+                    Activations::Exact => matmul_fused(&x, &weights, &mut out),
+                    Activations::Bytes => matmul_rounded(&x, &weights, &mut out),
+                }
                 Ok(out)
             }
             Self::Tensor(weight) => {
@@ -118,7 +130,7 @@ impl Linear {
     /// `[tokens, in]` to `[tokens, out]`.
     pub(crate) fn tensor(&self, x: Tensor<2>) -> Result<Tensor<2>> {
         match self {
-            Self::Host(weights) => {
+            Self::Host { weights, .. } => {
                 let (tokens, device) = (x.dims()[0], x.device());
                 let rows: usize = weights.iter().map(Weight::rows).sum();
                 let out = self.host(into_f32(x)?, tokens)?;
@@ -169,7 +181,7 @@ impl Embedding {
     pub(crate) fn host_rows(&self, ids: &[u32]) -> Result<Vec<f32>> {
         match self {
             Self::Host {
-                table: Linear::Host(weights),
+                table: Linear::Host { weights, .. },
                 ..
             } if weights.len() == 1 => {
                 let columns = weights[0].columns();

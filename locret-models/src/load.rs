@@ -1,8 +1,8 @@
 //! From a file or folder to a model that can read.
 
 use crate::{
-    ChatTemplate, Decoder, DecoderConfig, Family, Gguf, GgufWeights, Layout, Loader, ModelConfig,
-    ModelError, Result, SafetensorsDir, Tokenizer, WeightDtype, Weights,
+    Activations, ChatTemplate, Decoder, DecoderConfig, Family, Gguf, GgufWeights, Layout, Loader,
+    ModelConfig, ModelError, Result, SafetensorsDir, Tokenizer, WeightDtype, Weights,
 };
 use burn::tensor::Device;
 use locret_core::{CausalLm, Kernels};
@@ -13,6 +13,8 @@ use std::{path::Path, sync::Arc};
 pub struct LoadOptions {
     /// The type that weights are held in.
     pub weights: WeightDtype,
+    /// How a decoded token meets packed weights.
+    pub activations: Activations,
     /// Which implementation computes.
     pub kernels: Kernels,
     /// LongRoPE with its long factors at every length, as the authors of Locret run Phi-3.
@@ -127,7 +129,8 @@ pub fn load_model(
     };
     let decoder = decoder_config(&config, files.path())?;
     let weights = files.weights()?;
-    let loader = Loader::new(&*weights, options.weights, device);
+    let loader =
+        Loader::new(&*weights, options.weights, device).with_activations(options.activations);
     let model = Decoder::load(&decoder, &loader, options.kernels)?;
     loader.finish()?;
     Ok(LoadedModel {

@@ -82,12 +82,24 @@ pub enum WeightDtype {
     /// As the file has it. `f16` and `bf16` stay; for the CPU kernels so do matrices in blocks of
     /// `Q8_0`, `Q4_0` and `Q4_1`; everything else becomes `f32`, and so does what the device has
     /// no type for.
-    ///
-    /// With blocks, activations of a token that is decoded are rounded to eight bits, as other
-    /// engines do that read such files: logits differ from those of `F32` weights by some
-    /// hundredths. Choose [`F32`](Self::F32) where they must not.
     #[default]
     File,
+}
+
+/// How few tokens at once (a decoded one) meet matrices in blocks of packed integers; other
+/// matrices, and more than eight tokens, are computed exactly in any case.
+#[derive(
+    Debug, Clone, Copy, PartialEq, Eq, Hash, Default, serde::Serialize, serde::Deserialize,
+)]
+#[serde(rename_all = "lowercase")]
+pub enum Activations {
+    /// In single precision: the numbers that the blocks stand for, and no others.
+    #[default]
+    Exact,
+    /// Rounded to eight bits in blocks of 32, as engines that read GGUF files commonly do: products
+    /// take about three quarters of the time. Where activations have outliers it shows: logits of
+    /// SmolLM2-135M are off by 5 % of their spread, and now and then by 12 %.
+    Bytes,
 }
 
 impl WeightDtype {
@@ -378,6 +390,7 @@ fn first_bad<T: Resident>(values: &[T]) -> Option<usize> {
 pub struct Loader<'a> {
     weights: &'a dyn Weights,
     dtype: WeightDtype,
+    activations: Activations,
     device: Device,
     used: Mutex<BTreeSet<String>>,
 }
@@ -388,9 +401,23 @@ impl<'a> Loader<'a> {
         Self {
             weights,
             dtype,
+            activations: Activations::default(),
             device: device.clone(),
             used: Mutex::default(),
         }
+    }
+
+    /// The same with other activations.
+    pub fn with_activations(self, activations: Activations) -> Self {
+        Self {
+            activations,
+            ..self
+        }
+    }
+
+    /// How few tokens meet packed matrices.
+    pub fn activations(&self) -> Activations {
+        self.activations
     }
 
     /// The weights.

@@ -240,7 +240,7 @@ pub fn matmul_fused(x: &[f32], weights: &[&Weight<'_>], out: &mut [f32]) {
 /// [`matmul_fused`] where few tokens (decode) meet packed weights with activations of eight bits.
 ///
 /// Each block of 32 activations is rounded to multiples of its largest magnitude over 127, as
-/// engines that read GGUF files commonly do: products of integers take a third of the time. A
+/// engines that read GGUF files commonly do; it takes about three quarters of the time. A
 /// block's part of an output is off by at most that step, halved, times the sum of the magnitudes
 /// of its weights (for 4 bits: of `scale · (q - 8)`; minima meet exact sums). Weights of float
 /// types, and more than eight tokens at once, are computed as by [`matmul_fused`].
