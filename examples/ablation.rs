@@ -18,11 +18,13 @@ use locret_examples::{
     pictures,
     progress::{Progress, Unit},
     report,
-    runtime::Runtime,
+    runtime::{Runtime, file_sha256},
+    shipped_heads,
     tasks::{self, Recipe, Task},
     trace::{kept_positions, survival},
     write_text,
 };
+use locret_policies::Method;
 use std::{
     collections::HashMap,
     path::{Path, PathBuf},
@@ -38,6 +40,9 @@ pub struct Args {
     /// Folder for results, tables and pictures
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
+    /// Retaining heads for each Locret that names none; by default those that are shipped
+    #[arg(long, value_name = "FILE")]
+    heads: Option<PathBuf>,
     #[command(flatten)]
     model: ModelArgs,
 }
@@ -49,8 +54,13 @@ fn main() -> ExitCode {
 
 /// The example.
 pub fn run(args: &Args) -> Result<()> {
-    let grid = Grid::load(&args.grid)?;
+    let mut grid = Grid::load(&args.grid)?;
     let runtime = args.model.load()?;
+    for entry in &mut grid.policies {
+        if entry.config.policy == Method::Locret && entry.config.heads.is_none() {
+            entry.config.heads = args.heads.clone().or_else(|| shipped_heads(&runtime));
+        }
+    }
     std::fs::create_dir_all(&args.out).map_err(|e| Error::write(&args.out, e))?;
     let run = Run::new(&grid, &runtime, args)?;
     let records = run.records(&args.out.join("results.jsonl"))?;
@@ -65,6 +75,8 @@ struct Run<'a> {
     points: Vec<Point>,
     /// By length and seed.
     tasks: HashMap<(usize, u64), Vec<Task>>,
+    /// By file of retaining heads, what is in it.
+    heads: HashMap<PathBuf, String>,
     origin: Origin,
 }
 
@@ -95,7 +107,10 @@ impl<'a> Run<'a> {
             };
             all.insert(key, made);
         }
+        let files = grid.policies.iter().filter_map(|e| e.config.heads.clone());
+        let heads = files.map(|file| Ok((file.clone(), file_sha256(&file)?)));
         Ok(Self {
+            heads: heads.collect::<Result<_>>()?,
             chat: frame.is_chat,
             grid,
             runtime,
@@ -174,6 +189,7 @@ impl<'a> Run<'a> {
             local: self.grid.local,
             chat: self.chat,
             tasks_file: self.grid.tasks_file.clone(),
+            heads_sha256: (point.config.heads.as_ref()).map(|file| self.heads[file].clone()),
             case: task.into(),
             origin: self.origin.clone(),
         }
@@ -221,7 +237,7 @@ impl<'a> Run<'a> {
         for entry in &self.grid.policies {
             let drawn = match &self.grid.maps {
                 Some(labels) => labels.contains(&entry.label),
-                None => entry.config.policy != locret_policies::Method::Full,
+                None => entry.config.policy != Method::Full,
             };
             let own: Vec<&Point> = (self.points.iter())
                 .filter(|p| p.label == entry.label)

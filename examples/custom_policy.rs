@@ -24,8 +24,7 @@ impl Scorer for ValueOverKey {
     fn score(&self, _at: &Step, units: &LayerUnits<'_>) -> CoreResult<Scores> {
         units.score_heads(|head| {
             let norm = |x: burn::tensor::Tensor<2>| x.square().sum_dim(1).sqrt();
-            let ratio = norm(units.values(head)?) / norm(units.keys(head)?);
-            Ok(ratio.squeeze_dim(1))
+            Ok(norm(units.values(head)?) / norm(units.keys(head)?))
         })
     }
 }

@@ -13,7 +13,9 @@ use locret_examples::{
     args::{ModelArgs, PolicyArgs, PrefillArgs, TaskArgs},
     evaluate::{Reader, Results, run_all},
     progress::{Progress, Unit},
-    report, write_json,
+    report,
+    runtime::file_sha256,
+    with_shipped_heads, write_json,
 };
 use serde_json::json;
 use std::{fs, path::PathBuf, process::ExitCode};
@@ -43,6 +45,9 @@ fn main() -> ExitCode {
 pub fn run(args: &Args) -> Result<()> {
     let config = args.policy.config()?;
     let runtime = args.model.load()?;
+    let config = with_shipped_heads(config, &runtime);
+    // Other heads by the same name are another policy.
+    let heads = config.heads.as_deref().map(file_sha256).transpose()?;
     let tasks = args.tasks.tasks(&runtime, &args.model.fetch())?;
     let model = runtime.model();
     let policy = config.build(model.spec(), model.device())?;
@@ -50,6 +55,7 @@ pub fn run(args: &Args) -> Result<()> {
         "model": runtime.name,
         "weights": args.model.weights,
         "policy": config,
+        "heads_sha256": heads,
         "chunk": args.prefill.chunk,
         "local": args.prefill.local,
         "kv": args.prefill.kv,

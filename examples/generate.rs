@@ -12,7 +12,7 @@ use locret_examples::{
     Error, Result,
     args::{ModelArgs, PolicyArgs, PrefillArgs, PromptArgs, SamplingArgs},
     progress::{Progress, Unit},
-    report,
+    report, with_shipped_heads,
 };
 use std::{
     io::{self, Write},
@@ -47,6 +47,7 @@ fn main() -> ExitCode {
 pub fn run(args: &Args, out: &mut dyn Write) -> Result<()> {
     let config = args.policy.config()?;
     let runtime = args.model.load()?;
+    let config = with_shipped_heads(config, &runtime);
     let ids = args.prompt.ids(&runtime)?;
     let model = runtime.model();
     let policy = config.build(model.spec(), model.device())?;

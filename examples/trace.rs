@@ -12,7 +12,7 @@ use locret_examples::{
     Error, Result,
     args::{ModelArgs, PolicyArgs, PrefillArgs, PromptArgs},
     progress::{Progress, Unit},
-    report, trace, write_json,
+    report, trace, with_shipped_heads, write_json,
 };
 use std::{path::PathBuf, process::ExitCode};
 
@@ -47,6 +47,7 @@ fn main() -> ExitCode {
 pub fn run(args: &Args) -> Result<()> {
     let config = args.policy.config()?;
     let runtime = args.model.load()?;
+    let config = with_shipped_heads(config, &runtime);
     let ids = match &args.ids_file {
         Some(file) => read_ids(file)?,
         None => args.prompt.ids(&runtime)?,

@@ -6,7 +6,7 @@
 //! ```
 //!
 //! The defaults are the recipe of the heads that this repository ships (`examples/assets`). The
-//! published one is `--query-tokens 0 --pool-labels 1 --sinks 0 --advise-pool 1 --advise-sinks 0`.
+//! published one is `--query-tokens 0 --pool-labels 1 --sinks 0`.
 //!
 //! First the model reads every text once and says what its answers look at; then one small network
 //! after the other learns to predict that. A run that was interrupted, at any moment, goes on where
@@ -106,11 +106,11 @@ pub struct Args {
     #[arg(long, value_name = "X", default_value_t = 0.0)]
     pub ranking: f32,
     /// Advise, in the file, that the first N units of a text stay
-    #[arg(long, value_name = "N", default_value_t = 4)]
-    pub advise_sinks: usize,
-    /// Advise, in the file, selection on scores max-pooled over N neighbours; 1 for none
-    #[arg(long, value_name = "N", default_value_t = 3)]
-    pub advise_pool: usize,
+    #[arg(long, value_name = "N")]
+    pub advise_sinks: Option<usize>,
+    /// Advise, in the file, selection on scores max-pooled over N neighbours (odd)
+    #[arg(long, value_name = "N")]
+    pub advise_pool: Option<usize>,
     /// Highest learning rate
     #[arg(long, value_name = "X", default_value_t = 5e-4)]
     pub learning_rate: f64,
@@ -156,7 +156,7 @@ pub fn run(args: &Args) -> Result<()> {
             .map(|m| Duration::from_secs_f64(m.max(0.0) * 60.0 * share));
         limit.map(|l| l.saturating_sub(started.elapsed()).as_secs_f64())
     };
-    if args.advise_pool.is_multiple_of(2) {
+    if args.advise_pool.is_some_and(|n| n.is_multiple_of(2)) {
         return Err(Error::Usage("--advise-pool must be odd".into()));
     }
     // A place that cannot be written to is found out before the work, not after it.
@@ -355,11 +355,14 @@ fn save(
         metadata.insert("model_sha256".into(), hash);
     }
     metadata.insert("training".into(), settings.to_string());
-    trained.heads.advise(&HeadAdvice {
-        pool: Some(args.advise_pool),
-        sinks: Some(args.advise_sinks),
+    let advice = HeadAdvice {
+        pool: args.advise_pool,
+        sinks: args.advise_sinks,
         ..HeadAdvice::default()
-    });
+    };
+    if advice != HeadAdvice::default() {
+        trained.heads.advise(&advice);
+    }
     let dtype = match args.dtype {
         Dtype::F32 => HeadDtype::F32,
         Dtype::F16 => HeadDtype::F16,

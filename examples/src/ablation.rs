@@ -466,6 +466,9 @@ pub struct Record {
     pub chat: bool,
     /// The task file, where there is one.
     pub tasks_file: Option<PathBuf>,
+    /// SHA-256 of the retaining heads, where the policy has any.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub heads_sha256: Option<String>,
     /// How the task went.
     pub case: Case,
     /// Where it ran.
@@ -487,6 +490,7 @@ impl Record {
             local,
             chat,
             tasks_file,
+            heads_sha256: heads,
             case,
             origin,
             ..
@@ -494,7 +498,7 @@ impl Record {
         let model = origin.model_sha256.as_ref().unwrap_or(&origin.model);
         let id = (&case.task, &case.id);
         let parts = (
-            policy, store, length, seed, chunk, local, chat, tasks_file, id, model,
+            policy, store, length, seed, chunk, local, chat, tasks_file, id, model, heads,
         );
         // None of these types can fail to become JSON.
         serde_json::to_string(&parts).unwrap_or_default()
@@ -578,7 +582,7 @@ pub struct Row {
     pub store: Store,
     /// Tokens of a context.
     pub length: usize,
-    /// Mean bytes of keys and values when a context was read.
+    /// Mean bytes of keys and values when a context that is asked about was read.
     pub kept: f64,
     /// `kept` as a share of a full cache of 16-bit values.
     pub share: f64,
@@ -605,9 +609,12 @@ pub fn rows(records: &[Record], unit_bytes: usize) -> Vec<Row> {
     }
     let row = |(first, group): (&Record, Vec<&Record>)| {
         let cases: Vec<Case> = group.iter().map(|r| r.case.clone()).collect();
-        let n = cases.len() as f64;
-        let kept = cases.iter().map(|c| c.kept_kv_bytes as f64).sum::<f64>() / n;
-        let tokens = cases.iter().map(|c| c.context_tokens as f64).sum::<f64>() / n;
+        // Of the contexts that are asked about: those of continuations are shorter.
+        let asks = cases.iter().any(|c| !c.continuation);
+        let counted: Vec<&Case> = cases.iter().filter(|c| !(asks && c.continuation)).collect();
+        let n = counted.len() as f64;
+        let kept = counted.iter().map(|c| c.kept_kv_bytes as f64).sum::<f64>() / n;
+        let tokens = counted.iter().map(|c| c.context_tokens as f64).sum::<f64>() / n;
         // The longest context shows the most.
         let longest = cases.iter().max_by_key(|c| c.context_tokens);
         let curve = longest.map(|c| &c.curve[..]).unwrap_or(&[]);
@@ -674,8 +681,8 @@ pub fn markdown(rows: &[Row]) -> String {
                  cache that was kept; tasks without questions show −ln p a token.\n\n";
         let best = best_at_equal_bytes(&rows);
         if !best.is_empty() {
-            text += "At equal bytes, no more than this share of a full 16-bit cache (in brackets the \
-                     budget):\n\n";
+            text += "At equal bytes: the highest mean with no more than this share of a full 16-bit \
+                     cache (in brackets the budget), the best of each share in bold:\n\n";
             text += &best.markdown();
             text.push('\n');
         }
@@ -757,8 +764,8 @@ fn best_at_equal_bytes(rows: &[&Row]) -> Table {
             }
         };
         for (best, divisor) in lines[at].1.iter_mut().zip(SHARES) {
-            // The last words of a context, which are not evicted, come on top of a budget.
-            let fits = row.share <= 1.1 / divisor as f64;
+            // Contexts differ by a sentence.
+            let fits = row.share <= 1.02 / divisor as f64;
             if fits && best.is_none_or(|(_, value)| mean.exact > value) {
                 *best = Some((row, mean.exact));
             }
@@ -959,6 +966,7 @@ mod tests {
             local: 32,
             chat: false,
             tasks_file: None,
+            heads_sha256: None,
             case: Case {
                 id: format!("{task}-{exact}"),
                 task: task.into(),
@@ -1047,6 +1055,9 @@ mod tests {
         renamed.origin.git = Some("abc".into());
         assert!(journal.get(&renamed.key()).is_some());
         renamed.chunk = 128;
+        assert!(journal.get(&renamed.key()).is_none());
+        renamed.chunk = others[0].chunk;
+        renamed.heads_sha256 = Some("other heads".into());
         assert!(journal.get(&renamed.key()).is_none());
         journal.add(last).unwrap();
         drop(journal);

@@ -25,6 +25,7 @@ pub mod training_data;
 
 pub use error::{Error, Result};
 
+use locret_policies::{Method, PolicyConfig};
 use std::{
     fs,
     io::{self, BufWriter, Write},
@@ -47,6 +48,14 @@ pub fn run(main: impl FnOnce() -> Result<()>) -> ExitCode {
 pub fn shipped_heads(runtime: &runtime::Runtime) -> Option<PathBuf> {
     let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("assets/smollm2.safetensors");
     (runtime.name == "smollm2" && file.is_file()).then_some(file)
+}
+
+/// The same configuration; a Locret without heads gets [`shipped_heads`] where there are any.
+pub fn with_shipped_heads(mut config: PolicyConfig, runtime: &runtime::Runtime) -> PolicyConfig {
+    if config.policy == Method::Locret && config.heads.is_none() {
+        config.heads = shipped_heads(runtime);
+    }
+    config
 }
 
 /// Writes a file beside its place and then renames it, so that it is never there by half.

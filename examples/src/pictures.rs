@@ -2,11 +2,14 @@
 
 use crate::{Error, Result, report};
 use plotters::{
-    coord::Shift,
+    coord::{
+        Shift,
+        ranged1d::{DefaultFormatting, KeyPointHint},
+    },
     prelude::*,
     style::text_anchor::{HPos, Pos, VPos},
 };
-use std::{fmt::Write, path::Path};
+use std::{fmt::Write, ops::Range, path::Path};
 
 /// A line of a picture.
 #[derive(Debug, Clone, PartialEq)]
@@ -56,9 +59,9 @@ const COLOURS: [RGBColor; 7] = [
 ];
 
 const MIB: f64 = (1u32 << 20) as f64;
-const WIDTH: u32 = 860;
+const WIDTH: u32 = 900;
 const HEIGHT: u32 = 480;
-const LEGEND: u32 = 200;
+const LEGEND: u32 = 240;
 
 impl Chart {
     /// The picture as SVG.
@@ -100,13 +103,24 @@ impl Chart {
         let points = || self.series.iter().flat_map(|s| &s.points);
         let (x, y) = (self.x.1, self.y.1);
         let axis = ("sans-serif", 13).into_font();
+        let (across, up) = (
+            x.range(points().map(|p| p.0)),
+            y.range(points().map(|p| p.1)),
+        );
+        let (x_ticks, y_ticks) = (x.ticks(&across), y.ticks(&up));
         let mut chart = ChartBuilder::on(&left)
             .margin(8)
             .x_label_area_size(44)
             .y_label_area_size(72)
             .build_cartesian_2d(
-                x.range(points().map(|p| p.0)),
-                y.range(points().map(|p| p.1)),
+                Axis {
+                    range: across,
+                    ticks: x_ticks,
+                },
+                Axis {
+                    range: up,
+                    ticks: y_ticks,
+                },
             )
             .map_err(text)?;
         chart
@@ -115,8 +129,6 @@ impl Chart {
             .y_desc(&self.y.0)
             .x_label_formatter(&|v| x.label(*v))
             .y_label_formatter(&|v| y.label(*v))
-            .x_labels(8)
-            .y_labels(8)
             .axis_desc_style(axis.clone())
             .label_style(axis)
             .light_line_style(TRANSPARENT)
@@ -156,6 +168,34 @@ impl Chart {
     }
 }
 
+/// An axis with equal steps that has its numbers where it is told to.
+struct Axis {
+    range: Range<f64>,
+    ticks: Vec<f64>,
+}
+
+impl Ranged for Axis {
+    type FormatOption = DefaultFormatting;
+    type ValueType = f64;
+
+    fn map(&self, value: &f64, (from, to): (i32, i32)) -> i32 {
+        let share = (value - self.range.start) / (self.range.end - self.range.start);
+        from + (share * f64::from(to - from)).round() as i32
+    }
+
+    fn key_points<Hint: KeyPointHint>(&self, hint: Hint) -> Vec<f64> {
+        if hint.weight().allow_light_points() {
+            Vec::new()
+        } else {
+            self.ticks.clone()
+        }
+    }
+
+    fn range(&self) -> Range<f64> {
+        self.range.clone()
+    }
+}
+
 fn text(error: impl std::fmt::Display) -> String {
     error.to_string()
 }
@@ -171,7 +211,7 @@ impl Scale {
         }
     }
 
-    fn range(self, values: impl Iterator<Item = f64>) -> std::ops::Range<f64> {
+    fn range(self, values: impl Iterator<Item = f64>) -> Range<f64> {
         let places = values.map(|v| self.place(v));
         let (low, high) = places.fold((f64::INFINITY, 1e-9f64), |(a, b), v| (a.min(v), b.max(v)));
         match self {
@@ -179,6 +219,23 @@ impl Scale {
             Self::LogBytes => low.floor()..(high.ceil().max(low.floor() + 1.0)),
             Self::Linear | Self::Bytes => 0.0..high * 1.05,
         }
+    }
+
+    /// Where an axis has its numbers.
+    fn ticks(self, range: &Range<f64>) -> Vec<f64> {
+        let step = match self {
+            Self::LogBytes => 1.0,
+            Self::Share => 0.2,
+            Self::Linear | Self::Bytes => {
+                // The round number next above an eighth of the axis.
+                let least = (range.end - range.start) / 8.0;
+                let power = 10f64.powf(least.log10().floor());
+                let round = [1.0, 2.0, 5.0, 10.0].map(|n| n * power);
+                round.into_iter().find(|n| *n >= least).unwrap_or(least)
+            }
+        };
+        let count = ((range.end - range.start) / step + 1e-6) as usize;
+        (0..=count).map(|i| range.start + i as f64 * step).collect()
     }
 
     fn label(self, place: f64) -> String {
@@ -365,7 +422,7 @@ pub fn survival_page(title: &str, note: &str, pieces: &[String], share: &[f64]) 
             shade(l, LEVELS)
         };
         let front = match l {
-            0 => "#b8b8b8",
+            0 => "#8c8c8c",
             1..=5 => "#111",
             _ => "#fff",
         };
@@ -441,6 +498,28 @@ mod tests {
             }
             assert!(svg.len() < 100_000, "{}", svg.len());
         }
+    }
+
+    #[test]
+    fn axes_have_round_numbers() {
+        assert_eq!(
+            Scale::LogBytes.ticks(&(20.0..23.0)),
+            [20.0, 21.0, 22.0, 23.0]
+        );
+        let labels = |scale: Scale, to: f64| -> Vec<String> {
+            let ticks = scale.ticks(&(0.0..to)).into_iter();
+            ticks.map(|t| scale.label(t)).collect()
+        };
+        assert_eq!(
+            labels(Scale::Share, 1.0),
+            ["0 %", "20 %", "40 %", "60 %", "80 %", "100 %"]
+        );
+        assert_eq!(
+            labels(Scale::Linear, 2100.0),
+            ["0", "500", "1,000", "1,500", "2,000"]
+        );
+        assert_eq!(labels(Scale::Bytes, 13.0).len(), 7);
+        assert!(labels(Scale::Linear, 1e-9).len() > 1);
     }
 
     #[test]

@@ -145,7 +145,7 @@ pub struct Plan {
     pub peak_units: usize,
 }
 
-/// The host store grows by this many units when single tokens are appended.
+/// Dense units and codes grow by this many units when single tokens are appended.
 const DECODE_RESERVE: usize = 64;
 
 impl Request {
@@ -282,7 +282,8 @@ impl Memory {
 
     fn append(&mut self, t: usize) {
         if self.capacity - self.tail < t {
-            self.capacity = self.tail + if t == 1 { DECODE_RESERVE } else { t };
+            let single = t == 1 && self.quantization.is_none();
+            self.capacity = self.tail + if single { DECODE_RESERVE } else { t };
         }
         self.tail += t;
         self.longest = self.longest.max(self.coded + self.tail);
@@ -305,7 +306,8 @@ impl Memory {
             // As if older units went first: which ones do depends on the text.
             self.coded = self.coded.saturating_sub(dropped);
             self.tail = kept - self.coded;
-            if self.coded_capacity > self.coded + DECODE_RESERVE {
+            let reserve = if dropped > 1 { 0 } else { DECODE_RESERVE };
+            if self.coded_capacity > self.coded + reserve {
                 self.coded_capacity = self.coded;
             }
         }
@@ -321,7 +323,7 @@ impl Memory {
             self.coded += units;
             self.tail -= units;
         }
-        if self.capacity > self.tail + DECODE_RESERVE {
+        if self.capacity > self.tail + 1 {
             self.capacity = self.tail;
         }
     }

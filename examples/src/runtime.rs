@@ -12,7 +12,7 @@ use std::{
     fs::File,
     io::{self, Read},
     panic::{self, AssertUnwindSafe},
-    path::PathBuf,
+    path::{Path, PathBuf},
     sync::Arc,
     time::Instant,
 };
@@ -192,21 +192,29 @@ impl Runtime {
         if !self.path.is_file() {
             return Ok(None);
         }
-        let digest = || -> io::Result<String> {
-            let mut file = File::open(&self.path)?;
-            let mut hash = Sha256::new();
-            let mut buffer = vec![0; 1 << 20];
-            loop {
-                match file.read(&mut buffer)? {
-                    0 => break,
-                    n => hash.update(&buffer[..n]),
-                }
-            }
-            let bytes = hash.finalize();
-            Ok(bytes.iter().map(|byte| format!("{byte:02x}")).collect())
-        };
-        digest().map(Some).map_err(|e| Error::read(&self.path, e))
+        file_sha256(&self.path).map(Some)
     }
+}
+
+/// SHA-256 of a file, in hexadecimal.
+///
+/// # Errors
+/// [`Error::Read`].
+pub fn file_sha256(path: &Path) -> Result<String> {
+    let digest = || -> io::Result<String> {
+        let mut file = File::open(path)?;
+        let mut hash = Sha256::new();
+        let mut buffer = vec![0; 1 << 20];
+        loop {
+            match file.read(&mut buffer)? {
+                0 => break,
+                n => hash.update(&buffer[..n]),
+            }
+        }
+        let bytes = hash.finalize();
+        Ok(bytes.iter().map(|byte| format!("{byte:02x}")).collect())
+    };
+    digest().map_err(|e| Error::read(path, e))
 }
 
 fn no_template() -> Error {

@@ -2,11 +2,19 @@
 
 use clap::Parser;
 use locret_examples::trace::Trace;
+use locret_policies::{HeadDtype, HeadWeights, LayerHead};
 use std::{
-    fs,
+    env, fs,
     path::{Path, PathBuf},
+    process::{self, Command, ExitCode},
 };
 
+#[path = "../ablation.rs"]
+mod ablation;
+#[path = "../evaluate.rs"]
+mod evaluate;
+#[path = "../generate.rs"]
+mod generate;
 #[path = "../long_shapes.rs"]
 mod long_shapes;
 #[path = "../plan.rs"]
@@ -122,6 +130,20 @@ fn mistakes_are_errors_that_say_what_is_wrong() {
             "/none.safetensors",
         ),
         (&*long, "--policy-file /none.toml", "/none.toml"),
+        (
+            &*long,
+            "--policy key-norm --budget 16 --stabilizers 40",
+            "stabilizers",
+        ),
+        (&*long, "--policy key-norm --budget 0%", "budget"),
+        (&*long, "--policy key-norm --budget 1B", "budget"),
+        (&*long, "--policy full --budget 16", "no setting `budget`"),
+        (
+            &*long,
+            "--policy window --budget 16 --heads h.bin",
+            "no setting `heads`",
+        ),
+        (&*long, "--ids-file /none.json", "cannot be used multiple"),
         (&*long, "--chunk 0", "chunk"),
         (&*long, "--model /none/model.gguf", "/none/model.gguf"),
         (&*long, "--device abacus", "abacus"),
@@ -282,13 +304,42 @@ fn policies_compose_with_integers_shared_budgets_and_merging() {
     assert!(error.contains("2, 4 or 8"), "{error}");
 }
 
+/// Heads of `layers` layers with `inputs` features and `outputs` scores.
+fn heads(layers: usize, inputs: usize, outputs: usize) -> HeadWeights {
+    let number = |i: usize| (i * 7919 % 1009) as f32 / 504.5 - 1.0;
+    let layer = |l: usize| LayerHead {
+        d_r: 5,
+        fc1: (0..5 * inputs).map(|i| number(i + l)).collect(),
+        fc2: (0..5 * outputs).map(|i| number(i + 3 * l)).collect(),
+    };
+    HeadWeights {
+        layers: (0..layers).map(layer).collect(),
+        metadata: Default::default(),
+    }
+}
+
 #[test]
 fn heads_of_another_model_are_refused() {
     let dir = tempfile::tempdir().unwrap();
     let file: PathBuf = dir.path().join("heads.safetensors");
-    fs::write(&file, b"not a file of tensors").unwrap();
     let flags = format!("--policy locret --budget 16 --heads {}", file.display());
-    let error = run(dir.path(), &ids(30), &flags).unwrap_err();
+    let trace = || run(dir.path(), &ids(30), &flags);
+    fs::write(&file, b"not a file of tensors").unwrap();
+    let error = trace().unwrap_err();
+    assert!(error.contains("heads.safetensors"), "{error}");
+    // Three layers, (4 + 2 · 2) · 8 features, two scores.
+    for (layers, inputs, outputs) in [(2, 64, 2), (4, 64, 2), (3, 48, 2), (3, 64, 3)] {
+        let wrong = heads(layers, inputs, outputs);
+        wrong.save(&file, HeadDtype::F32).unwrap();
+        let error = trace().unwrap_err();
+        assert!(error.contains("model.layers."), "{error}");
+    }
+    heads(3, 64, 2).save(&file, HeadDtype::F32).unwrap();
+    let bytes = fs::read(&file).unwrap();
+    let scores = trace().unwrap().scores.unwrap();
+    assert!(scores.iter().flatten().all(|head| head.len() == 30));
+    fs::write(&file, &bytes[..bytes.len() - 9]).unwrap();
+    let error = trace().unwrap_err();
     assert!(error.contains("heads.safetensors"), "{error}");
 }
 
@@ -313,4 +364,149 @@ fn published_dimensions_take_what_is_planned() {
     let wrong = format!("{preset} --tokens 10 --policy locret --budget 8 --d-r 0");
     assert!(run(&wrong).is_err());
     assert!(run("--model /none").unwrap_err().contains("/none"));
+}
+
+#[test]
+fn damaged_model_files_are_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("model.gguf");
+    let flags = format!("--model {}", file.display());
+    let whole = "../locret-models/tests/golden/gguf/encodings.gguf";
+    let whole = fs::read(Path::new(env!("CARGO_MANIFEST_DIR")).join(whole)).unwrap();
+    // A header that claims 2^60 tensors.
+    let mut huge = whole.clone();
+    huge[8..16].copy_from_slice(&(1u64 << 60).to_le_bytes());
+    for bytes in [&b""[..], b"GGUF", &whole[..whole.len() / 3], &huge] {
+        fs::write(&file, bytes).unwrap();
+        let error = run(dir.path(), &ids(30), &flags).unwrap_err();
+        assert!(error.contains("model.gguf"), "{error}");
+    }
+}
+
+#[test]
+fn files_of_tasks_and_grids_are_checked() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("file");
+    let name = file.display().to_string();
+    let (out, model) = (dir.path().join("out").display().to_string(), model());
+    let evaluated = |flags: &[&str]| {
+        let all = ["evaluate", "--json", &out, "--model", &model];
+        let args = evaluate::Args::try_parse_from(all.iter().chain(flags));
+        evaluate::run(&args.map_err(|e| e.to_string())?).map_err(|e| e.chain())
+    };
+    for (text, expected) in [
+        ("{\"id\": 1}", "file, line 1"),
+        ("[]", "file, line 1"),
+        (
+            "{\"id\": \"a\", \"task\": \"t\", \"context\": \"\", \"queries\": []}",
+            "the context is empty",
+        ),
+        (
+            "{\"id\": \"a\", \"task\": \"t\", \"context\": \"c\", \"queries\": []}",
+            "there is no query",
+        ),
+        ("", "no tasks"),
+    ] {
+        fs::write(&file, text).unwrap();
+        let error = evaluated(&["--tasks", &name]).unwrap_err();
+        assert!(error.contains(expected), "{error}");
+    }
+    let error = evaluated(&["--tasks", "/none.jsonl"]).unwrap_err();
+    assert!(error.contains("/none.jsonl"), "{error}");
+    let error = evaluated(&["--kinds", "riddle"]).unwrap_err();
+    assert!(error.contains("passkey, number"), "{error}");
+
+    let compared = |grid: &str| {
+        let all = ["ablation", "--grid", grid, "--out", &out, "--model", &model];
+        let args = ablation::Args::try_parse_from(all).map_err(|e| e.to_string())?;
+        ablation::run(&args).map_err(|e| e.chain())
+    };
+    for (text, expected) in [
+        ("tasks = [", "file"),
+        ("policies = []", "`policies` must not be empty"),
+        ("[[policies]]\npolicy = \"windows\"", "windows"),
+        ("[[policies]]\npolicy = \"full\"\nsinkz = 1", "sinkz"),
+        (
+            "tasks = [\"riddle\"]\n[[policies]]\npolicy = \"full\"",
+            "riddle",
+        ),
+    ] {
+        fs::write(&file, text).unwrap();
+        let error = compared(&name).unwrap_err();
+        assert!(
+            error.contains(expected) && error.contains("file"),
+            "{error}"
+        );
+    }
+    let error = compared("/none.toml").unwrap_err();
+    assert!(error.contains("/none.toml"), "{error}");
+}
+
+#[test]
+fn generate_says_what_is_missing() {
+    let model = model();
+    let run = |flags: &str| {
+        let all = ["generate", "--model", &model].into_iter();
+        let args = generate::Args::try_parse_from(all.chain(flags.split_whitespace()));
+        let args = args.map_err(|e| e.to_string())?;
+        generate::run(&args, &mut Vec::new()).map_err(|e| e.chain())
+    };
+    for (flags, expected) in [
+        ("", "--prompt-file"),
+        ("--prompt a --prompt-file b", "cannot be used with"),
+        ("--prompt-file /none.txt", "/none.txt"),
+        ("--prompt a --policy windows", "unknown policy"),
+        ("--prompt a --max-new many", "--max-new"),
+        ("--prompt a --temperature hot", "--temperature"),
+        // This model's folder has none.
+        ("--prompt a", "tokenizer"),
+    ] {
+        let error = run(flags).unwrap_err();
+        assert!(error.contains(expected), "{flags}: {error}");
+    }
+}
+
+/// Name of the variable in which a test hands flags to itself as another process.
+const FLAGS: &str = "LOCRET_TEST_TRACE_FLAGS";
+
+#[test]
+fn a_failed_program_says_why_on_stderr() {
+    if let Ok(flags) = env::var(FLAGS) {
+        let args = trace::Args::parse_from(flags.split_whitespace());
+        let code = locret_examples::run(|| trace::run(&args));
+        let success = format!("{code:?}") == format!("{:?}", ExitCode::SUCCESS);
+        process::exit(if success { 0 } else { 70 });
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("ids.json").display().to_string();
+    fs::write(&file, ids(40)).unwrap();
+    let out = dir.path().join("trace.json").display().to_string();
+    let program = |flags: &str| {
+        let model = model();
+        let flags = format!("trace --model {model} --ids-file {file} --json {out} {flags}");
+        let done = Command::new(env::current_exe().unwrap())
+            .args([
+                "--exact",
+                "a_failed_program_says_why_on_stderr",
+                "--nocapture",
+            ])
+            .env(FLAGS, flags)
+            .output()
+            .unwrap();
+        (done.status.code(), String::from_utf8(done.stderr).unwrap())
+    };
+    let (code, stderr) = program("--max-new 1");
+    assert_eq!(code, Some(0), "{stderr}");
+    for (flags, expected, code) in [
+        ("--policy windows", "unknown policy `windows`", 70),
+        ("--policy window --budget 0", "error: invalid budget", 70),
+        ("--device abacus", "unknown device", 70),
+        // The parser of flags ends the program itself.
+        ("--chunk many", "--chunk", 2),
+    ] {
+        let (found, stderr) = program(flags);
+        assert_eq!(found, Some(code), "{flags}: {stderr}");
+        assert!(stderr.contains(expected), "{flags}: {stderr}");
+        assert!(!stderr.contains("panicked"), "{flags}: {stderr}");
+    }
 }

@@ -116,6 +116,7 @@ impl Attention<'_> {
         Ok(Observed {
             per_head,
             queries: count,
+            what: what.what,
         })
     }
 
@@ -204,11 +205,39 @@ pub(crate) fn rotate_contiguous(
     table: &RopeTable,
     on_host: bool,
 ) -> Result<Tensor<2>> {
-    rotate_rows(keys, dim, table, &|row| row, false, on_host)
+    rotate_rows(keys, dim, table, &|row| row, on_host)
+}
+
+/// Undoes [`rotate_rows`].
+///
+/// In 32 bits `cos² + sin²` is not quite 1, by the same amount whenever the same row is used: keys
+/// that are turned back and forth with every eviction would grow or shrink steadily. So what is
+/// still missing after the first attempt is added, and what is left is rounding.
+pub(crate) fn unrotate_rows(
+    x: Tensor<2>,
+    dim: usize,
+    table: &RopeTable,
+    row_of: &(dyn Fn(usize) -> usize + Sync),
+    on_host: bool,
+) -> Result<Tensor<2>> {
+    let back = |x| turn_rows(x, dim, table, row_of, true, on_host);
+    let first = back(x.clone())?;
+    let missing = x - rotate_rows(first.clone(), dim, table, row_of, on_host)?;
+    Ok(first + back(missing)?)
 }
 
 /// Rotates `x` `[tokens, heads * dim]`, token `i` by row `row_of(i)` of the table.
 pub(crate) fn rotate_rows(
+    x: Tensor<2>,
+    dim: usize,
+    table: &RopeTable,
+    row_of: &(dyn Fn(usize) -> usize + Sync),
+    on_host: bool,
+) -> Result<Tensor<2>> {
+    turn_rows(x, dim, table, row_of, false, on_host)
+}
+
+fn turn_rows(
     x: Tensor<2>,
     dim: usize,
     table: &RopeTable,
@@ -271,7 +300,7 @@ pub(crate) fn rotate_grouped(
     on_host: bool,
 ) -> Result<Tensor<2>> {
     if first.windows(2).all(|w| w[0] == w[1]) {
-        return rotate_rows(x, dim, table, &|i| first[0] + i, false, on_host);
+        return rotate_rows(x, dim, table, &|i| first[0] + i, on_host);
     }
     let group = x.dims()[1] / first.len();
     let parts = first
@@ -279,7 +308,7 @@ pub(crate) fn rotate_grouped(
         .enumerate()
         .map(|(index, start)| {
             let part = x.clone().narrow(1, index * group, group);
-            rotate_rows(part, dim, table, &|i| start + i, false, on_host)
+            rotate_rows(part, dim, table, &|i| start + i, on_host)
         })
         .collect::<Result<Vec<_>>>()?;
     Ok(Tensor::cat(parts, 1))

@@ -78,8 +78,10 @@ pub struct Guard {
     pub sinks: usize,
     /// The newest units, always.
     pub recent: usize,
-    /// The newest units while further chunks of the prompt follow (Locret's stabilizers, arXiv
-    /// 2410.01805 §3.3). Their scores stay what they are.
+    /// The newest units while more of the sequence follows (Locret's stabilizers, arXiv 2410.01805
+    /// §3.3): in every chunk of a prompt but the last one, when a further prompt begins, and
+    /// whenever units are dropped while text is generated ([`DecodeEviction::Every`], which the
+    /// paper does not have). Their scores stay what they are.
     pub stabilizers: usize,
 }
 

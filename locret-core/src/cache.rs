@@ -3,7 +3,7 @@
 
 use crate::{
     Error, ModelSpec, Result,
-    attention::{Attention, rotate_grouped, rotate_rows},
+    attention::{Attention, rotate_grouped, rotate_rows, unrotate_rows},
     host,
     kernels::rope::RopeTable,
     policy::{Keep, KvCachePolicy, Needs, Phase, Positions, Step, Verdict},
@@ -50,6 +50,8 @@ pub struct SequenceCache {
     seen: usize,
     current: Option<Current>,
     peak: Peak,
+    /// What the scores are called that the units have, if they have any of a known kind.
+    scored_by: Option<String>,
     /// Scores of units as they were born, `[layer][head][token]`, where they are recorded.
     births: Option<Vec<Vec<Vec<f32>>>>,
 }
@@ -134,6 +136,7 @@ impl SequenceCache {
             seen: 0,
             current: None,
             peak: Peak::default(),
+            scored_by: None,
             births: None,
         })
     }
@@ -165,6 +168,7 @@ impl SequenceCache {
             seen: self.seen,
             current: None,
             peak: self.peak,
+            scored_by: self.scored_by.clone(),
             births: self.births.clone(),
         })
     }
@@ -195,7 +199,9 @@ impl SequenceCache {
     ///
     /// # Errors
     /// [`Error::Unusable`] in the middle of a step; [`Error::Setting`] if the policy wants other
-    /// positions than those that the cache was read with.
+    /// positions than those that the cache was read with, or needs scores
+    /// ([`KvCachePolicy::carries`]) that the units don't have: those of Locret or SirLLM, say,
+    /// cannot be made once a text is read. The cache is then as it was.
     pub fn set_policy(&mut self, policy: Arc<dyn KvCachePolicy>) -> Result<()> {
         self.ready()?;
         if policy.positions() != self.positions {
@@ -203,6 +209,19 @@ impl SequenceCache {
                 "positions of a policy",
                 format!("{:?}, as the cache was read", self.positions),
                 format!("{:?}", policy.positions()),
+            ));
+        }
+        if let Some(kind) = policy.carries()
+            && self.units() > 0
+            && self.scored_by.as_ref() != Some(&kind)
+        {
+            return Err(Error::setting(
+                "policy of a cache that holds units",
+                match &self.scored_by {
+                    Some(own) => format!("one that carries no scores, or those of {own}"),
+                    None => "one that carries no scores, as the units have none".into(),
+                },
+                format!("{} with scores of {kind}", policy.name()),
             ));
         }
         self.needs = policy.needs();
@@ -407,7 +426,7 @@ impl SequenceCache {
             }
         }
         self.seen += incoming;
-        self.current = None;
+        self.end();
         Ok(())
     }
 
@@ -425,8 +444,16 @@ impl SequenceCache {
             });
             self.decide(layer, None)?;
         }
-        self.current = None;
+        self.end();
         Ok(())
+    }
+
+    /// The step is over, and all layers agree.
+    fn end(&mut self) {
+        let mut heads = self.layers.iter().flat_map(|l| &l.heads);
+        let scored = heads.any(|h| !h.scores.is_empty());
+        self.scored_by = self.policy.carries().filter(|_| scored);
+        self.current = None;
     }
 
     fn decide(&mut self, layer: usize, surprisal: Option<&[f32]>) -> Result<()> {
@@ -563,8 +590,8 @@ impl SequenceCache {
                     let turned = layer.store.turn_keys(&|head, keys| {
                         let positions = &heads[head].positions;
                         let row = |unit: usize| positions[unit] as usize;
-                        let keys = rotate_rows(keys, d, &old, &row, true, on_host)?;
-                        rotate_rows(keys, d, &new, &row, false, on_host)
+                        let keys = unrotate_rows(keys, d, &old, &row, on_host)?;
+                        rotate_rows(keys, d, &new, &row, on_host)
                     })?;
                     if !turned {
                         if index == 0 {
@@ -589,9 +616,10 @@ impl LayerCache {
     /// Rotates the stored keys at compact positions, or back. Leaves them alone where the store
     /// would lose precision.
     fn turn(&mut self, d: usize, table: &RopeTable, inverse: bool, on_host: bool) -> Result<()> {
+        let rotate = if inverse { unrotate_rows } else { rotate_rows };
         let turned = self
             .store
-            .turn_keys(&|_, keys| rotate_rows(keys, d, table, &|i| i, inverse, on_host))?;
+            .turn_keys(&|_, keys| rotate(keys, d, table, &|i| i, on_host))?;
         if turned {
             self.rotated = !inverse;
         }

@@ -20,13 +20,13 @@
 //! # impl Scorer for KeyNorm {
 //! #     fn name(&self) -> String { "key-norm".into() }
 //! #     fn score(&self, _: &Step, units: &LayerUnits<'_>) -> Result<Scores> {
-//! #         units.score_heads(|h| Ok(units.keys(h)?.powi_scalar(2).sum_dim(1).squeeze_dim(1)))
+//! #         units.score_heads(|h| Ok(units.keys(h)?.square().sum_dim(1)))
 //! #     }
 //! # }
 //! # fn device() -> burn::tensor::Device { unimplemented!() }
 //! check_policy(&device(), &PolicyCheck::default(), |case| {
 //!     let evict = Evict::new(KeyNorm, Budget::Units(case.budget));
-//!     Arc::new(evict.positions(case.positions).while_decoding(case.decode))
+//!     Arc::new(evict.with_positions(case.positions).while_decoding(case.decode))
 //! })
 //! .unwrap();
 //! ```

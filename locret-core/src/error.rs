@@ -113,4 +113,12 @@ impl Error {
             found: found.to_string(),
         }
     }
+
+    /// What a policy reports of itself: its name, and why it cannot decide.
+    pub fn policy(name: impl Into<String>, message: impl Into<String>) -> Self {
+        Self::Policy {
+            policy: name.into(),
+            message: message.into(),
+        }
+    }
 }

@@ -59,14 +59,14 @@ impl<S: Scorer> Evict<S> {
         self
     }
 
-    /// Protects the newest units while further chunks follow.
+    /// Protects the newest units while further chunks follow; see [`Guard::stabilizers`].
     pub fn stabilizers(mut self, units: usize) -> Self {
         self.guard.stabilizers = units;
         self
     }
 
     /// Chooses the positions.
-    pub fn positions(mut self, positions: Positions) -> Self {
+    pub fn with_positions(mut self, positions: Positions) -> Self {
         self.positions = positions;
         self
     }
@@ -188,6 +188,10 @@ impl<S: Scorer> KvCachePolicy for Evict<S> {
 
     fn positions(&self) -> Positions {
         self.positions
+    }
+
+    fn carries(&self) -> Option<String> {
+        self.scorer.carries().then(|| self.scorer.name())
     }
 
     fn validate(&self, model: &ModelSpec, _prefill: &Prefill) -> Result<()> {

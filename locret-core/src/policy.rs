@@ -52,6 +52,14 @@ pub trait KvCachePolicy: Debug + Send + Sync {
         Positions::Original
     }
 
+    /// What the scores are called that this policy leaves with the units
+    /// ([`Verdict::scores`]) and that it has to find with all units that are not new; `None` if it
+    /// needs none. A cache whose units have no such scores refuses the policy
+    /// ([`SequenceCache::set_policy`](crate::SequenceCache::set_policy)).
+    fn carries(&self) -> Option<String> {
+        None
+    }
+
     /// Checks the settings against a model and a way of reading, before anything is computed.
     ///
     /// # Errors
@@ -95,6 +103,10 @@ impl<P: KvCachePolicy + ?Sized> KvCachePolicy for Arc<P> {
         (**self).positions()
     }
 
+    fn carries(&self) -> Option<String> {
+        (**self).carries()
+    }
+
     fn validate(&self, model: &ModelSpec, prefill: &Prefill) -> Result<()> {
         (**self).validate(model, prefill)
     }
@@ -127,7 +139,7 @@ impl<P: KvCachePolicy + ?Sized> KvCachePolicy for Arc<P> {
 ///     }
 ///
 ///     fn score(&self, _at: &Step, units: &LayerUnits<'_>) -> Result<Scores> {
-///         units.score_heads(|head| Ok(-units.keys(head)?.powi_scalar(2).sum_dim(1).sqrt().squeeze_dim(1)))
+///         units.score_heads(|head| Ok(-units.keys(head)?.square().sum_dim(1).sqrt()))
 ///     }
 /// }
 ///
@@ -242,8 +254,9 @@ pub enum Positions {
 /// Where in the work a verdict is asked for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Phase {
-    /// A further prompt begins on a cache that is not empty. No token is new; the cache can be
-    /// brought back to its budget before the first chunk.
+    /// A further prompt begins on a cache that is not empty. The cache can be brought back to its
+    /// budget before the first chunk. No token is new: [`LayerUnits::qkv`],
+    /// [`LayerUnits::observed`] and [`LayerUnits::surprisal`] are `None`.
     Turn,
     /// A chunk of a prompt was read; `last` if it is the last one before the tail.
     Prefill {

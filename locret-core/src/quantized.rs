@@ -151,7 +151,8 @@ struct Part {
     tail: Vec<f32>,
 }
 
-/// How many units a buffer grows by when single tokens come.
+/// How many units a buffer of codes or scales grows by when single tokens come. Units that are not
+/// quantised take as much as many that are, and stay as many: room for one more is enough.
 const RESERVE: usize = 64;
 
 impl QuantizedStore {
@@ -435,29 +436,32 @@ impl Head {
         }
         for part in [&mut self.keys, &mut self.values] {
             part.tail.drain(..units * d);
-            trim(&mut part.tail, d);
+            trim(&mut part.tail, d, 1);
         }
     }
 
     fn retain(&mut self, shape: Shape, kept: &[u32]) {
         let coded = self.coded(shape);
-        if kept.len() == self.len(shape) {
-            return;
-        }
+        let reserve = match self.len(shape) - kept.len() {
+            0 => return,
+            // Room that the next single token takes anyway.
+            1 => RESERVE,
+            _ => 0,
+        };
         let (first, rest) = kept.split_at(kept.partition_point(|u| (*u as usize) < coded));
         let rest: Vec<u32> = rest.iter().map(|u| u - coded as u32).collect();
         let (d, bytes, scales) = (shape.dim, shape.row_bytes(), shape.row_scales());
         for part in [&mut self.keys, &mut self.values] {
             compact_rows(&mut part.codes, bytes, first);
             compact_rows(&mut part.tail, d, &rest);
-            trim(&mut part.codes, bytes);
-            trim(&mut part.tail, d);
+            trim(&mut part.codes, bytes, reserve);
+            trim(&mut part.tail, d, 1);
         }
         compact_rows(&mut self.values.scales, scales, first);
-        trim(&mut self.values.scales, scales);
+        trim(&mut self.values.scales, scales, reserve);
         if !shape.kivi() {
             compact_rows(&mut self.keys.scales, scales, first);
-            trim(&mut self.keys.scales, scales);
+            trim(&mut self.keys.scales, scales, reserve);
             return;
         }
         let mut left = first;
@@ -521,9 +525,9 @@ fn reserve<T>(buffer: &mut Vec<T>, units: usize, row: usize) {
     }
 }
 
-/// Hands memory back, but for a reserve for single tokens.
-fn trim<T>(buffer: &mut Vec<T>, row: usize) {
-    if buffer.capacity() > buffer.len() + RESERVE * row {
+/// Hands memory back, but for `reserve` rows for single tokens.
+fn trim<T>(buffer: &mut Vec<T>, row: usize, reserve: usize) {
+    if buffer.capacity() > buffer.len() + reserve * row {
         buffer.shrink_to_fit();
     }
 }
@@ -542,7 +546,7 @@ impl KvStore for QuantizedStore {
                 (&mut head.keys.tail, &keys),
                 (&mut head.values.tail, &values),
             ] {
-                reserve(to, t, d);
+                to.reserve_exact(t * d);
                 for row in 0..t {
                     let at = (row * g + index) * d;
                     to.extend_from_slice(&from[at..at + d]);
@@ -876,8 +880,15 @@ mod tests {
                 ..Quantization::default()
             };
             let mut store = store(1, 64, config);
-            for seed in 0..8 {
+            for seed in 0..7 {
                 append(&mut store, 512, seed);
+                store.settle().unwrap();
+            }
+            // Read by chunks and then token by token, with the reserve that this needs.
+            append(&mut store, 412, 7);
+            store.settle().unwrap();
+            for seed in 8..108 {
+                append(&mut store, 1, seed);
                 store.settle().unwrap();
             }
             let share = store.bytes() as f64 / f64::from(f32_bytes);

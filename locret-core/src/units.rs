@@ -1,6 +1,6 @@
 //! What a policy is shown of a layer, and what it answers with.
 
-use crate::{Error, LayerSpec, Result, host, store::KvStore};
+use crate::{Error, LayerSpec, Observation, Result, host, store::KvStore};
 use burn::tensor::Tensor;
 
 /// Queries, keys and values of new tokens in one layer, **before** rotation.
@@ -42,6 +42,40 @@ pub struct Observed {
     pub per_head: Vec<Vec<f32>>,
     /// How many queries were chosen; they are the last ones of the step.
     pub queries: usize,
+    /// Which of the two `per_head` holds.
+    pub what: Observation,
+}
+
+impl Observed {
+    /// For each unit of its KV head, the sum over the chosen queries of the softmax weight that
+    /// **query** head `head` paid. Those of KV head `j` are `j * group..(j + 1) * group`.
+    ///
+    /// # Errors
+    /// [`Error::Setting`] if [`Observation::MaxLogits`] was asked for, or there is no such head.
+    pub fn weights(&self, head: usize) -> Result<&[f32]> {
+        self.list(Observation::Weights, "query head", head)
+    }
+
+    /// For each unit of **KV** head `head`, the maximum over the chosen queries and the query heads
+    /// of the group of `softmax_scale · q·k`; `-∞` where no chosen query sees it.
+    ///
+    /// # Errors
+    /// [`Error::Setting`] if [`Observation::Weights`] was asked for, or there is no such head.
+    pub fn max_logits(&self, head: usize) -> Result<&[f32]> {
+        self.list(Observation::MaxLogits, "KV head", head)
+    }
+
+    fn list(&self, what: Observation, which: &'static str, head: usize) -> Result<&[f32]> {
+        if self.what != what {
+            return Err(Error::setting(
+                "observed attention",
+                format!("{what:?}, asked for in `Needs::observe`"),
+                format!("{:?}", self.what),
+            ));
+        }
+        let list = self.per_head.get(head).map(Vec::as_slice);
+        list.ok_or_else(|| Error::setting(which, format!("below {}", self.per_head.len()), head))
+    }
 }
 
 /// What a policy sees of one layer: every unit that is in its cache now, the new ones last.
@@ -134,31 +168,52 @@ impl<'a> LayerUnits<'a> {
         self.store.values(head)
     }
 
-    /// The new tokens' queries, keys and values before rotation, if `Needs::qkv` asked for them
-    /// and there are new tokens.
+    /// The new tokens' queries, keys and values before rotation, if [`Needs::qkv`] asked for them.
+    /// `None` in [`Phase::Turn`], where no token is new.
+    ///
+    /// [`Needs::qkv`]: crate::Needs::qkv
+    /// [`Phase::Turn`]: crate::Phase::Turn
     pub fn qkv(&self) -> Option<&'a Qkv> {
         self.qkv
     }
 
-    /// `-ln p(token | tokens before it)` of each new token, if `Needs::surprisal` asked for it.
-    /// A token without a prediction (the first of the sequence) has NaN.
+    /// `-ln p(token | tokens before it)` of each new token, if [`Needs::surprisal`] asked for it.
+    /// A token without a prediction (the first of the sequence) has NaN. `None` in
+    /// [`Phase::Turn`].
+    ///
+    /// [`Needs::surprisal`]: crate::Needs::surprisal
+    /// [`Phase::Turn`]: crate::Phase::Turn
     pub fn surprisal(&self) -> Option<&'a [f32]> {
         self.surprisal
     }
 
-    /// The attention that was asked for with `Needs::observe`.
+    /// The attention that [`Needs::observe`] asked for. `None` in [`Phase::Turn`], where no query
+    /// is there to pay any.
+    ///
+    /// [`Needs::observe`]: crate::Needs::observe
+    /// [`Phase::Turn`]: crate::Phase::Turn
     pub fn observed(&self) -> Option<&'a Observed> {
         self.observed
     }
 
-    /// Scores by an expression over one head at a time: `f` returns `[units]` for each head.
+    /// Scores by an expression over one head at a time: `f` returns `[units]` for each head, or
+    /// `[units, 1]` as a reduction over the features leaves it.
     ///
     /// # Errors
-    /// Those of `f`, and [`Error::Shape`] for a wrong length.
-    pub fn score_heads(&self, mut f: impl FnMut(usize) -> Result<Tensor<1>>) -> Result<Scores> {
+    /// Those of `f`, [`Error::Shape`] for anything but one number a unit, and as
+    /// [`Scores::per_head`].
+    pub fn score_heads<const D: usize>(
+        &self,
+        mut f: impl FnMut(usize) -> Result<Tensor<D>>,
+    ) -> Result<Scores> {
         let mut all = Vec::with_capacity(self.kv_heads());
         for head in 0..self.kv_heads() {
-            all.push(host::into_f32(f(head)?)?);
+            let (scores, units) = (f(head)?, self.len(head));
+            let dims = scores.dims();
+            if dims[0] != units || dims[1..].iter().any(|d| *d != 1) {
+                return Err(Error::shape("scores of a KV head", [units, 1], dims));
+            }
+            all.push(host::into_f32(scores)?);
         }
         Scores::per_head(all)
     }

@@ -81,7 +81,7 @@ fn the_heap_is_flat_while_reading_and_almost_still_while_decoding() {
     let model = Arc::new(RandomModel::new(spec.clone(), 1, &device).unwrap());
 
     for positions in [Positions::Original, Positions::Compact] {
-        let policy = Evict::new(Newest, Budget::Units(64)).positions(positions);
+        let policy = Evict::new(Newest, Budget::Units(64)).with_positions(positions);
         let mut session =
             Session::with_options(model.clone(), Arc::new(policy), CacheOptions::default())
                 .unwrap();

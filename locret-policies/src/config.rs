@@ -353,7 +353,7 @@ impl PolicyConfig {
         let policy: Arc<dyn KvCachePolicy> = match self.policy {
             Method::Full => {
                 let positions = self.positions.unwrap_or_default();
-                self.wrap(Full::new().positions(positions))
+                self.wrap(Full::new().with_positions(positions))
             }
             Method::Window => self.evict(model, Window)?,
             Method::Random => self.evict(model, Random::new(self.seed.unwrap_or(0)))?,
@@ -457,7 +457,7 @@ impl PolicyConfig {
         let mut policy = Evict::new(scorer, budget)
             .guard(self.guard(model, budget))
             .pool(self.pool.unwrap_or(1))
-            .positions(self.positions.unwrap_or(self.policy.default_positions()))
+            .with_positions(self.positions.unwrap_or(self.policy.default_positions()))
             .while_decoding(self.decode.unwrap_or_default());
         if let Some(beta) = self.pyramid {
             policy = policy.pyramid(beta);

@@ -20,7 +20,7 @@ impl Full {
     }
 
     /// Chooses the positions; they are the same ones as long as nothing is dropped.
-    pub fn positions(mut self, positions: Positions) -> Self {
+    pub fn with_positions(mut self, positions: Positions) -> Self {
         self.positions = positions;
         self
     }

@@ -37,7 +37,7 @@ impl Scorer for KeyDiff {
             let mean = unit.clone().mean_dim(0);
             let length = (mean.clone() * mean.clone()).sum_dim(1).sqrt();
             let mean = mean / length.clamp_min(NO_DIRECTION);
-            Ok((unit * mean).sum_dim(1).neg().squeeze_dim(1))
+            Ok((unit * mean).sum_dim(1).neg())
         })
     }
 }

@@ -31,7 +31,7 @@ impl Scorer for KeyNorm {
     fn score(&self, _at: &Step, units: &LayerUnits<'_>) -> Result<Scores> {
         units.score_heads(|head| {
             let keys = units.keys(head)?;
-            Ok((keys.clone() * keys).sum_dim(1).sqrt().neg().squeeze_dim(1))
+            Ok((keys.clone() * keys).sum_dim(1).sqrt().neg())
         })
     }
 }

@@ -95,6 +95,10 @@ impl<P: KvCachePolicy> KvCachePolicy for Merge<P> {
         self.inner.positions()
     }
 
+    fn carries(&self) -> Option<String> {
+        self.inner.carries()
+    }
+
     fn validate(&self, model: &ModelSpec, prefill: &Prefill) -> Result<()> {
         if !(-1.0..=1.0).contains(&self.threshold) {
             return Err(Error::setting(

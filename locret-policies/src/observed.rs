@@ -2,12 +2,26 @@
 
 use locret_core::{Error, LayerUnits, Observed, Result, Scorer, Scores};
 
-/// The attention that `scorer` asked for, one list per query head.
-pub(crate) fn weights<'a>(scorer: &impl Scorer, units: &LayerUnits<'a>) -> Result<&'a Observed> {
-    units.observed().ok_or_else(|| Error::Policy {
-        policy: scorer.name(),
-        message: "the attention that it needs was not observed".into(),
-    })
+/// The attention that `scorer` asked for.
+pub(crate) fn attention<'a>(scorer: &impl Scorer, units: &LayerUnits<'a>) -> Result<&'a Observed> {
+    let missing = || {
+        Error::policy(
+            scorer.name(),
+            "the attention that it needs was not observed",
+        )
+    };
+    units.observed().ok_or_else(missing)
+}
+
+/// The weights that each query head of KV head `head` paid.
+pub(crate) fn group<'a>(
+    attention: &'a Observed,
+    head: usize,
+    group: usize,
+) -> Result<Vec<&'a [f32]>> {
+    (head * group..(head + 1) * group)
+        .map(|query| attention.weights(query))
+        .collect()
 }
 
 /// The scores as they were left: no query is there to change them.

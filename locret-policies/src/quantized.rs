@@ -46,6 +46,10 @@ impl<P: KvCachePolicy> KvCachePolicy for Quantized<P> {
         self.inner.positions()
     }
 
+    fn carries(&self) -> Option<String> {
+        self.inner.carries()
+    }
+
     fn validate(&self, model: &ModelSpec, prefill: &Prefill) -> Result<()> {
         self.config.validate()?;
         self.inner.validate(model, prefill)

@@ -64,7 +64,7 @@ impl SirLlm {
         Evict::new(self, budget)
             .sinks(sinks)
             .recent(recent)
-            .positions(Positions::Compact)
+            .with_positions(Positions::Compact)
     }
 }
 

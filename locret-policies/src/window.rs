@@ -31,7 +31,7 @@ impl Window {
         };
         Evict::new(Self, budget)
             .sinks(sinks)
-            .positions(Positions::Compact)
+            .with_positions(Positions::Compact)
     }
 }
 

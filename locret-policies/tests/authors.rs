@@ -104,7 +104,7 @@ fn check(
     let weights = heads(&spec, settings, case.seed.parse().unwrap());
     let heads = RetainingHeads::new(&weights, &spec, model.device()).unwrap();
     let policy = Locret::authors(heads, Budget::Units(settings.budget), settings.stabilizers);
-    let policy = policy.positions(case.positions);
+    let policy = policy.with_positions(case.positions);
     let options = CacheOptions {
         kernels,
         ..CacheOptions::default()

@@ -41,7 +41,7 @@ fn policy(spec: &ModelSpec, settings: &Settings) -> Arc<dyn KvCachePolicy> {
     fn evict<S: Scorer + 'static>(scorer: S, settings: &Settings) -> Arc<dyn KvCachePolicy> {
         let mut policy = Evict::new(scorer, Budget::Units(settings.budget))
             .guard(settings.guard)
-            .positions(settings.positions)
+            .with_positions(settings.positions)
             .while_decoding(settings.decode)
             .pool(settings.pool);
         if let Some(beta) = settings.pyramid {
@@ -56,7 +56,7 @@ fn policy(spec: &ModelSpec, settings: &Settings) -> Arc<dyn KvCachePolicy> {
         }
     }
     match &settings.rule {
-        Rule::Full => Arc::new(Full::new().positions(settings.positions)),
+        Rule::Full => Arc::new(Full::new().with_positions(settings.positions)),
         Rule::Window => evict(Window, settings),
         Rule::KeyNorm => evict(KeyNorm, settings),
         Rule::KeyDiff => evict(KeyDiff, settings),

@@ -40,6 +40,9 @@ pub enum Kind {
     Perplexity,
     /// The pass key in essays instead of filler. One question.
     EssayPasskey,
+    /// How well every token of an essay but the first few is predicted: what a store costs.
+    /// Nothing is evicted while an answer is read.
+    Text,
 }
 
 impl Kind {
@@ -55,7 +58,7 @@ impl Kind {
     ];
 
     /// All of them.
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 9] = [
         Self::Passkey,
         Self::Number,
         Self::KeyValue,
@@ -64,6 +67,7 @@ impl Kind {
         Self::MultiTurn,
         Self::Perplexity,
         Self::EssayPasskey,
+        Self::Text,
     ];
 
     /// The name in files and tables.
@@ -77,6 +81,7 @@ impl Kind {
             Self::MultiTurn => "multi-turn",
             Self::Perplexity => "perplexity",
             Self::EssayPasskey => "essay-passkey",
+            Self::Text => "text",
         }
     }
 }
@@ -104,7 +109,7 @@ impl FromStr for Kind {
 pub struct Recipe {
     /// Kinds of task.
     pub kinds: Vec<Kind>,
-    /// Tokens of a context (perplexity: of context and answer). No task has more, and few have
+    /// Tokens of a context (perplexity, text: of context and answer). No task has more, and few have
     /// more than a sentence less.
     pub tokens: usize,
     /// Contexts of each kind.
@@ -174,6 +179,8 @@ const PAIRS: (usize, usize) = (4, 2);
 const TURNS: usize = 4;
 /// Tokens of the answer in a perplexity task, if that is at most a quarter of all.
 const CONTINUATION: usize = 512;
+/// Tokens of the context in a task that predicts a whole text.
+const BEGINNING: usize = 128;
 
 impl Maker<'_> {
     fn make(&mut self) -> Result<(String, Vec<Query>)> {
@@ -190,7 +197,8 @@ impl Maker<'_> {
                 self.in_essays(&templates)
             }
             Kind::MultiTurn => self.multi_turn(),
-            Kind::Perplexity => self.perplexity(),
+            Kind::Perplexity => self.continuation(CONTINUATION.min(self.tokens / 4)),
+            Kind::Text => self.continuation(self.tokens.saturating_sub(BEGINNING)),
             Kind::EssayPasskey => self.in_essays(&[&words::PASSKEY]),
         }
     }
@@ -444,8 +452,7 @@ impl Maker<'_> {
         }
     }
 
-    fn perplexity(&mut self) -> Result<(String, Vec<Query>)> {
-        let last = CONTINUATION.min(self.tokens / 4);
+    fn continuation(&mut self, last: usize) -> Result<(String, Vec<Query>)> {
         let start = self.rng.random_range(0..self.essays.sentences().len());
         let begin = &self.frame.begin;
         let room = (self.tokens - last).saturating_sub((self.count)(begin)?);

@@ -393,7 +393,7 @@ impl Checking<'_> {
         for positions in [Positions::Original, Positions::Compact] {
             let case = format!("a stream through a window of {BUDGET}, {positions:?} positions");
             let run = || -> Result<Session> {
-                let evict = Evict::new(Newest, Budget::Units(BUDGET)).positions(positions);
+                let evict = Evict::new(Newest, Budget::Units(BUDGET)).with_positions(positions);
                 let mut session =
                     Session::with_options(self.model.clone(), Arc::new(evict), self.check.options)?;
                 let prefill = Prefill {

@@ -142,6 +142,10 @@ impl KvCachePolicy for Recording {
         self.inner.positions()
     }
 
+    fn carries(&self) -> Option<String> {
+        self.inner.carries()
+    }
+
     fn validate(&self, model: &ModelSpec, prefill: &Prefill) -> Result<()> {
         self.inner.validate(model, prefill)
     }
@@ -188,9 +192,11 @@ impl KvCachePolicy for Recording {
         let mut seen = Seen {
             carried: heads.clone().map(|h| units.carried(h).to_vec()).collect(),
             surprisal: units.surprisal().map(<[f32]>::to_vec),
-            observed: units
-                .observed()
-                .map(|Observed { per_head, queries }| (per_head.clone(), *queries)),
+            observed: units.observed().map(
+                |Observed {
+                     per_head, queries, ..
+                 }| (per_head.clone(), *queries),
+            ),
             ..Seen::default()
         };
         if let Some(qkv) = units.qkv() {

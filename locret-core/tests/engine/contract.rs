@@ -744,7 +744,7 @@ fn the_policy_suite_names_what_is_broken() {
         let error = check_policy(&device(), &check, |case| {
             Arc::new(Bent {
                 inner: Evict::new(Chance(case.seed), Budget::Units(case.budget))
-                    .positions(case.positions)
+                    .with_positions(case.positions)
                     .while_decoding(case.decode),
                 how,
                 calls: AtomicUsize::new(0),
@@ -768,7 +768,7 @@ fn a_policy_with_one_kind_of_positions_is_checked_in_that_one() {
     };
     let make = |positions| {
         move |case: &locret_core::conformance::Case<'_>| -> Arc<dyn KvCachePolicy> {
-            Arc::new(Evict::new(Newest, Budget::Units(case.budget)).positions(positions))
+            Arc::new(Evict::new(Newest, Budget::Units(case.budget)).with_positions(positions))
         }
     };
     check_policy(&device(), &check, make(Positions::Compact)).unwrap();

@@ -47,7 +47,7 @@ fn stopped_and_resumed_text_is_the_same_text() {
             false => Positions::Original,
         };
         let start = || {
-            let mut session = session(&model, tight().positions(positions));
+            let mut session = session(&model, tight().with_positions(positions));
             session.prefill(&text(50), &PREFILL).unwrap();
             session
         };
@@ -506,17 +506,50 @@ fn a_fork_can_go_on_under_another_policy() {
         session.prefill(&text(40), &PREFILL).unwrap();
     }
     assert_eq!((session.cache().len(0, 0), fork.cache().len(0, 0)), (16, 9));
-    let compact = Evict::new(Newest, Budget::Units(5)).positions(Positions::Compact);
+    let compact = Evict::new(Newest, Budget::Units(5)).with_positions(Positions::Compact);
     let error = fork.cache_mut().set_policy(Arc::new(compact)).unwrap_err();
     assert!(matches!(error, Error::Setting { .. }), "{error}");
-    // What the first policy left with the units means nothing to the next one.
-    let scored = Arc::new(Evict::new(Birth, Budget::Units(5)));
-    fork.cache_mut().set_policy(scored).unwrap();
-    let error = fork.prefill(&text(40), &PREFILL).unwrap_err();
-    assert!(
-        matches!(error, Error::Policy { .. } | Error::Shape { .. }),
-        "{error}"
-    );
+}
+
+#[test]
+fn a_policy_that_needs_scores_is_refused_by_units_without_them() {
+    let birth = |budget| Arc::new(Evict::new(Birth, Budget::Units(budget)));
+    let model = model();
+    let mut plain = session(&model, tight());
+    // Nothing has been read: any policy can begin.
+    plain.cache_mut().set_policy(birth(16)).unwrap();
+    plain.cache_mut().set_policy(Arc::new(tight())).unwrap();
+    plain.prefill(&text(50), &PREFILL).unwrap();
+    for policy in [
+        birth(5) as Arc<dyn KvCachePolicy>,
+        Arc::new(Evict::new(Attended, Budget::Units(5))),
+    ] {
+        let error = plain.cache_mut().set_policy(policy).unwrap_err();
+        assert!(matches!(error, Error::Setting { .. }), "{error}");
+        assert!(error.to_string().contains("units have none"), "{error}");
+    }
+    // It is as it was, and goes on.
+    assert_eq!(plain.cache().policy().name(), tight().name());
+    plain.prefill(&text(40), &PREFILL).unwrap();
+
+    let mut scored = Session::new(model, birth(16)).unwrap();
+    scored.prefill(&text(50), &PREFILL).unwrap();
+    let mut fork = scored.fork().unwrap();
+    // Scores of another kind are no scores.
+    let other = Arc::new(Evict::new(Attended, Budget::Units(5)));
+    let error = fork.cache_mut().set_policy(other).unwrap_err();
+    assert!(error.to_string().contains("those of birth"), "{error}");
+    // The same kind with another budget is what would have been read with it from here on.
+    fork.cache_mut().set_policy(birth(9)).unwrap();
+    fork.prefill(&text(40), &PREFILL).unwrap();
+    assert_eq!(fork.cache().scores(0, 0).len(), fork.cache().len(0, 0));
+    // A policy without scores may come between, as long as nothing is read under it.
+    fork.cache_mut().set_policy(Arc::new(tight())).unwrap();
+    fork.cache_mut().set_policy(birth(9)).unwrap();
+    fork.cache_mut().set_policy(Arc::new(tight())).unwrap();
+    fork.prefill(&text(4), &PREFILL).unwrap();
+    let error = fork.cache_mut().set_policy(birth(9)).unwrap_err();
+    assert!(error.to_string().contains("units have none"), "{error}");
 }
 
 #[test]

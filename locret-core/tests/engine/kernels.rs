@@ -17,10 +17,10 @@ use std::sync::Arc;
 type Make = fn(Positions) -> Arc<dyn KvCachePolicy>;
 
 const POLICIES: [Make; 5] = [
-    |p| Arc::new(Evict::new(KeyNorm, Budget::Units(20)).positions(p)),
-    |p| Arc::new(Evict::new(Birth, Budget::Units(20)).positions(p)),
-    |p| Arc::new(Evict::new(Attended, Budget::Units(20)).positions(p)),
-    |p| Arc::new(Evict::new(Logits, Budget::Units(20)).positions(p)),
+    |p| Arc::new(Evict::new(KeyNorm, Budget::Units(20)).with_positions(p)),
+    |p| Arc::new(Evict::new(Birth, Budget::Units(20)).with_positions(p)),
+    |p| Arc::new(Evict::new(Attended, Budget::Units(20)).with_positions(p)),
+    |p| Arc::new(Evict::new(Logits, Budget::Units(20)).with_positions(p)),
     |positions| {
         Arc::new(Ragged {
             limit: 24,

@@ -227,7 +227,7 @@ fn evicted_and_forked_caches_turn_what_they_hold() {
     let model = model_of(long_spec(LongRopeSwitch::ByLength));
     let prefill = Prefill { chunk: 8, local: 0 };
     for positions in [Positions::Original, Positions::Compact] {
-        let policy = Arc::new(Evict::new(KeyNorm, Budget::Units(12)).positions(positions));
+        let policy = Arc::new(Evict::new(KeyNorm, Budget::Units(12)).with_positions(positions));
         let mut session =
             Session::with_options(model.clone(), policy, CacheOptions::default()).unwrap();
         session.prefill(&text(35), &prefill).unwrap();
@@ -239,7 +239,7 @@ fn evicted_and_forked_caches_turn_what_they_hold() {
         let short = session.logits().unwrap().to_vec();
         let mut again = Session::with_options(
             model.clone(),
-            Arc::new(Evict::new(KeyNorm, Budget::Units(12)).positions(positions)),
+            Arc::new(Evict::new(KeyNorm, Budget::Units(12)).with_positions(positions)),
             CacheOptions::default(),
         )
         .unwrap();

@@ -3,6 +3,7 @@
 mod budgets;
 mod contract;
 mod conversation;
+mod drift;
 mod kernels;
 mod longrope;
 mod memory;

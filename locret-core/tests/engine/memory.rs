@@ -46,7 +46,7 @@ proptest! {
             ..spec()
         };
         let positions = if compact { Positions::Compact } else { Positions::Original };
-        let policy = Evict::new(KeyNorm, Budget::Units(budget)).positions(positions);
+        let policy = Evict::new(KeyNorm, Budget::Units(budget)).with_positions(positions);
         let chunks = budget.div_ceil(chunk) + 2 + extra / chunk;
         let prefill = Prefill { chunk, local: 0 };
         let options = CacheOptions { dtype, kernels };
@@ -105,7 +105,7 @@ fn decoding_in_a_bounded_cache_stays_there() {
     for every in [1, 4] {
         for positions in [Positions::Original, Positions::Compact] {
             let policy = Evict::new(Newest, Budget::Units(20))
-                .positions(positions)
+                .with_positions(positions)
                 .while_decoding(DecodeEviction::Every(every));
             let prefill = Prefill {
                 chunk: 16,
@@ -137,7 +137,7 @@ fn a_long_stream_takes_no_more_than_a_short_one() {
     let model = model_of(spec);
     let mut session = Session::with_options(
         model,
-        Arc::new(policy.positions(Positions::Compact)),
+        Arc::new(policy.with_positions(Positions::Compact)),
         CacheOptions::default(),
     )
     .unwrap();

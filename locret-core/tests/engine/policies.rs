@@ -15,14 +15,7 @@ impl Scorer for KeyNorm {
     }
 
     fn score(&self, _at: &Step, units: &LayerUnits<'_>) -> Result<Scores> {
-        units.score_heads(|head| {
-            Ok(-units
-                .keys(head)?
-                .powi_scalar(2)
-                .sum_dim(1)
-                .sqrt()
-                .squeeze_dim(1))
-        })
+        units.score_heads(|head| Ok(-units.keys(head)?.square().sum_dim(1).sqrt()))
     }
 }
 
@@ -171,13 +164,15 @@ impl Scorer for Attended {
             let mut scores = units.carried(head).to_vec();
             scores.resize(units.len(head), 0.0);
             if let Some(observed) = units.observed() {
-                for paid in &observed.per_head[head * group..(head + 1) * group] {
+                for query in head * group..(head + 1) * group {
+                    let paid = observed.weights(query)?;
                     scores.iter_mut().zip(paid).for_each(|(s, p)| *s += p);
                 }
             }
-            scores
+            Ok(scores)
         };
-        Scores::per_head((0..units.kv_heads()).map(of).collect())
+        let scores: Result<_> = (0..units.kv_heads()).map(of).collect();
+        Scores::per_head(scores?)
     }
 }
 

@@ -20,7 +20,7 @@ use std::sync::Arc;
 
 fn evict<S: Scorer + 'static>(case: &Case<'_>, scorer: S) -> Evict<S> {
     Evict::new(scorer, Budget::Units(case.budget))
-        .positions(case.positions)
+        .with_positions(case.positions)
         .while_decoding(case.decode)
 }
 
@@ -128,6 +128,10 @@ impl<P: KvCachePolicy> KvCachePolicy for Packed<P> {
         self.0.positions()
     }
 
+    fn carries(&self) -> Option<String> {
+        self.0.carries()
+    }
+
     fn store(&self, layer: &LayerSpec, place: &Placement) -> Result<Box<dyn KvStore>> {
         let config = Quantization {
             residual: 4,
@@ -188,7 +192,11 @@ fn a_ratio() {
         // `like_full` asks for a budget that is never reached.
         let ratio = if case.budget > 1000 { 1.0 } else { 0.3 };
         let policy = Evict::new(KeyNorm, Budget::Ratio(ratio)).recent(2);
-        Arc::new(policy.positions(case.positions).while_decoding(case.decode))
+        Arc::new(
+            policy
+                .with_positions(case.positions)
+                .while_decoding(case.decode),
+        )
     })
     .unwrap();
 }

@@ -55,7 +55,7 @@ impl Locret {
     ) -> Evict<Self> {
         Evict::new(Self::new(heads), budget)
             .stabilizers(stabilizers)
-            .positions(Positions::Compact)
+            .with_positions(Positions::Compact)
     }
 
     /// The heads.
@@ -94,9 +94,9 @@ impl Scorer for Locret {
             })
             .collect();
         if units.incoming() > 0 {
-            let qkv = units.qkv().ok_or_else(|| Error::Policy {
-                policy: self.name(),
-                message: "the queries, keys and values that it needs are missing".into(),
+            let qkv = units.qkv().ok_or_else(|| {
+                let message = "the queries, keys and values that it needs are missing";
+                Error::policy(self.name(), message)
             })?;
             let new = self.heads.scores(at.layer.index, qkv)?;
             for token in new.chunks_exact(kv_heads) {
