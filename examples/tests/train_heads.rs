@@ -116,10 +116,10 @@ fn every_option_has_an_influence() {
     for flags in [
         "--label mass",
         "--value-norm",
-        "--query-tokens",
-        "4",
+        "--query-tokens 1",
         "--standardise",
-        "--pool-labels 3",
+        "--pool-labels 1",
+        "--sinks 0",
         "--alpha 0.5",
         "--ranking 1",
         "--query-aware 4",

@@ -14,11 +14,7 @@ pub(crate) fn attention<'a>(scorer: &impl Scorer, units: &LayerUnits<'a>) -> Res
 }
 
 /// The weights that each query head of KV head `head` paid.
-pub(crate) fn group(
-    attention: &Observed,
-    head: usize,
-    group: usize,
-) -> Result<Vec<&[f32]>> {
+pub(crate) fn group(attention: &Observed, head: usize, group: usize) -> Result<Vec<&[f32]>> {
     (head * group..(head + 1) * group)
         .map(|query| attention.weights(query))
         .collect()
