@@ -152,8 +152,8 @@ impl Request {
     /// Works the plan out, chunk by chunk as the engine reads.
     ///
     /// Exact for dense stores. Quantised ones are estimated, as it depends on the text which of
-    /// their units are dropped: within 5 %, but within 20 % for KIVI's layout (2 bits) under a
-    /// policy that drops single units here and there. Budgets that are shared out over layers or
+    /// their units are dropped: within 5 %, and within 15 % for KIVI's layout (2 bits) under a
+    /// policy that drops single units here and there, as if by lot. Budgets that are shared out over layers or
     /// heads are counted as if every head had its mean.
     ///
     /// # Errors
@@ -170,7 +170,8 @@ impl Request {
         let l = shape.layers;
         // Where surprisal is known after the last layer only, no layer is cut back before.
         let at_once = self.policy.policy == Method::SirLlm;
-        let mut memory = Memory::new(shape, self.store, self.policy.quantize);
+        let scattered = self.policy.policy != Method::Window;
+        let mut memory = Memory::new(shape, self.store, self.policy.quantize, scattered);
         let local = self.prefill.local.min(self.context);
         let body = self.context - local;
         let chunks = pieces(body, self.prefill.chunk).map(|t| (t, budget));
@@ -245,23 +246,32 @@ struct Memory {
     longest: usize,
     quantization: Option<Quantization>,
     /// Bytes of a unit of all heads, as integers and as it is.
-    coded_bytes: f64,
+    coded_bytes: usize,
     tail_bytes: usize,
+    /// Groups of tokens that have a member left, where keys are scaled by group, and the bytes of
+    /// what its members share in all heads.
+    groups: f64,
+    group_bytes: usize,
+    /// Whether units go here and there, and not the oldest first.
+    scattered: bool,
 }
 
 impl Memory {
-    fn new(shape: &Shape, store: KvDtype, quantization: Option<Quantization>) -> Self {
+    fn new(
+        shape: &Shape,
+        store: KvDtype,
+        quantization: Option<Quantization>,
+        scattered: bool,
+    ) -> Self {
         let d = shape.head_dim;
-        let coded = quantization.map_or(0.0, |q| {
+        let (coded, group) = quantization.map_or((0, 0), |q| {
             // Two 16-bit numbers for each group.
-            let codes = (d * usize::from(q.bits)).div_ceil(8) as f64;
-            let by_token = (4 * d.div_ceil(q.group.clamp(1, d))) as f64;
-            let keys = match q.layout {
-                QuantLayout::PerToken => by_token,
-                // As long as groups of tokens are whole.
-                QuantLayout::Kivi => (4 * d) as f64 / q.group.max(1) as f64,
-            };
-            2.0 * codes + keys + by_token
+            let codes = 2 * (d * usize::from(q.bits)).div_ceil(8);
+            let by_token = 4 * d.div_ceil(q.group.clamp(1, d));
+            match q.layout {
+                QuantLayout::PerToken => (codes + 2 * by_token, 0),
+                QuantLayout::Kivi => (codes + by_token, 4 * d),
+            }
         });
         let value = if quantization.is_some() {
             4
@@ -275,8 +285,11 @@ impl Memory {
             capacity: 0,
             longest: 0,
             quantization,
-            coded_bytes: coded * shape.kv_heads as f64,
+            coded_bytes: coded * shape.kv_heads,
             tail_bytes: shape.kv_heads * 2 * d * value,
+            groups: 0.0,
+            group_bytes: group * shape.kv_heads,
+            scattered,
         }
     }
 
@@ -303,8 +316,18 @@ impl Memory {
             return;
         };
         if dropped > 0 {
-            // As if older units went first: which ones do depends on the text.
-            self.coded = self.coded.saturating_sub(dropped);
+            let before = self.coded as f64;
+            if self.scattered {
+                // As if units went by lot, older and newer ones alike: which do depends on the text.
+                let left = kept as f64 / len as f64;
+                self.coded = (before * left).round() as usize;
+                // The share of groups of which at least one member is left.
+                let members = before / self.groups.max(1.0);
+                self.groups *= 1.0 - (1.0 - left).powf(members);
+            } else {
+                self.coded = self.coded.saturating_sub(dropped);
+                self.groups = self.coded.div_ceil(q.group.max(1)) as f64;
+            }
             self.tail = kept - self.coded;
             let reserve = if dropped > 1 { 0 } else { DECODE_RESERVE };
             if self.coded_capacity > self.coded + reserve {
@@ -322,6 +345,7 @@ impl Memory {
             }
             self.coded += units;
             self.tail -= units;
+            self.groups += units as f64 / q.group.max(1) as f64;
         }
         if self.capacity > self.tail + 1 {
             self.capacity = self.tail;
@@ -329,7 +353,9 @@ impl Memory {
     }
 
     fn bytes(&self) -> usize {
-        (self.coded_capacity as f64 * self.coded_bytes) as usize + self.capacity * self.tail_bytes
+        self.coded_capacity * self.coded_bytes
+            + (self.groups * self.group_bytes as f64) as usize
+            + self.capacity * self.tail_bytes
     }
 }
 

@@ -191,69 +191,9 @@ fn quickstart_and_custom_policy_run() {
     custom_policy::run(&ModelArgs::default()).unwrap();
 }
 
-/// `plan` against runs of the real model, within 5 %, quantised stores included.
+/// `plan` against runs of the real model, within 5 %: weights, and keys and values in every store.
 #[test]
 fn a_plan_is_within_five_percent_of_what_is_measured() {
-    use locret_core::{Budget, Generate, Prefill, Quantization, Session};
-    use locret_examples::plan::{Request, Shape};
-    use locret_policies::{Method, PolicyConfig};
-
-    let runtime = ModelArgs::default().load().unwrap();
-    let ids: Vec<u32> = (0..700).map(|i| 1000 + i * 37 % 20_000).collect();
-    let prefill = Prefill {
-        chunk: 128,
-        local: 32,
-    };
-    let bounded = |method| PolicyConfig::new(method).budget(Budget::Units(160));
-    for config in [
-        PolicyConfig::new(Method::Full),
-        bounded(Method::Window),
-        bounded(Method::SirLlm),
-    ] {
-        for bits in [None, Some(8), Some(4), Some(2)] {
-            let policy = PolicyConfig {
-                quantize: bits.map(Quantization::bits),
-                ..config.clone()
-            };
-            let max_new = 4;
-            let request = Request {
-                shape: Shape::preset("smollm2-135m").unwrap(),
-                context: ids.len(),
-                max_new,
-                policy: policy.clone(),
-                prefill,
-                store: Default::default(),
-                weight_bytes: 4,
-                heads: (0, 0),
-            };
-            let plan = request.plan().unwrap();
-            let model = runtime.model();
-            let built = policy.build(model.spec(), model.device()).unwrap();
-            let mut session = Session::new(model, built).unwrap();
-            session.prefill(&ids, &prefill).unwrap();
-            let reading = session.report().prefill_peak.bytes;
-            let greedy = Generate::greedy(max_new);
-            let generated = session.generate(greedy).unwrap().filter(|t| t.is_ok());
-            assert_eq!(generated.count(), max_new);
-            let report = session.report();
-            for (what, planned, measured) in [
-                ("reading", plan.kv_prefill, reading),
-                ("after", plan.kv_decode, report.kv_bytes),
-            ] {
-                let off = planned as f64 / measured as f64 - 1.0;
-                let case = format!("{} {bits:?} {what}", policy.policy);
-                // A group of KIVI's that lost some of its units keeps what all of them shared.
-                let scattered = bits == Some(2) && policy.policy == Method::SirLlm;
-                let limit = if scattered { 0.25 } else { 0.05 };
-                assert!(off.abs() < limit, "{case}: {planned} {measured} {off:+.3}");
-            }
-        }
-    }
-}
-
-/// `plan` against what a run takes: weights, keys and values.
-#[test]
-fn a_plan_is_within_a_twentieth_of_what_is_measured() {
     use locret_core::{Budget, CacheOptions, Generate, KvDtype, Prefill, Quantization, Session};
     use locret_examples::{
         plan::{Request, Shape},
@@ -262,57 +202,84 @@ fn a_plan_is_within_a_twentieth_of_what_is_measured() {
     use locret_models::WeightDtype;
     use locret_policies::{Method, PolicyConfig};
 
-    let near = |what: &str, planned: usize, measured: usize| {
-        let off = planned as f64 / measured as f64 - 1.0;
-        assert!(off.abs() <= 0.05, "{what}: {planned} for {measured}");
-    };
     let runtime = ModelArgs::default().load().unwrap();
-    let model = runtime.model();
     let weights = runtime.loaded.files.weights().unwrap();
     let held = resident_bytes(&*weights, WeightDtype::F32);
     // The file has 4 to 5 bits for most weights.
     assert!(resident_bytes(&*weights, WeightDtype::File) < held / 4);
-    let text = "The keeper wrote down the wind, the ships and the hour. ".repeat(40);
-    let ids = &runtime.encode(&text).unwrap()[..400];
-    let bounded = |method| PolicyConfig::new(method).budget(Budget::Units(128));
-    let mut integers = bounded(Method::Window);
-    integers.quantize = Some(Quantization::bits(4));
-    for (policy, store) in [
-        (PolicyConfig::new(Method::Full), KvDtype::F32),
-        (bounded(Method::KeyDiff), KvDtype::Bf16),
-        (bounded(Method::SirLlm), KvDtype::F16),
-        (integers, KvDtype::F32),
+    let text = runtime.encode(include_str!("../../README.md")).unwrap();
+    let ids = &text[..700];
+    let prefill = Prefill {
+        chunk: 128,
+        local: 32,
+    };
+    let bounded = |method| PolicyConfig::new(method).budget(Budget::Units(160));
+    let dense = |store| (None, store);
+    let integers = |bits| (Some(Quantization::bits(bits)), KvDtype::F32);
+    let stores = [
+        dense(KvDtype::F32),
+        dense(KvDtype::Bf16),
+        integers(8),
+        integers(4),
+        integers(2),
+    ];
+    let mut worst = Vec::new();
+    for config in [
+        PolicyConfig::new(Method::Full),
+        bounded(Method::Window),
+        bounded(Method::SirLlm),
+        bounded(Method::KeyDiff),
     ] {
-        let prefill = Prefill {
-            chunk: 64,
-            local: 32,
-        };
-        let request = Request {
-            shape: Shape::of("smollm2", &runtime.loaded.config),
-            context: ids.len(),
-            max_new: 4,
-            policy,
-            prefill,
-            store,
-            weight_bytes: 4,
-            heads: (0, 0),
-        };
-        let plan = request.plan().unwrap();
-        let built = (request.policy.build(model.spec(), model.device())).unwrap();
-        let options = CacheOptions {
-            dtype: store,
-            ..CacheOptions::default()
-        };
-        let mut session = Session::with_options(model.clone(), built, options).unwrap();
-        session.prefill(ids, &prefill).unwrap();
-        let made = session.generate(Generate::greedy(4)).unwrap();
-        assert_eq!(made.filter(|t| t.is_ok()).count(), 4);
-        let report = session.report();
-        let name = request.policy.policy.to_string();
-        near(&name, plan.kv_prefill, report.prefill_peak.bytes);
-        near(&name, plan.kv_decode, report.kv_bytes);
-        let full = report.full_bytes / 4 * store.bytes();
-        near(&name, plan.kv_full, full);
-        near(&name, plan.weights, held);
+        for (quantize, store) in stores {
+            let policy = PolicyConfig {
+                quantize,
+                ..config.clone()
+            };
+            let max_new = 4;
+            let request = Request {
+                shape: Shape::of("smollm2", &runtime.loaded.config),
+                context: ids.len(),
+                max_new,
+                policy: policy.clone(),
+                prefill,
+                store,
+                weight_bytes: 4,
+                heads: (0, 0),
+            };
+            let plan = request.plan().unwrap();
+            let model = runtime.model();
+            let built = policy.build(model.spec(), model.device()).unwrap();
+            let options = CacheOptions {
+                dtype: store,
+                ..CacheOptions::default()
+            };
+            let mut session = Session::with_options(model, built, options).unwrap();
+            session.prefill(ids, &prefill).unwrap();
+            let reading = session.report().prefill_peak.bytes;
+            let greedy = Generate::greedy(max_new);
+            let generated = session.generate(greedy).unwrap().filter(|t| t.is_ok());
+            assert_eq!(generated.count(), max_new);
+            let report = session.report();
+            for (what, planned, measured) in [
+                ("reading", plan.kv_prefill, reading),
+                ("after", plan.kv_decode, report.kv_bytes),
+                ("weights", plan.weights, held),
+            ] {
+                let off = planned as f64 / measured as f64 - 1.0;
+                let case = format!("{} {quantize:?} {store:?} {what}", policy.policy);
+                println!("{case}: {off:+.3}");
+                // Which members of KIVI's groups are left depends on the text.
+                let bits = quantize.map(|q| q.bits);
+                let scattered = matches!(policy.policy, Method::SirLlm | Method::KeyDiff);
+                let limit = if scattered && bits == Some(2) {
+                    0.1
+                } else {
+                    0.05
+                };
+                worst.push((off.abs() / limit, case));
+            }
+        }
     }
+    let broken: Vec<_> = worst.iter().filter(|(share, _)| *share >= 1.0).collect();
+    assert!(broken.is_empty(), "{broken:?}");
 }

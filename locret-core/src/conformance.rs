@@ -23,8 +23,8 @@
 //! #         units.score_heads(|h| Ok(units.keys(h)?.square().sum_dim(1)))
 //! #     }
 //! # }
-//! # fn device() -> burn::tensor::Device { unimplemented!() }
-//! check_policy(&device(), &PolicyCheck::default(), |case| {
+//! let device = burn::tensor::Device::default();
+//! check_policy(&device, &PolicyCheck::default(), |case| {
 //!     let evict = Evict::new(KeyNorm, Budget::Units(case.budget));
 //!     Arc::new(evict.with_positions(case.positions).while_decoding(case.decode))
 //! })

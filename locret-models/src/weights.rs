@@ -96,9 +96,9 @@ pub enum Activations {
     /// In single precision: the numbers that the blocks stand for, and no others.
     #[default]
     Exact,
-    /// Rounded to eight bits in blocks of 32, as engines that read GGUF files commonly do: products
-    /// take about three quarters of the time. Where activations have outliers it shows: logits of
-    /// SmolLM2-135M are off by 5 % of their spread, and now and then by 12 %.
+    /// Rounded to eight bits in blocks of 32, as engines that read GGUF files commonly do. Where
+    /// activations have outliers it shows: logits of SmolLM2-135M are off by some 5 % of their
+    /// spread (`tests/smollm2.rs` bounds it).
     Bytes,
 }
 

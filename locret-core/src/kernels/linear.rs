@@ -240,8 +240,7 @@ pub fn matmul_fused(x: &[f32], weights: &[&Weight<'_>], out: &mut [f32]) {
 /// [`matmul_fused`] where few tokens (decode) meet packed weights with activations of eight bits.
 ///
 /// Each block of 32 activations is rounded to multiples of its largest magnitude over 127, as
-/// engines that read GGUF files commonly do; it takes about three quarters of the time. A
-/// block's part of an output is off by at most that step, halved, times the sum of the magnitudes
+/// engines that read GGUF files commonly do, so that products are whole numbers. A block's part of an output is off by at most that step, halved, times the sum of the magnitudes
 /// of its weights (for 4 bits: of `scale · (q - 8)`; minima meet exact sums). Weights of float
 /// types, and more than eight tokens at once, are computed as by [`matmul_fused`].
 ///
@@ -398,11 +397,9 @@ fn few_tokens(
         .collect();
     let run = |(job, out): (Job, &mut [f32])| {
         let weight = weights[job.weight];
-        if rounded && weight.format.block() > 1 {
-            dispatch!(isa, s => few_rows_rounded(s, weight, job.rows, rounded_input, out));
-        } else {
-            dispatch!(isa, s => few_rows(s, weight, job.rows, input, out));
-        }
+        let rounded = rounded && weight.format.block() > 1;
+        let input = if rounded { rounded_input } else { input };
+        dispatch!(isa, s => few_rows(s, weight, job.rows, input, rounded, out));
     };
     if serial {
         parts.into_iter().for_each(run);
@@ -454,32 +451,19 @@ fn few_rows<S: Simd>(
     weight: &Weight<'_>,
     rows: Range<usize>,
     input: FewInput<'_>,
+    rounded: bool,
     out: &mut [f32],
 ) {
-    match weight.format {
-        Format::F32 => few_of::<S, Float<f32>>(s, weight, rows, input, out),
-        Format::F16 => few_of::<S, Float<f16>>(s, weight, rows, input, out),
-        Format::Bf16 => few_of::<S, Float<bf16>>(s, weight, rows, input, out),
-        Format::Q8_0 => few_of::<S, Bytes>(s, weight, rows, input, out),
-        Format::Q4_0 => few_of::<S, Nibbles<false>>(s, weight, rows, input, out),
-        Format::Q4_1 => few_of::<S, Nibbles<true>>(s, weight, rows, input, out),
-    }
-}
-
-/// The same for packed weights and rounded activations.
-#[inline(always)]
-fn few_rows_rounded<S: Simd>(
-    s: S,
-    weight: &Weight<'_>,
-    rows: Range<usize>,
-    input: FewInput<'_>,
-    out: &mut [f32],
-) {
-    match weight.format {
-        Format::Q8_0 => few_of::<S, Whole<Bytes>>(s, weight, rows, input, out),
-        Format::Q4_0 => few_of::<S, Whole<Nibbles<false>>>(s, weight, rows, input, out),
-        Format::Q4_1 => few_of::<S, Whole<Nibbles<true>>>(s, weight, rows, input, out),
-        Format::F32 | Format::F16 | Format::Bf16 => few_rows(s, weight, rows, input, out),
+    match (weight.format, rounded) {
+        (Format::F32, _) => few_of::<S, Float<f32>>(s, weight, rows, input, out),
+        (Format::F16, _) => few_of::<S, Float<f16>>(s, weight, rows, input, out),
+        (Format::Bf16, _) => few_of::<S, Float<bf16>>(s, weight, rows, input, out),
+        (Format::Q8_0, false) => few_of::<S, Bytes>(s, weight, rows, input, out),
+        (Format::Q4_0, false) => few_of::<S, Nibbles<false>>(s, weight, rows, input, out),
+        (Format::Q4_1, false) => few_of::<S, Nibbles<true>>(s, weight, rows, input, out),
+        (Format::Q8_0, true) => few_of::<S, Whole<Bytes>>(s, weight, rows, input, out),
+        (Format::Q4_0, true) => few_of::<S, Whole<Nibbles<false>>>(s, weight, rows, input, out),
+        (Format::Q4_1, true) => few_of::<S, Whole<Nibbles<true>>>(s, weight, rows, input, out),
     }
 }
 

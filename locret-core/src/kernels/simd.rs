@@ -566,6 +566,19 @@ pub(super) mod x86 {
         }
     }
 
+    /// The first four bytes of block `i` of `n`, 0 for a later one.
+    ///
+    /// # Safety
+    /// As [`Simd::load_heads`].
+    #[inline(always)]
+    unsafe fn head(p: *const u8, stride: usize, n: usize, i: usize) -> i32 {
+        match i < n {
+            // SAFETY: promised by the caller.
+            true => unsafe { p.add(i * stride).cast::<i32>().read_unaligned() },
+            false => 0,
+        }
+    }
+
     /// Sums of four products of `a` without and `b` with a sign, no two of which exceed 16 bits.
     ///
     /// # Safety
@@ -734,10 +747,7 @@ pub(super) mod x86 {
         #[inline(always)]
         unsafe fn load_heads(self, p: *const u8, stride: usize, n: usize, pairs: bool) -> __m256 {
             memory!({
-                let at = |i: usize| match i < n {
-                    true => p.add(i * stride).cast::<i32>().read_unaligned(),
-                    false => 0,
-                };
+                let at = |i| head(p, stride, n, i);
                 let heads = _mm_set_epi32(at(3), at(2), at(1), at(0));
                 let mask = if pairs { -1 } else { 0xffff };
                 _mm256_cvtph_ps(_mm_and_si128(heads, _mm_set1_epi32(mask)))
@@ -914,10 +924,7 @@ pub(super) mod x86 {
         #[inline(always)]
         unsafe fn load_heads(self, p: *const u8, stride: usize, n: usize, pairs: bool) -> __m512 {
             memory!({
-                let at = |i: usize| match i < n {
-                    true => p.add(i * stride).cast::<i32>().read_unaligned(),
-                    false => 0,
-                };
+                let at = |i| head(p, stride, n, i);
                 let heads =
                     _mm256_set_epi32(at(7), at(6), at(5), at(4), at(3), at(2), at(1), at(0));
                 let mask = if pairs { -1 } else { 0xffff };
