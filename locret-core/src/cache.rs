@@ -200,8 +200,8 @@ impl SequenceCache {
     /// # Errors
     /// [`Error::Unusable`] in the middle of a step; [`Error::Setting`] if the policy wants other
     /// positions than those that the cache was read with, or needs scores
-    /// ([`KvCachePolicy::carries`]) that the units don't have: those of Locret or SirLLM, say,
-    /// cannot be made once a text is read. The cache is then as it was.
+    /// ([`KvCachePolicy::carries`]) that the units don't have: what is made as a unit is born cannot
+    /// be made up for once a text is read. The cache is then as it was.
     pub fn set_policy(&mut self, policy: Arc<dyn KvCachePolicy>) -> Result<()> {
         self.ready()?;
         if policy.positions() != self.positions {

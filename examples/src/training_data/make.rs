@@ -348,7 +348,7 @@ impl Maker<'_> {
     fn facts(&mut self) -> Result<TrainingText> {
         let introduction = self.introduction(words::INTRODUCTIONS);
         let (sentences, _) = self.excerpt(self.length)?;
-        // As many as an evaluation would never ask for at once: what singles them out is learned
+        // More than an evaluation asks for at once: what singles them out is learned
         // from the share of a text that they are.
         let count = self.rng.random_range(6..=10);
         let planted = self.some(words::FACTS, count);
