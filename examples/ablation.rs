@@ -271,7 +271,8 @@ impl<'a> Run<'a> {
             let name = slug(&point.label);
             let map = pictures::kept_map(&title, &kept, ids.len());
             write_text(&out.join(format!("kept-{name}.svg")), &map)?;
-            let page = pictures::survival_page(&title, &note, &pieces, &survival(&kept, ids.len()));
+            let share = survival(&kept, ids.len());
+            let page = pictures::survival_page(&title, &note, &map, &pieces, &share);
             write_text(&out.join(format!("kept-{name}.html")), &page)?;
         }
         Ok(())

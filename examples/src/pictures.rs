@@ -403,9 +403,16 @@ fn shade(level: usize, levels: usize) -> String {
     )
 }
 
-/// A page with the text, each token coloured by the share of (layer, KV head) pairs in which its
-/// unit was kept. `pieces` has the text of each token; `share` one number from 0 to 1 for each.
-pub fn survival_page(title: &str, note: &str, pieces: &[String], share: &[f64]) -> String {
+/// A page with the map of [`kept_map`] and below it the text, each token coloured by the share of
+/// (layer, KV head) pairs in which its unit was kept. `pieces` has the text of each token; `share`
+/// one number from 0 to 1 for each.
+pub fn survival_page(
+    title: &str,
+    note: &str,
+    map: &str,
+    pieces: &[String],
+    share: &[f64],
+) -> String {
     const LEVELS: usize = 10;
     let mut page = String::from("<!doctype html>\n<html lang=\"en\">\n<meta charset=\"utf-8\">\n");
     let _ = writeln!(page, "<title>{}</title>", escape(title));
@@ -414,7 +421,7 @@ pub fn survival_page(title: &str, note: &str, pieces: &[String], share: &[f64]) 
         color:#111;background:#fff}\n\
         h1{font:600 1.3em sans-serif}p.note{font:14px sans-serif;color:#444}\n\
         div.text{white-space:pre-wrap;overflow-wrap:anywhere}\n\
-        span{border-radius:2px}\n";
+        span{border-radius:2px}svg{max-width:100%;height:auto}\n";
     for l in 0..=LEVELS {
         let back = if l == 0 {
             "#fff".into()
@@ -430,7 +437,7 @@ pub fn survival_page(title: &str, note: &str, pieces: &[String], share: &[f64]) 
     }
     let _ = writeln!(
         page,
-        "</style>\n<h1>{}</h1>\n<p class=\"note\">{}</p>\n<p class=\"note\">Kept in",
+        "</style>\n<h1>{}</h1>\n<p class=\"note\">{}</p>\n{map}<p class=\"note\">Kept in",
         escape(title),
         escape(note)
     );
@@ -553,7 +560,7 @@ mod tests {
     #[test]
     fn a_page_escapes_the_text_and_merges_equal_neighbours() {
         let pieces = ["<a", "> ", "b&c", "\n"].map(String::from);
-        let page = survival_page("t", "n", &pieces, &[0.0, 0.0, 1.0, 0.01]);
+        let page = survival_page("t", "n", "<svg></svg>\n", &pieces, &[0.0, 0.0, 1.0, 0.01]);
         let expected = "<span class=\"s0\">&lt;a&gt; </span><span class=\"s10\">b&amp;c</span>\
                         <span class=\"s1\">\n</span></div>";
         assert!(page.contains(expected), "{page}");

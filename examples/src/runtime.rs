@@ -236,6 +236,10 @@ const ACCELERATORS: &[NamedDevice] = &[
     ("metal", || {
         Device::metal(burn::tensor::DeviceKind::DefaultDevice)
     }),
+    #[cfg(feature = "webgpu")]
+    ("webgpu", || {
+        Device::webgpu(burn::tensor::DeviceKind::DefaultDevice)
+    }),
 ];
 
 /// The device called `name`.
@@ -248,9 +252,9 @@ pub fn device(name: &str) -> Result<Device> {
     if name == "flex" {
         return Ok(Device::flex());
     }
-    if !["flex", "cuda", "vulkan", "metal"].contains(&name) {
+    if !["flex", "cuda", "vulkan", "metal", "webgpu"].contains(&name) {
         return Err(Error::Usage(format!(
-            "unknown device {name:?}: there are flex, cuda, vulkan, metal"
+            "unknown device {name:?}: there are flex, cuda, vulkan, metal, webgpu"
         )));
     }
     let Some((_, make)) = ACCELERATORS.iter().find(|d| d.0 == name) else {
@@ -296,7 +300,10 @@ mod tests {
     fn devices_that_are_not_there_are_errors() {
         assert!(device("flex").is_ok());
         let unknown = device("abacus").unwrap_err().to_string();
-        assert!(unknown.contains("flex, cuda, vulkan, metal"), "{unknown}");
+        assert!(
+            unknown.contains("flex, cuda, vulkan, metal, webgpu"),
+            "{unknown}"
+        );
         #[cfg(not(feature = "metal"))]
         assert!(
             device("metal")

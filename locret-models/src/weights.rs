@@ -2,7 +2,9 @@
 
 use crate::{Encoding, ModelError, Result};
 use burn::tensor::{DType, Device, Tensor, TensorData};
+use bytes::Bytes;
 use half::{bf16, f16};
+use locret_core::kernels::pages::Arena;
 use rayon::prelude::*;
 use std::{
     borrow::Cow,
@@ -257,45 +259,25 @@ impl dyn Weights + '_ {
 
     /// A tensor's little-endian bytes in the type that `dtype` says, and that type. Memory holds
     /// them once, beside what is being converted.
-    fn resident_bytes(&self, name: &str, dtype: WeightDtype) -> Result<(DType, Vec<u8>)> {
+    fn resident_bytes(
+        &self,
+        name: &str,
+        dtype: WeightDtype,
+        arena: &mut Arena,
+    ) -> Result<(DType, Bytes)> {
         let info = self.expect(name)?;
-        let rows = 0..info.rows();
+        let (rows, values) = (info.rows(), info.rows() * info.cols());
         let dtype = dtype.resident(info.encoding);
-        let bytes = match dtype {
-            DType::F16 => self.convert_bytes::<f16>(name, rows),
-            DType::BF16 => self.convert_bytes::<bf16>(name, rows),
-            _ => self.convert_bytes::<f32>(name, rows),
-        };
-        Ok((dtype, bytes?))
+        let mut out = arena.zeros(values * dtype.size());
+        match dtype {
+            DType::F16 => self.convert_bytes::<f16>(name, rows, &mut out),
+            DType::BF16 => self.convert_bytes::<bf16>(name, rows, &mut out),
+            _ => self.convert_bytes::<f32>(name, rows, &mut out),
+        }?;
+        Ok((dtype, out.freeze()))
     }
 
     fn convert<T: Resident>(&self, name: &str, rows: Range<usize>) -> Result<Vec<T>> {
-        self.convert_with(name, rows, T::NAME, 1, decode_finite::<T>)
-    }
-
-    fn convert_bytes<T: Resident>(&self, name: &str, rows: Range<usize>) -> Result<Vec<u8>> {
-        let size = size_of::<T>();
-        self.convert_with(name, rows, T::NAME, size, |encoding, bytes, out| {
-            let mut values = vec![T::default(); out.len() / size];
-            decode_finite(encoding, bytes, &mut values)?;
-            for (value, out) in values.into_iter().zip(out.chunks_exact_mut(size)) {
-                value.put(out);
-            }
-            Ok(())
-        })
-    }
-
-    /// Converts rows, band by band, each band by all threads: `decode` writes the values of some
-    /// blocks, `per_value` elements for each, or gives the index and the value of one that `dtype`
-    /// cannot hold.
-    fn convert_with<E: Clone + Default + Send>(
-        &self,
-        name: &str,
-        rows: Range<usize>,
-        dtype: &'static str,
-        per_value: usize,
-        decode: impl Fn(Encoding, &[u8], &mut [E]) -> Result<(), (usize, f32)> + Sync,
-    ) -> Result<Vec<E>> {
         let info = self.expect(name)?;
         if rows.start > rows.end || rows.end > info.rows() {
             return Err(ModelError::format(
@@ -305,14 +287,43 @@ impl dyn Weights + '_ {
                 format!("{rows:?}"),
             ));
         }
+        let mut out = vec![T::default(); rows.len() * info.cols()];
+        self.convert_with(name, rows, T::NAME, &mut out, 1, decode_finite::<T>)?;
+        Ok(out)
+    }
+
+    fn convert_bytes<T: Resident>(&self, name: &str, rows: usize, out: &mut [u8]) -> Result<()> {
+        let size = size_of::<T>();
+        self.convert_with(name, 0..rows, T::NAME, out, size, |encoding, bytes, out| {
+            let mut values = vec![T::default(); out.len() / size];
+            decode_finite(encoding, bytes, &mut values)?;
+            for (value, out) in values.into_iter().zip(out.chunks_exact_mut(size)) {
+                value.put(out);
+            }
+            Ok(())
+        })
+    }
+
+    /// Converts rows that the tensor has, band by band, each band by all threads: `decode` writes
+    /// the values of some blocks, `per_value` elements of `out` for each, or gives the index and
+    /// the value of one that `dtype` cannot hold.
+    fn convert_with<E: Send>(
+        &self,
+        name: &str,
+        rows: Range<usize>,
+        dtype: &'static str,
+        out: &mut [E],
+        per_value: usize,
+        decode: impl Fn(Encoding, &[u8], &mut [E]) -> Result<(), (usize, f32)> + Sync,
+    ) -> Result<()> {
+        let info = self.expect(name)?;
         let (cols, encoding) = (info.cols(), info.encoding);
         if cols == 0 {
-            return Ok(Vec::new());
+            return Ok(());
         }
         let band = (BAND_VALUES / cols).max(1);
         let piece = (PIECE_VALUES / cols).max(1);
         let width = cols * per_value;
-        let mut out = vec![E::default(); rows.len() * width];
         for (i, out) in out.chunks_mut(band * width).enumerate() {
             let start = rows.start + i * band;
             let end = start + out.len() / width;
@@ -333,7 +344,7 @@ impl dyn Weights + '_ {
             drop(bytes);
             self.release_rows(name, start..end);
         }
-        Ok(out)
+        Ok(())
     }
 }
 
@@ -393,6 +404,7 @@ pub struct Loader<'a> {
     activations: Activations,
     device: Device,
     used: Mutex<BTreeSet<String>>,
+    arena: Mutex<Arena>,
 }
 
 impl<'a> Loader<'a> {
@@ -404,6 +416,7 @@ impl<'a> Loader<'a> {
             activations: Activations::default(),
             device: device.clone(),
             used: Mutex::default(),
+            arena: Mutex::default(),
         }
     }
 
@@ -509,13 +522,32 @@ impl<'a> Loader<'a> {
     /// Little-endian bytes of a tensor of shape `expected` in the loader's type, and that type:
     /// for weights that stay in host memory.
     ///
-    /// Memory holds them once, beside a few MiB that are being converted.
+    /// Memory holds them once, beside a few MiB that are being converted. All of a loader's lie
+    /// side by side, as [`Arena`] says.
     ///
     /// # Errors
     /// [`ModelError::MissingTensors`]; [`ModelError::Shape`]; [`ModelError::NotFinite`].
-    pub fn bytes(&self, name: &str, expected: &[usize]) -> Result<(DType, Vec<u8>)> {
+    pub fn bytes(&self, name: &str, expected: &[usize]) -> Result<(DType, Bytes)> {
         self.check(name, expected)?;
-        self.weights.resident_bytes(name, self.dtype)
+        self.weights
+            .resident_bytes(name, self.dtype, &mut self.arena())
+    }
+
+    /// The bytes of a tensor as the file has them, beside those of [`bytes`](Self::bytes).
+    pub(crate) fn packed(&self, name: &str, expected: &[usize]) -> Result<Bytes> {
+        self.check(name, expected)?;
+        let rows = 0..self.weights.expect(name)?.rows();
+        let bytes = self.weights.raw_rows(name, rows.clone())?;
+        let mut out = self.arena().zeros(bytes.len());
+        out.copy_from_slice(&bytes);
+        drop(bytes);
+        // Or the file's pages count beside the copy.
+        self.weights.release_rows(name, rows);
+        Ok(out.freeze())
+    }
+
+    fn arena(&self) -> std::sync::MutexGuard<'_, Arena> {
+        self.arena.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The names that nothing has asked for.

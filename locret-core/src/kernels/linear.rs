@@ -22,6 +22,7 @@ use super::{
     simd::{Isa, MAGIC, Simd, dispatch, load, store},
     tiles::Element,
 };
+use bytes::Bytes as SharedBytes;
 use half::{bf16, f16};
 use rayon::prelude::*;
 use std::{borrow::Cow, fmt, ops::Range};
@@ -110,13 +111,32 @@ impl fmt::Display for WeightError {
 impl std::error::Error for WeightError {}
 
 /// A weight matrix `[rows, columns]`, row-major, each row whole blocks; `rows` are outputs and
-/// `columns` inputs. Bytes may be borrowed (of a mapped file) or owned and need no alignment.
+/// `columns` inputs. Bytes may be borrowed (of a mapped file), owned or a part of memory that many
+/// matrices share, and need no alignment.
 #[derive(Clone)]
 pub struct Weight<'a> {
     format: Format,
     rows: usize,
     columns: usize,
-    bytes: Cow<'a, [u8]>,
+    bytes: Held<'a>,
+}
+
+/// Where the bytes of a matrix are.
+#[derive(Clone)]
+enum Held<'a> {
+    Alone(Cow<'a, [u8]>),
+    Shared(SharedBytes),
+}
+
+impl std::ops::Deref for Held<'_> {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        match self {
+            Self::Alone(bytes) => bytes,
+            Self::Shared(bytes) => bytes,
+        }
+    }
 }
 
 impl fmt::Debug for Weight<'_> {
@@ -140,7 +160,30 @@ impl<'a> Weight<'a> {
         columns: usize,
         bytes: impl Into<Cow<'a, [u8]>>,
     ) -> Result<Self, WeightError> {
-        let (bytes, block) = (bytes.into(), format.block());
+        Self::of(format, rows, columns, Held::Alone(bytes.into()))
+    }
+
+    /// From bytes that may be a part of a larger piece of memory, such as an
+    /// [`Arena`](super::pages::Arena)'s.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new).
+    pub fn shared(
+        format: Format,
+        rows: usize,
+        columns: usize,
+        bytes: SharedBytes,
+    ) -> Result<Self, WeightError> {
+        Self::of(format, rows, columns, Held::Shared(bytes))
+    }
+
+    fn of(
+        format: Format,
+        rows: usize,
+        columns: usize,
+        bytes: Held<'a>,
+    ) -> Result<Self, WeightError> {
+        let block = format.block();
         if !columns.is_multiple_of(block) {
             return Err(WeightError::Columns { columns, block });
         }
