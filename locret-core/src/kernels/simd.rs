@@ -599,6 +599,21 @@ pub(super) mod x86 {
         unsafe { dot_unsigned(_mm256_abs_epi8(a), _mm256_sign_epi8(b, a)) }
     }
 
+    /// The lower half and the upper half, added. A function, since a closure that is given to
+    /// `array::map` is not inlined, and each of its instructions is then a call.
+    ///
+    /// # Safety
+    /// The processor must have AVX-512F.
+    #[inline(always)]
+    unsafe fn halved(a: __m512) -> __m256 {
+        // SAFETY: promised by the caller.
+        unsafe {
+            let whole = _mm512_castps_si512(a);
+            let upper = _mm512_castsi512_ps(_mm512_shuffle_i64x2::<0xee>(whole, whole));
+            _mm256_add_ps(_mm512_castps512_ps256(a), _mm512_castps512_ps256(upper))
+        }
+    }
+
     impl Simd for Avx2 {
         type V = __m256;
         type Bytes = __m256i;
@@ -846,17 +861,13 @@ pub(super) mod x86 {
             intrinsic!(_mm512_reduce_add_ps(a))
         }
         #[inline(always)]
-        fn sum4(self, a: [__m512; 4]) -> [f32; 4] {
+        fn sum4(self, [a, b, c, d]: [__m512; 4]) -> [f32; 4] {
             intrinsic!({
-                let halves = a.map(|a| {
-                    let high = _mm512_castpd_ps(_mm512_castsi512_pd(_mm512_shuffle_i64x2::<0xee>(
-                        _mm512_castps_si512(a),
-                        _mm512_castps_si512(a),
-                    )));
-                    _mm256_add_ps(_mm512_castps512_ps256(a), _mm512_castps512_ps256(high))
-                });
-                let [a, b, c, d] = halves;
-                let all = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
+                let (ab, cd) = (
+                    _mm256_hadd_ps(halved(a), halved(b)),
+                    _mm256_hadd_ps(halved(c), halved(d)),
+                );
+                let all = _mm256_hadd_ps(ab, cd);
                 let sums = _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps::<1>(all));
                 std::mem::transmute::<__m128, [f32; 4]>(sums)
             })
