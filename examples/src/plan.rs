@@ -152,9 +152,10 @@ impl Request {
     /// Works the plan out, chunk by chunk as the engine reads.
     ///
     /// Exact for dense stores. Quantised ones are estimated, as it depends on the text which of
-    /// their units are dropped: within 5 %, and within 20 % for KIVI's layout (2 bits) under a
-    /// policy that drops single units here and there, which is planned as if they went by lot. Budgets that are shared out over layers or
-    /// heads are counted as if every head had its mean.
+    /// their units are dropped: within 5 %, and up to 20 % too much for KIVI's layout (2 bits)
+    /// under a policy that drops single units here and there, which is planned as if they went by
+    /// lot. Budgets that are shared out over layers or heads are counted as if every head had its
+    /// mean.
     ///
     /// # Errors
     /// [`Error::Usage`] for an empty prompt or a policy without a budget; [`Error::Core`] for a

@@ -194,7 +194,7 @@ fn quickstart_and_custom_policy_run() {
 }
 
 /// `plan` against runs of the real model, within 5 %: weights, and keys and values in every store
-/// (20 % for KIVI's groups after a policy that keeps units from all over a text).
+/// (up to 20 % too many for KIVI's groups after a policy that keeps units from all over a text).
 #[test]
 fn a_plan_is_within_five_percent_of_what_is_measured() {
     use locret_core::{Budget, CacheOptions, Generate, KvDtype, Prefill, Quantization, Session};
@@ -273,11 +273,11 @@ fn a_plan_is_within_five_percent_of_what_is_measured() {
                 let off = planned as f64 / measured as f64 - 1.0;
                 let case = format!("{} {quantize:?} {store:?} {what}", policy.policy);
                 println!("{case}: {off:+.3}");
-                // A group of KIVI's is freed with its last member: what is left of them depends on
-                // the text, as policies keep neighbours more often than lots do.
+                // A group of KIVI's is freed with its last member. Policies keep neighbours more
+                // often than lots do, which leaves fewer groups than planned, never more.
                 let bits = quantize.map(|q| q.bits);
                 let scattered = matches!(policy.policy, Method::SirLlm | Method::KeyDiff);
-                let limit = if scattered && bits == Some(2) {
+                let limit = if scattered && bits == Some(2) && off > 0.0 {
                     0.2
                 } else {
                     0.05
