@@ -1,5 +1,6 @@
 //! A token meets SmolLM2's head, `[49152, 576]`: the kernel in every type of the weights, and beside
-//! it the plain reading of as many bytes, which is what bounds it.
+//! it the plain reading of as many bytes, which is what bounds it. And a chunk of 512 tokens meets
+//! the matrices of a layer, in operations per second: that is bound by arithmetic.
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use locret_benches::numbers;
@@ -68,5 +69,31 @@ fn linear(c: &mut Criterion) {
     }
 }
 
-criterion_group!(benches, linear);
+/// Tokens of a chunk.
+const TOKENS: usize = 512;
+
+fn chunk(c: &mut Criterion) {
+    let shapes = [
+        ("queries, keys and values", 960, 576),
+        ("gate and up", 3072, 576),
+        ("down", 576, 1536),
+    ];
+    for format in FORMATS {
+        let mut group = c.benchmark_group(format!("chunk/{format:?}"));
+        group.sample_size(20);
+        for (name, rows, columns) in shapes {
+            let x = numbers(TOKENS * columns, 7, 1.0);
+            let mut out = vec![0.0; TOKENS * rows];
+            let len = rows * columns / format.block() * format.block_bytes();
+            let bytes: Vec<u8> = (0..len).map(|i| 0x30 + (i % 11) as u8).collect();
+            let weight = Weight::new(format, rows, columns, bytes).expect("whole blocks");
+            group.throughput(Throughput::Elements(2 * (TOKENS * rows * columns) as u64));
+            group.bench_function(name, |b| {
+                b.iter(|| matmul(black_box(&x), &weight, &mut out));
+            });
+        }
+    }
+}
+
+criterion_group!(benches, linear, chunk);
 criterion_main!(benches);

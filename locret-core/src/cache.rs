@@ -9,7 +9,7 @@ use crate::{
     policy::{Keep, KvCachePolicy, Needs, Phase, Positions, Step, Verdict},
     rope::Rope,
     store::{KvDtype, KvStore, Placement},
-    units::{HeadMeta, LayerUnits, Observed, Qkv},
+    units::{HeadMeta, KeptQkv, LayerUnits, Observed, Qkv},
 };
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use std::sync::Arc;
@@ -70,7 +70,7 @@ struct LayerCache {
 /// What a policy asked for, kept until its verdict is due.
 #[derive(Debug)]
 struct Pending {
-    qkv: Option<Qkv>,
+    qkv: Option<KeptQkv>,
     observed: Option<Observed>,
 }
 
@@ -344,9 +344,13 @@ impl SequenceCache {
         }
         current.next += 1;
         let (phase, decoding) = (current.phase, current.phase == Phase::Decode);
-        let kept_qkv = self.needs.qkv.then(|| qkv.clone());
-        let Qkv { q, k, v } = qkv;
         let (d, on_host) = (spec.head_dim, self.place.host);
+        let (kept_qkv, Qkv { q, k, v }) = if self.needs.qkv {
+            let (kept, qkv) = KeptQkv::keep(qkv, on_host)?;
+            (Some(kept), qkv)
+        } else {
+            (None, qkv)
+        };
         let this = &mut self.layers[layer];
 
         let lens: Vec<usize> = this.heads.iter().map(|h| h.positions.len()).collect();

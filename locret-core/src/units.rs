@@ -1,7 +1,10 @@
 //! What a policy is shown of a layer, and what it answers with.
 
-use crate::{Error, LayerSpec, Observation, Result, host, store::KvStore};
-use burn::tensor::Tensor;
+use crate::{
+    Error, LayerSpec, Observation, Result, host, kernels::elementwise::copied, store::KvStore,
+};
+use burn::tensor::{Device, Tensor};
+use std::sync::OnceLock;
 
 /// Queries, keys and values of new tokens in one layer, **before** rotation.
 ///
@@ -23,12 +26,57 @@ impl Qkv {
         self.q.dims()[0]
     }
 
+    fn copied(values: &[Vec<f32>; 3], tokens: usize, device: &Device) -> Self {
+        let [q, k, v] = [0, 1, 2].map(|i| {
+            let width = values[i].len() / tokens.max(1);
+            host::from_f32(copied(&values[i]), [tokens, width], device)
+        });
+        Self { q, k, v }
+    }
+
     pub(crate) fn check(&self, layer: &LayerSpec) -> Result<usize> {
         let t = self.tokens();
         host::expect_dims("q", &self.q, [t, layer.heads * layer.head_dim])?;
         host::expect_dims("k", &self.k, [t, layer.kv_heads * layer.head_dim])?;
         host::expect_dims("v", &self.v, [t, layer.kv_heads * layer.head_dim])?;
         Ok(t)
+    }
+}
+
+/// Queries, keys and values of new tokens, kept for a policy while attention goes on with its own.
+#[derive(Debug)]
+pub(crate) enum KeptQkv {
+    Tensors(Qkv),
+    /// In host memory; tensors are made if they are asked for.
+    Host {
+        values: [Vec<f32>; 3],
+        tokens: usize,
+        device: Device,
+        tensors: OnceLock<Qkv>,
+    },
+}
+
+impl KeptQkv {
+    /// Keeps `qkv` and hands out the same again, which then has no other owner where it lies in host
+    /// memory.
+    pub(crate) fn keep(qkv: Qkv, on_host: bool) -> Result<(Self, Qkv)> {
+        if !on_host {
+            return Ok((Self::Tensors(qkv.clone()), qkv));
+        }
+        let (tokens, device) = (qkv.tokens(), qkv.q.device());
+        let values = [
+            host::into_f32(qkv.q)?,
+            host::into_f32(qkv.k)?,
+            host::into_f32(qkv.v)?,
+        ];
+        let again = Qkv::copied(&values, tokens, &device);
+        let kept = Self::Host {
+            values,
+            tokens,
+            device,
+            tensors: OnceLock::new(),
+        };
+        Ok((kept, again))
     }
 }
 
@@ -89,7 +137,7 @@ pub struct LayerUnits<'a> {
     pub(crate) heads: &'a [HeadMeta],
     pub(crate) store: &'a dyn KvStore,
     pub(crate) rotation: Option<&'a crate::kernels::rope::RopeTable>,
-    pub(crate) qkv: Option<&'a Qkv>,
+    pub(crate) qkv: Option<&'a KeptQkv>,
     pub(crate) surprisal: Option<&'a [f32]>,
     pub(crate) observed: Option<&'a Observed>,
 }
@@ -174,7 +222,24 @@ impl<'a> LayerUnits<'a> {
     /// [`Needs::qkv`]: crate::Needs::qkv
     /// [`Phase::Turn`]: crate::Phase::Turn
     pub fn qkv(&self) -> Option<&'a Qkv> {
-        self.qkv
+        self.qkv.map(|kept| match kept {
+            KeptQkv::Tensors(qkv) => qkv,
+            KeptQkv::Host {
+                values,
+                tokens,
+                device,
+                tensors,
+            } => tensors.get_or_init(|| Qkv::copied(values, *tokens, device)),
+        })
+    }
+
+    /// What [`qkv`](Self::qkv) has, as it lies in host memory, without a copy: queries, keys and
+    /// values, token-major. `None` where the model does not run on the CPU kernels, too.
+    pub fn host_qkv(&self) -> Option<[&'a [f32]; 3]> {
+        match self.qkv? {
+            KeptQkv::Tensors(_) => None,
+            KeptQkv::Host { values, .. } => Some(values.each_ref().map(Vec::as_slice)),
+        }
     }
 
     /// `-ln p(token | tokens before it)` of each new token, if [`Needs::surprisal`] asked for it.

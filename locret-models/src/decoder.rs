@@ -14,9 +14,6 @@ use locret_core::{
     kernels::{awake::awake, elementwise},
 };
 
-/// With up to this many tokens, pieces of work are so short that waking a thread would show.
-const AWAKE: usize = 16;
-
 /// A decoder-only model of the Llama family.
 #[derive(Debug)]
 pub struct Decoder {
@@ -27,6 +24,8 @@ pub struct Decoder {
     pub(crate) embedding: Embedding,
     pub(crate) layers: Vec<DecoderLayer>,
     pub(crate) norm: Norm,
+    /// Features between the two projections of the MLP.
+    pub(crate) intermediate: usize,
     /// `None`: the embedding is the head, too.
     pub(crate) head: Option<Linear>,
 }
@@ -126,6 +125,7 @@ impl Decoder {
         };
         Ok(Self {
             norm: norm("model.norm.weight")?,
+            intermediate: inner,
             spec: spec.clone(),
             host,
             device: loader.device().clone(),
@@ -177,10 +177,14 @@ impl Norm {
         scaled * self.gain.clone().unsqueeze()
     }
 
-    fn host(&self, x: &[f32]) -> Vec<f32> {
-        let mut out = vec![0.0; x.len()];
-        elementwise::rms_norm(x, &self.host_gain, self.epsilon, &mut out);
-        out
+    /// Norm of `x`, in host memory.
+    fn host(&self, x: &[f32], out: &mut [f32]) {
+        elementwise::rms_norm(x, &self.host_gain, self.epsilon, out);
+    }
+
+    /// `x += y`, and the norm of the sum, in host memory.
+    fn host_sum(&self, x: &mut [f32], y: &[f32], out: &mut [f32]) {
+        elementwise::add_rms_norm(x, y, &self.host_gain, self.epsilon, out);
     }
 }
 
@@ -189,22 +193,22 @@ impl Decoder {
         let (t, spec) = (ids.len(), &self.spec);
         let (q_width, kv_width) = (spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim);
         let mut x = self.embedding.host_rows(ids)?;
-        for (index, layer) in self.layers.iter().enumerate() {
-            let normed = layer.attention_norm.host(&x);
-            let qkv = layer.qkv.host(normed, t)?;
-            let mut parts = [
-                Vec::with_capacity(t * q_width),
-                Vec::with_capacity(t * kv_width),
-                Vec::with_capacity(t * kv_width),
-            ];
-            for row in qkv.chunks_exact(q_width + 2 * kv_width) {
-                let (q, kv) = row.split_at(q_width);
-                let (k, v) = kv.split_at(kv_width);
-                for (part, piece) in parts.iter_mut().zip([q, k, v]) {
-                    part.extend_from_slice(piece);
-                }
-            }
-            let [q, k, v] = parts;
+        // Memory that all layers write to, one after the other: what is asked of the system anew
+        // has to be cleared page by page, on one thread.
+        let (mut normed, mut projected) = (vec![0.0; x.len()], vec![0.0; x.len()]);
+        let mut gate_up = vec![0.0; 2 * t * self.intermediate];
+        let mut inner = vec![0.0; t * self.intermediate];
+        let mut q = vec![0.0; t * q_width];
+        let norms = self.layers.iter().skip(1).map(|next| &next.attention_norm);
+        let norms = norms.chain([&self.norm]);
+        if let Some(first) = self.layers.first() {
+            first.attention_norm.host(&x, &mut normed);
+        } else {
+            self.norm.host(&x, &mut normed);
+        }
+        for ((index, layer), next_norm) in self.layers.iter().enumerate().zip(norms) {
+            let (mut k, mut v) = (vec![0.0; t * kv_width], vec![0.0; t * kv_width]);
+            layer.qkv.host(&normed, t, &mut [&mut q, &mut k, &mut v])?;
             let attended = cache.attend(
                 index,
                 Qkv {
@@ -213,14 +217,15 @@ impl Decoder {
                     v: from_f32(v, [t, kv_width], &self.device),
                 },
             )?;
-            elementwise::add(&mut x, &layer.output.host(into_f32(attended)?, t)?);
-            let normed = layer.mlp_norm.host(&x);
-            let gate_up = layer.gate_up.host(normed, t)?;
-            let mut inner = vec![0.0; gate_up.len() / 2];
-            elementwise::swiglu_fused(&gate_up, inner.len() / t, &mut inner);
-            elementwise::add(&mut x, &layer.down.host(inner, t)?);
+            q = into_f32(attended)?;
+            layer.output.host(&q, t, &mut [&mut projected])?;
+            layer.mlp_norm.host_sum(&mut x, &projected, &mut normed);
+            layer.gate_up.host(&normed, t, &mut [&mut gate_up])?;
+            elementwise::swiglu_fused(&gate_up, self.intermediate, &mut inner);
+            layer.down.host(&inner, t, &mut [&mut projected])?;
+            next_norm.host_sum(&mut x, &projected, &mut normed);
         }
-        Ok(from_f32(self.norm.host(&x), [t, spec.hidden], &self.device))
+        Ok(from_f32(normed, [t, spec.hidden], &self.device))
     }
 
     fn hidden_tensor(&self, ids: &[u32], cache: &mut SequenceCache) -> Result<Tensor<2>> {
@@ -259,8 +264,7 @@ impl CausalLm for Decoder {
 
     fn hidden(&self, ids: &[u32], cache: &mut SequenceCache) -> locret_core::Result<Tensor<2>> {
         Ok(match self.host {
-            true if ids.len() <= AWAKE => awake(|| self.hidden_host(ids, cache))?,
-            true => self.hidden_host(ids, cache)?,
+            true => awake(|| self.hidden_host(ids, cache))?,
             false => self.hidden_tensor(ids, cache)?,
         })
     }

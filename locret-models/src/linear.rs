@@ -5,7 +5,7 @@ use crate::{Activations, Encoding, Loader, ModelError, Result, WeightDtype};
 use burn::tensor::{DType, FloatDType, Int, Tensor};
 use locret_core::{
     from_f32, ids_tensor, into_f32,
-    kernels::linear::{Format, Weight, matmul_fused, matmul_rounded},
+    kernels::linear::{Format, Weight, matmul_between, matmul_rounded_between},
 };
 
 /// Values that are checked at a time where a matrix stays packed.
@@ -101,27 +101,38 @@ impl Linear {
         }))
     }
 
-    /// `[tokens, in]` to `[tokens, out]`, in host memory.
-    pub(crate) fn host(&self, x: Vec<f32>, tokens: usize) -> Result<Vec<f32>> {
+    /// `[tokens, in]` to `[tokens, out]` in host memory; the outputs side by side in as many parts
+    /// as are given.
+    pub(crate) fn host(&self, x: &[f32], tokens: usize, outs: &mut [&mut [f32]]) -> Result<()> {
         match self {
             Self::Host {
                 weights,
                 activations,
             } => {
                 let weights: Vec<&Weight<'_>> = weights.iter().collect();
-                let rows: usize = weights.iter().map(|w| w.rows()).sum();
-                let mut out = vec![0.0; tokens * rows];
                 match activations {
-                    Activations::Exact => matmul_fused(&x, &weights, &mut out),
-                    Activations::Bytes => matmul_rounded(&x, &weights, &mut out),
+                    Activations::Exact => matmul_between(&[x], &weights, outs),
+                    Activations::Bytes => matmul_rounded_between(&[x], &weights, outs),
                 }
-                Ok(out)
             }
             Self::Tensor(weight) => {
-                let x = from_f32(x, [tokens, weight.dims()[0]], &weight.device());
-                Ok(into_f32(self.tensor(x)?)?)
+                let x = from_f32(x.to_vec(), [tokens, weight.dims()[0]], &weight.device());
+                let y = into_f32(self.tensor(x)?)?;
+                let rows = y.len() / tokens.max(1);
+                let mut first = 0;
+                for out in outs {
+                    let width = out.len() / tokens.max(1);
+                    let parts = y
+                        .chunks_exact(rows.max(1))
+                        .map(|y| &y[first..first + width]);
+                    for (out, part) in out.chunks_exact_mut(width.max(1)).zip(parts) {
+                        out.copy_from_slice(part);
+                    }
+                    first += width;
+                }
             }
         }
+        Ok(())
     }
 
     /// `[tokens, in]` to `[tokens, out]`.
@@ -130,7 +141,8 @@ impl Linear {
             Self::Host { weights, .. } => {
                 let (tokens, device) = (x.dims()[0], x.device());
                 let rows: usize = weights.iter().map(Weight::rows).sum();
-                let out = self.host(into_f32(x)?, tokens)?;
+                let mut out = vec![0.0; tokens * rows];
+                self.host(&into_f32(x)?, tokens, &mut [&mut out])?;
                 Ok(from_f32(out, [tokens, rows], &device))
             }
             Self::Tensor(weight) => Ok(x.matmul(full(weight.clone()))),

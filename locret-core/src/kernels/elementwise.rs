@@ -74,6 +74,24 @@ pub fn add(a: &mut [f32], b: &[f32]) {
     }
 }
 
+/// A copy, made by all threads.
+pub fn copied(x: &[f32]) -> Vec<f32> {
+    if alone(x.len()) {
+        return x.to_vec();
+    }
+    let mut out = Vec::with_capacity(x.len());
+    out.spare_capacity_mut()
+        .par_chunks_mut(JOB)
+        .zip(x.par_chunks(JOB))
+        .for_each(|(to, from)| {
+            to[..from.len()].write_copy_of_slice(from);
+        });
+    // SAFETY: there is room for at least as many numbers as in `x`, in pieces of the same length, and
+    // each piece was written.
+    unsafe { out.set_len(x.len()) };
+    out
+}
+
 fn alone(numbers: usize) -> bool {
     numbers < 2 * JOB || rayon::current_num_threads() == 1
 }

@@ -264,7 +264,7 @@ impl<'a> Weight<'a> {
 /// # Panics
 /// If the lengths don't fit each other.
 pub fn matmul(x: &[f32], weight: &Weight<'_>, out: &mut [f32]) {
-    matmul_with(Isa::best(), x, &[weight], false, out);
+    matmul_with(Isa::best(), &[x], &[weight], false, &mut [out]);
 }
 
 /// Several products of the same input side by side (queries, keys and values; gate and up), with
@@ -277,7 +277,29 @@ pub fn matmul(x: &[f32], weight: &Weight<'_>, out: &mut [f32]) {
 /// # Panics
 /// If the lengths don't fit each other.
 pub fn matmul_fused(x: &[f32], weights: &[&Weight<'_>], out: &mut [f32]) {
-    matmul_with(Isa::best(), x, weights, false, out);
+    matmul_with(Isa::best(), &[x], weights, false, &mut [out]);
+}
+
+/// [`matmul_fused`] where inputs come from several places and outputs go to several, so that nothing
+/// has to be put together before or taken apart afterwards: `[outs₁ outs₂ …] = [xs₁ xs₂ …] · [W₁; W₂;
+/// …]ᵀ`. Where the outputs are divided is independent of where the weights are.
+///
+/// # Shapes
+/// - `xs`: `[tokens, columns]` each, whose columns add up to those of each weight
+/// - `outs`: `[tokens, rows]` each, whose rows add up to those of all weights
+///
+/// # Panics
+/// If the lengths don't fit each other.
+pub fn matmul_between(xs: &[&[f32]], weights: &[&Weight<'_>], outs: &mut [&mut [f32]]) {
+    matmul_with(Isa::best(), xs, weights, false, outs);
+}
+
+/// [`matmul_between`] with rounded activations, as [`matmul_rounded`].
+///
+/// # Panics
+/// If the lengths don't fit each other.
+pub fn matmul_rounded_between(xs: &[&[f32]], weights: &[&Weight<'_>], outs: &mut [&mut [f32]]) {
+    matmul_with(Isa::best(), xs, weights, true, outs);
 }
 
 /// [`matmul_fused`] where few tokens (decode) meet packed weights with activations of eight bits.
@@ -292,7 +314,7 @@ pub fn matmul_fused(x: &[f32], weights: &[&Weight<'_>], out: &mut [f32]) {
 /// # Panics
 /// If the lengths don't fit each other.
 pub fn matmul_rounded(x: &[f32], weights: &[&Weight<'_>], out: &mut [f32]) {
-    matmul_with(Isa::best(), x, weights, true, out);
+    matmul_with(Isa::best(), &[x], weights, true, &mut [out]);
 }
 
 /// Up to this many tokens, weights are read row by row.
@@ -304,18 +326,46 @@ const FEW_JOB: usize = 1 << 15;
 /// Below this many multiply-adds the calling thread does all.
 const SERIAL: usize = 1 << 16;
 
-/// Rows in a job of many tokens; whole groups of any inner loop.
+/// Rows in a job of many tokens, at most; whole groups of any inner loop.
 const ROWS: usize = 96;
 
-/// Columns that are converted at a time: a panel of as many fits the first cache.
-const DEPTH: usize = 256;
+/// Rows in a job of many tokens, of a matrix that has `rows`: so that there is an even number of jobs
+/// where a matrix is small, and two threads end together.
+fn job_rows(rows: usize) -> usize {
+    let jobs = rows.div_ceil(ROWS);
+    if jobs == 1 {
+        return ROWS;
+    }
+    rows.div_ceil(jobs.next_multiple_of(2)).next_multiple_of(8)
+}
+
+/// Columns that are converted at a time, at most: a panel of as many, and the rows that it meets, fit
+/// the first cache.
+const fn deepest(lanes: usize) -> usize {
+    if lanes == 16 { 192 } else { 256 }
+}
+
+/// Columns that are converted at a time: pieces of a row of about the same length, in whole blocks.
+fn depth(lanes: usize, columns: usize) -> usize {
+    let pieces = columns.div_ceil(deepest(lanes));
+    columns.div_ceil(pieces).next_multiple_of(BLOCK)
+}
 
 /// Tokens in a job of many tokens.
 const TOKENS: usize = 512;
 
-fn matmul_with(isa: Isa, x: &[f32], weights: &[&Weight<'_>], rounded: bool, out: &mut [f32]) {
+fn matmul_with(
+    isa: Isa,
+    xs: &[&[f32]],
+    weights: &[&Weight<'_>],
+    rounded: bool,
+    outs: &mut [&mut [f32]],
+) {
     let Some(columns) = weights.first().map(|w| w.columns) else {
-        assert!(out.is_empty(), "an output without weights");
+        assert!(
+            outs.iter().all(|out| out.is_empty()),
+            "an output without weights"
+        );
         return;
     };
     assert!(
@@ -324,25 +374,47 @@ fn matmul_with(isa: Isa, x: &[f32], weights: &[&Weight<'_>], rounded: bool, out:
     );
     let rows: usize = weights.iter().map(|w| w.rows).sum();
     if rows == 0 || columns == 0 {
-        out.fill(0.0);
+        outs.iter_mut().for_each(|out| out.fill(0.0));
         return;
     }
-    let tokens = x.len() / columns;
+    let inputs: usize = xs.iter().map(|x| x.len()).sum();
+    let outputs: usize = outs.iter().map(|out| out.len()).sum();
+    let tokens = inputs / columns;
+    let whole = |part: usize| tokens == 0 || part.is_multiple_of(tokens);
     assert!(
-        x.len() == tokens * columns && out.len() == tokens * rows,
-        "{} inputs and {} outputs for {weights:?}",
-        x.len(),
-        out.len()
+        inputs == tokens * columns
+            && outputs == tokens * rows
+            && xs.iter().all(|x| whole(x.len()))
+            && outs.iter().all(|out| whole(out.len())),
+        "{inputs} inputs and {outputs} outputs for {weights:?}"
     );
     if tokens == 0 {
         return;
     }
     let serial = tokens * rows * columns < SERIAL || rayon::current_num_threads() == 1;
     if tokens <= FEW {
-        few_tokens(isa, x, tokens, weights, rounded, out, serial);
+        match xs {
+            [x] => few_tokens(isa, x, tokens, weights, rounded, outs, serial),
+            _ => {
+                let joined = joined(xs, tokens, columns);
+                few_tokens(isa, &joined, tokens, weights, rounded, outs, serial);
+            }
+        }
     } else {
-        many_tokens(isa, x, tokens, weights, rows, out, serial);
+        many_tokens(isa, xs, tokens, weights, outs, serial);
     }
+}
+
+/// `[tokens, columns]` of parts that lie elsewhere.
+fn joined(xs: &[&[f32]], tokens: usize, columns: usize) -> Vec<f32> {
+    let mut joined = Vec::with_capacity(tokens * columns);
+    for token in 0..tokens {
+        for x in xs {
+            let width = x.len() / tokens;
+            joined.extend_from_slice(&x[token * width..(token + 1) * width]);
+        }
+    }
+    joined
 }
 
 /// Rows of one weight and where their outputs stand.
@@ -350,24 +422,32 @@ fn matmul_with(isa: Isa, x: &[f32], weights: &[&Weight<'_>], rounded: bool, out:
 struct Job {
     weight: usize,
     rows: Range<usize>,
-    /// The column of the output of the first row.
+    /// The output and its column that the first row goes to.
+    out: usize,
     column: usize,
 }
 
-/// Cuts weights into jobs of at most `size` rows.
-fn jobs(weights: &[&Weight<'_>], size: usize) -> Vec<Job> {
+/// Cuts weights into jobs of at most `size(rows of the weight)` rows, whose outputs are of one part:
+/// `widths` are the columns of the parts.
+fn jobs(weights: &[&Weight<'_>], widths: &[usize], size: impl Fn(usize) -> usize) -> Vec<Job> {
     let mut jobs = Vec::new();
-    let mut column = 0;
+    let (mut out, mut column) = (0, 0);
     for (weight, w) in weights.iter().enumerate() {
-        for start in (0..w.rows).step_by(size) {
-            let rows = start..(start + size).min(w.rows);
+        let mut start = 0;
+        while start < w.rows {
+            while column == widths[out] {
+                (out, column) = (out + 1, 0);
+            }
+            let rows = size(w.rows).min(w.rows - start).min(widths[out] - column);
             jobs.push(Job {
                 weight,
-                column: column + start,
-                rows,
+                rows: start..start + rows,
+                out,
+                column,
             });
+            start += rows;
+            column += rows;
         }
-        column += w.rows;
     }
     jobs
 }
@@ -378,20 +458,20 @@ fn few_tokens(
     tokens: usize,
     weights: &[&Weight<'_>],
     rounded: bool,
-    out: &mut [f32],
+    outs: &mut [&mut [f32]],
     serial: bool,
 ) {
-    let (columns, rows) = (x.len() / tokens, out.len() / tokens);
-    let blocks = columns / BLOCK;
+    let widths: Vec<usize> = outs.iter().map(|out| out.len() / tokens).collect();
+    let (columns, rows) = (x.len() / tokens, widths.iter().sum::<usize>());
     let packed = weights.iter().any(|w| w.format.block() > 1);
     // Sums over blocks of the activations, which packed weights with an offset need.
     let offsets = weights
         .iter()
         .any(|w| matches!(w.format, Format::Q4_0 | Format::Q4_1));
-    let layout = Rounded::new(columns);
+    let (layout, sum_layout) = (Rounded::new(columns), Sums::new(columns));
     let lengths = [
         if offsets && !rounded {
-            tokens * blocks * 16
+            tokens * sum_layout.len()
         } else {
             0
         },
@@ -401,9 +481,14 @@ fn few_tokens(
             0
         },
         if tokens == 1 { 0 } else { tokens * rows },
+        x.len(),
     ];
     let mut memory = Scratch::for_lengths(&lengths);
-    let [sums, records, turned] = memory.slices(lengths);
+    let [sums, records, turned, aligned] = memory.slices(lengths);
+    // Each vector of activations is loaded once for each row: half as fast where it lies in two lines
+    // of the cache.
+    aligned.copy_from_slice(x);
+    let x = &*aligned;
     if packed && rounded {
         for (x, record) in x
             .chunks_exact(columns)
@@ -412,7 +497,10 @@ fn few_tokens(
             dispatch!(isa, s => layout.round(s, x, record));
         }
     } else if offsets {
-        dispatch!(isa, s => block_sums(s, x, columns, sums));
+        let each = x.chunks_exact(columns);
+        for (x, sums) in each.zip(sums.chunks_exact_mut(sum_layout.len())) {
+            dispatch!(isa, s => sum_layout.of(s, x, sums));
+        }
     }
     let input = FewInput {
         x,
@@ -426,36 +514,53 @@ fn few_tokens(
         stride: layout.len(),
         ..input
     };
-    // Outputs by row of the weights, then by token.
-    let results = if tokens == 1 { &mut *out } else { &mut *turned };
-    let jobs = jobs(weights, (FEW_JOB / columns).next_multiple_of(4).max(4));
-    let mut rest = &mut *results;
-    let parts: Vec<(Job, &mut [f32])> = jobs
-        .into_iter()
-        .map(|job| {
-            let (part, tail) = std::mem::take(&mut rest).split_at_mut(job.rows.len() * tokens);
-            rest = tail;
-            (job, part)
-        })
-        .collect();
+    let job = (FEW_JOB / columns).next_multiple_of(4).max(4);
+    let jobs = jobs(weights, &widths, |_| job);
     let run = |(job, out): (Job, &mut [f32])| {
         let weight = weights[job.weight];
         let rounded = rounded && weight.format.block() > 1;
         let input = if rounded { rounded_input } else { input };
         dispatch!(isa, s => few_rows(s, weight, job.rows, input, rounded, out));
     };
-    if serial {
-        parts.into_iter().for_each(run);
-    } else {
-        parts.into_par_iter().for_each(run);
+    let run_all = |parts: Vec<(Job, &mut [f32])>| {
+        if serial {
+            parts.into_iter().for_each(run);
+        } else {
+            parts.into_par_iter().for_each(run);
+        }
+    };
+    // Outputs by row of the weights, then by token: for one token that is the order of the outputs.
+    if tokens == 1 {
+        let mut rests: Vec<&mut [f32]> = outs.iter_mut().map(|out| &mut **out).collect();
+        let parts = jobs.into_iter().map(|job| {
+            let part = front(&mut rests[job.out], job.rows.len());
+            (job, part)
+        });
+        run_all(parts.collect());
+        return;
     }
-    if tokens > 1 {
-        for (token, out) in out.chunks_exact_mut(rows).enumerate() {
-            for (out, row) in out.iter_mut().zip(turned.chunks_exact(tokens)) {
-                *out = row[token];
+    let mut rest = &mut *turned;
+    let parts = jobs.into_iter().map(|job| {
+        let part = front(&mut rest, job.rows.len() * tokens);
+        (job, part)
+    });
+    run_all(parts.collect());
+    let mut by_row = turned.chunks_exact(tokens);
+    for (out, width) in outs.iter_mut().zip(widths) {
+        for column in 0..width {
+            let row = by_row.next().unwrap_or_default();
+            for (token, x) in row.iter().enumerate() {
+                out[token * width + column] = *x;
             }
         }
     }
+}
+
+/// Takes the first `n` numbers of a slice.
+fn front<'a>(rest: &mut &'a mut [f32], n: usize) -> &'a mut [f32] {
+    let (part, tail) = std::mem::take(rest).split_at_mut(n);
+    *rest = tail;
+    part
 }
 
 /// The activations of few tokens.
@@ -465,26 +570,58 @@ struct FewInput<'a> {
     x: &'a [f32],
     /// Numbers of a token in `x`.
     stride: usize,
-    /// `[tokens, blocks, LANES]`: vectors whose lanes add up to the sum over a block.
+    /// [`Sums`] of each token.
     sums: &'a [f32],
     tokens: usize,
     columns: usize,
 }
 
-#[inline(always)]
-fn block_sums<S: Simd>(s: S, x: &[f32], columns: usize, sums: &mut [f32]) {
-    let mut sums = sums.chunks_exact_mut(S::LANES);
-    for row in x.chunks_exact(columns) {
-        for block in row.chunks_exact(BLOCK) {
-            let mut sum = s.splat(0.0);
-            for x in block.chunks_exact(S::LANES) {
-                sum = s.add(sum, load(s, x));
-            }
-            if let Some(to) = sums.next() {
-                store(s, to, sum);
-            }
+/// What the heads of packed blocks meet, for each token: `[0, Σ x]` for each block of activations, for
+/// blocks that have a minimum, and then `[-8 Σ x, 0]`, for those that have none.
+#[derive(Clone, Copy)]
+struct Sums {
+    /// Blocks, and zeros beyond them, so that a vector can be read from any block on.
+    blocks: usize,
+}
+
+impl Sums {
+    fn new(columns: usize) -> Self {
+        Self {
+            blocks: padded_blocks(columns),
         }
     }
+
+    /// Numbers of a token.
+    const fn len(self) -> usize {
+        4 * self.blocks
+    }
+
+    /// Where what blocks without a minimum meet begins.
+    const fn without_minimum(self) -> usize {
+        2 * self.blocks
+    }
+
+    #[inline(always)]
+    fn of<S: Simd>(self, s: S, x: &[f32], out: &mut [f32]) {
+        let (with, without) = out[..self.len()].split_at_mut(self.without_minimum());
+        let mut x = x.chunks_exact(BLOCK);
+        for (with, without) in with.chunks_exact_mut(2).zip(without.chunks_exact_mut(2)) {
+            let sum = x.next().map_or(0.0, |x| {
+                let mut sum = s.splat(0.0);
+                for x in x.chunks_exact(S::LANES) {
+                    sum = s.add(sum, load(s, x));
+                }
+                s.sum(sum)
+            });
+            with.copy_from_slice(&[0.0, sum]);
+            without.copy_from_slice(&[-8.0 * sum, 0.0]);
+        }
+    }
+}
+
+/// Blocks of a row, and so many more that a vector can be read from any of them on.
+const fn padded_blocks(columns: usize) -> usize {
+    (columns / BLOCK + 7).next_multiple_of(8)
 }
 
 /// `out` `[rows, tokens]`.
@@ -559,7 +696,8 @@ fn dots<S: Simd, D: Dot, const R: usize, const T: usize>(
     assert!(from + n <= weight.rows && weight.bytes.len() == weight.rows * row_bytes);
     assert!(input.x.len() >= (token + T) * input.stride && weight.columns == columns);
     assert!(input.stride >= D::numbers::<S>(columns));
-    assert!(!D::SUMS || input.sums.len() >= (token + T) * (columns / BLOCK) * S::LANES);
+    let sum_layout = Sums::new(columns);
+    assert!(!D::SUMS || input.sums.len() >= (token + T) * sum_layout.len());
     for first in (0..n).step_by(R) {
         let (mut rows, mut xs, mut sums) = (
             [std::ptr::null(); R],
@@ -573,7 +711,7 @@ fn dots<S: Simd, D: Dot, const R: usize, const T: usize>(
         for t in 0..T {
             xs[t] = input.x[(token + t) * input.stride..].as_ptr();
             if D::SUMS {
-                sums[t] = input.sums[(token + t) * (columns / BLOCK) * S::LANES..].as_ptr();
+                sums[t] = input.sums[(token + t) * sum_layout.len()..].as_ptr();
             }
         }
         // SAFETY: each row has `row_bytes` bytes, each token as many numbers as the format needs
@@ -589,11 +727,11 @@ fn dots<S: Simd, D: Dot, const R: usize, const T: usize>(
 
 /// How many bytes ahead of their use weights are asked for. Rows are read one after the other, in
 /// the order of memory.
-const AHEAD: usize = 1024;
+const AHEAD: usize = 4096;
 
 /// A format's dot products and conversion.
 trait Dot {
-    /// Whether it needs sums over blocks of activations.
+    /// Whether it needs [`Sums`].
     const SUMS: bool;
 
     /// Numbers of a token of `columns` activations.
@@ -605,7 +743,7 @@ trait Dot {
     ///
     /// # Safety
     /// Each of `rows` must be valid for reading the bytes of a row of `columns` numbers, each of
-    /// `x` for [`Self::numbers`], and if [`Self::SUMS`] each of `sums` for a vector for each block.
+    /// `x` for [`Self::numbers`], and if [`Self::SUMS`] each of `sums` for [`Sums`] of a token.
     unsafe fn dots<S: Simd, const R: usize, const T: usize>(
         s: S,
         columns: usize,
@@ -673,7 +811,15 @@ impl<E: Element> Dot for Float<E> {
             // Four sums for each token, so that no addition waits for the one before it.
             let mut sums = [[s.splat(0.0); T]; 4];
             for c in (0..quads).step_by(4 * S::LANES) {
-                s.prefetch(row.wrapping_add(c).cast::<u8>().wrapping_add(AHEAD));
+                // Single precision comes fast enough with what the processor fetches by itself.
+                let lines = if E::CONVERTED {
+                    4 * S::LANES * size_of::<E>()
+                } else {
+                    1
+                };
+                for line in (0..lines).step_by(64) {
+                    s.prefetch(row.wrapping_add(c).cast::<u8>().wrapping_add(AHEAD + line));
+                }
                 for (i, sums) in sums.iter_mut().enumerate() {
                     let c = c + i * S::LANES;
                     // SAFETY: c + LANES <= columns; loads of vectors need no alignment.
@@ -755,6 +901,8 @@ impl Dot for Bytes {
     ) -> [[f32; T]; R] {
         let mut acc = [[s.splat(0.0); T]; R];
         for r in 0..R {
+            // Sums of every other block, so that no addition waits for the one before it.
+            let mut halves = [[s.splat(0.0); T]; 2];
             for block in 0..columns / BLOCK {
                 // SAFETY: the row has a block of 34 bytes here, each token 32 numbers.
                 unsafe {
@@ -769,10 +917,15 @@ impl Dot for Bytes {
                             sums[t] = s.fma(weight, x, sums[t]);
                         }
                     }
+                    let [this, other] = halves;
+                    halves = [other, this];
                     for t in 0..T {
-                        acc[r][t] = s.fma(scale, sums[t], acc[r][t]);
+                        halves[1][t] = s.fma(scale, sums[t], halves[1][t]);
                     }
                 }
+            }
+            for t in 0..T {
+                acc[r][t] = s.add(halves[0][t], halves[1][t]);
             }
         }
         sum_all(s, acc)
@@ -822,6 +975,49 @@ impl<const MINIMUM: bool> Nibbles<MINIMUM> {
     }
 }
 
+impl<const MINIMUM: bool> Nibbles<MINIMUM> {
+    /// `N` blocks (at most `LANES / 2`) of a row from block `first` on, added to sums of every other
+    /// block and of what the heads meet: no addition waits for the one before it.
+    ///
+    /// # Safety
+    /// The row must have these blocks, `x` be tokens of as many, and `sums` what belongs to them.
+    #[inline(always)]
+    unsafe fn group<S: Simd, const T: usize, const N: usize>(
+        s: S,
+        row: *const u8,
+        first: usize,
+        x: [*const f32; T],
+        sums: [*const f32; T],
+        acc: &mut [[S::V; 3]; T],
+    ) {
+        // SAFETY: promised by the caller; behind the last block's sums are zeros.
+        unsafe {
+            let row = row.add(first * Self::BYTES);
+            let heads = s.load_heads(row, Self::BYTES, N, MINIMUM);
+            for t in 0..T {
+                acc[t][2] = s.fma(heads, s.load(sums[t].add(2 * first)), acc[t][2]);
+            }
+            for i in 0..N {
+                let at = row.add(i * Self::BYTES);
+                s.prefetch(at.wrapping_add(AHEAD));
+                let mut dot = [s.splat(0.0); T];
+                for j in (0..BLOCK / 2).step_by(S::LANES) {
+                    let (low, high) = s.load_nibbles(at.add(Self::HEAD + j));
+                    for t in 0..T {
+                        let x = x[t].add((first + i) * BLOCK + j);
+                        dot[t] = s.fma(low, s.load(x), dot[t]);
+                        dot[t] = s.fma(high, s.load(x.add(BLOCK / 2)), dot[t]);
+                    }
+                }
+                let scale = s.splat_lane(heads, 2 * i);
+                for t in 0..T {
+                    acc[t][i % 2] = s.fma(scale, dot[t], acc[t][i % 2]);
+                }
+            }
+        }
+    }
+}
+
 impl<const MINIMUM: bool> Dot for Nibbles<MINIMUM> {
     const SUMS: bool = true;
 
@@ -833,34 +1029,36 @@ impl<const MINIMUM: bool> Dot for Nibbles<MINIMUM> {
         x: [*const f32; T],
         sums: [*const f32; T],
     ) -> [[f32; T]; R] {
+        let blocks = columns / BLOCK;
+        let sums = sums.map(|sums| match MINIMUM {
+            true => sums,
+            false => sums.wrapping_add(Sums::new(columns).without_minimum()),
+        });
         let mut acc = [[s.splat(0.0); T]; R];
         for r in 0..R {
-            // A sum of its own: a block would wait for two additions of the one before it.
-            let mut offset = [s.splat(0.0); T];
-            for block in 0..columns / BLOCK {
-                // SAFETY: the row has a block here, each token 32 numbers and a vector of sums.
-                unsafe {
-                    let at = rows[r].add(block * Self::BYTES);
-                    s.prefetch(at.wrapping_add(AHEAD));
-                    let (scale, minimum) = Self::head(s, at);
-                    let mut dot = [s.splat(0.0); T];
-                    for i in (0..BLOCK / 2).step_by(S::LANES) {
-                        let (low, high) = s.load_nibbles(at.add(Self::HEAD + i));
-                        for t in 0..T {
-                            let x = x[t].add(block * BLOCK + i);
-                            dot[t] = s.fma(low, s.load(x), dot[t]);
-                            dot[t] = s.fma(high, s.load(x.add(BLOCK / 2)), dot[t]);
-                        }
-                    }
-                    for t in 0..T {
-                        let sum = s.load(sums[t].add(block * S::LANES));
-                        acc[r][t] = s.fma(scale, dot[t], acc[r][t]);
-                        offset[t] = s.fma(minimum, sum, offset[t]);
-                    }
+            let (row, mut parts) = (rows[r], [[s.splat(0.0); 3]; T]);
+            let mut at = 0;
+            // SAFETY: the row has the blocks before `blocks`, and so has each token.
+            unsafe {
+                while S::LANES == 16 && at + 8 <= blocks {
+                    Self::group::<S, T, 8>(s, row, at, x, sums, &mut parts);
+                    at += 8;
+                }
+                while S::LANES >= 8 && at + 4 <= blocks {
+                    Self::group::<S, T, 4>(s, row, at, x, sums, &mut parts);
+                    at += 4;
+                }
+                while at + 2 <= blocks {
+                    Self::group::<S, T, 2>(s, row, at, x, sums, &mut parts);
+                    at += 2;
+                }
+                if at < blocks {
+                    Self::group::<S, T, 1>(s, row, at, x, sums, &mut parts);
                 }
             }
             for t in 0..T {
-                acc[r][t] = s.add(acc[r][t], offset[t]);
+                let [even, odd, heads] = parts[t];
+                acc[r][t] = s.add(s.add(even, odd), heads);
             }
         }
         sum_all(s, acc)
@@ -901,7 +1099,7 @@ struct Rounded {
 impl Rounded {
     fn new(columns: usize) -> Self {
         Self {
-            blocks: (columns / BLOCK + 7).next_multiple_of(8),
+            blocks: padded_blocks(columns),
         }
     }
 
@@ -1166,14 +1364,14 @@ fn convert<S: Simd>(s: S, weight: &Weight<'_>, row: usize, columns: Range<usize>
     }
 }
 
-/// Asks for the memory of up to [`DEPTH`] columns of a row, if there is such a row.
+/// Asks for the memory of up to `n` columns of a row, if there is such a row.
 #[inline(always)]
-fn fetch<S: Simd>(s: S, weight: &Weight<'_>, row: usize, column: usize) {
+fn fetch<S: Simd>(s: S, weight: &Weight<'_>, row: usize, column: usize, n: usize) {
     if row < weight.rows {
         let format = weight.format;
         let bytes = |columns: usize| columns / format.block() * format.block_bytes();
         let at = row * weight.row_bytes() + bytes(column);
-        let end = at + bytes(DEPTH.min(weight.columns - column));
+        let end = at + bytes(n.min(weight.columns - column));
         for line in (at..end).step_by(64) {
             s.prefetch(weight.bytes.as_ptr().wrapping_add(line));
         }
@@ -1219,23 +1417,25 @@ impl Columns {
 
 fn many_tokens(
     isa: Isa,
-    x: &[f32],
+    xs: &[&[f32]],
     tokens: usize,
     weights: &[&Weight<'_>],
-    rows: usize,
-    out: &mut [f32],
+    outs: &mut [&mut [f32]],
     serial: bool,
 ) {
-    let columns = x.len() / tokens;
-    let jobs = jobs(weights, ROWS);
-    let out = Columns {
-        out: out.as_mut_ptr(),
-        stride: rows,
-        tokens,
-    };
+    let widths: Vec<usize> = xs.iter().map(|x| x.len() / tokens).collect();
+    let columns: usize = widths.iter().sum();
+    let outs: Vec<Columns> = (outs.iter_mut())
+        .map(|out| Columns {
+            out: out.as_mut_ptr(),
+            stride: out.len() / tokens,
+            tokens,
+        })
+        .collect();
+    let strides: Vec<usize> = outs.iter().map(|out| out.stride).collect();
+    let jobs = jobs(weights, &strides, job_rows);
     for first in (0..tokens).step_by(TOKENS) {
         let tokens = (tokens - first).min(TOKENS);
-        let x = &x[first * columns..(first + tokens) * columns];
         let panels: Vec<Range<usize>> = panels(isa.lanes(), tokens).collect();
         let room = panels.last().map_or(0, |p| p.end) * columns;
         let mut memory = Scratch::for_lengths(&[room]);
@@ -1243,16 +1443,17 @@ fn many_tokens(
         let mut rest = &mut *packed;
         let parts: Vec<(&Range<usize>, &mut [f32])> = panels
             .iter()
-            .map(|panel| {
-                let (part, tail) = std::mem::take(&mut rest).split_at_mut(panel.len() * columns);
-                rest = tail;
-                (panel, part)
-            })
+            .map(|panel| (panel, front(&mut rest, panel.len() * columns)))
             .collect();
-        let pack = |(panel, part): (&Range<usize>, &mut [f32])| {
-            let rows = panel.start..panel.end.min(tokens);
-            let rows = rows.map(|token| &x[token * columns..(token + 1) * columns]);
-            dispatch!(isa, s => pack_rows(s, rows, 1.0, columns, part));
+        let pack = |(panel, mut part): (&Range<usize>, &mut [f32])| {
+            for (x, width) in xs.iter().zip(&widths) {
+                let rows = first + panel.start..first + panel.end.min(tokens);
+                let rows = rows.map(|token| &x[token * width..(token + 1) * width]);
+                let part = front(&mut part, panel.len() * width);
+                if *width > 0 {
+                    dispatch!(isa, s => pack_rows(s, rows, 1.0, *width, part));
+                }
+            }
         };
         if serial {
             parts.into_iter().for_each(pack);
@@ -1266,6 +1467,7 @@ fn many_tokens(
             packed: &*packed,
         };
         let run = |job: &Job| {
+            let out = outs[job.out];
             dispatch!(isa, s => many_rows(s, weights[job.weight], job, &panels, out));
         };
         if serial {
@@ -1290,24 +1492,25 @@ struct Panels<'a> {
 fn many_rows<S: Simd>(s: S, weight: &Weight<'_>, job: &Job, panels: &Panels<'_>, out: Columns) {
     let (n, columns) = (job.rows.len(), panels.columns);
     let width = panels.lanes.last().map_or(0, |p| p.end);
-    let lengths = [n * DEPTH, n * width];
+    let deep = depth(S::LANES, columns);
+    let lengths = [n * deep, n * width];
     let mut memory = Scratch::for_lengths(&lengths);
     let [near, sums] = memory.slices(lengths);
-    for from in (0..columns).step_by(DEPTH) {
-        let depth = DEPTH.min(columns - from);
+    for from in (0..columns).step_by(deep) {
+        let depth = deep.min(columns - from);
         let near = &mut near[..n * depth];
         for (row, near) in job.rows.clone().zip(near.chunks_exact_mut(depth)) {
             convert(s, weight, row, from..from + depth, near);
         }
         // What is converted next: columns further on, or another job's rows.
-        let next = match from + DEPTH {
+        let next = match from + deep {
             next if next < columns => (job.rows.start, next),
             _ => (job.rows.end, 0),
         };
         let rows_each = n.div_ceil(panels.lanes.len());
         for (i, lanes) in panels.lanes.iter().enumerate() {
             for row in next.0 + i * rows_each..next.0 + (i + 1) * rows_each {
-                fetch(s, weight, row, next.1);
+                fetch(s, weight, row, next.1, deep);
             }
             let width = lanes.len();
             let x = &panels.packed[lanes.start * columns + from * width..][..depth * width];
@@ -1327,7 +1530,7 @@ fn many_rows<S: Simd>(s: S, weight: &Weight<'_>, job: &Job, panels: &Panels<'_>,
         let sums = &sums[lanes.start * n..lanes.end * n];
         let first = panels.tokens.start;
         let tokens = first + lanes.start..(first + lanes.end).min(panels.tokens.end);
-        // SAFETY: each job has its own columns, and the caller of `many_tokens` lends the output
+        // SAFETY: each job has its own columns, and the caller of `many_tokens` lends the outputs
         // until all are done.
         unsafe { out.write(s, tokens, job.column, sums, lanes.len()) };
     }
@@ -1454,6 +1657,54 @@ mod tests {
         out
     }
 
+    /// The part of each row between two columns.
+    fn cut(x: &[f32], columns: usize, part: Range<usize>) -> Vec<f32> {
+        let rows = x.chunks(columns.max(1));
+        rows.flat_map(|row| &row[part.clone()]).copied().collect()
+    }
+
+    fn bits(x: &[f32]) -> Vec<u32> {
+        // NaN differ in bits that mean nothing.
+        let bits = |x: &f32| if x.is_nan() { 0x7fc0_0000 } else { x.to_bits() };
+        x.iter().map(bits).collect()
+    }
+
+    /// The product with inputs in two parts and outputs in three (some of them may be empty), put
+    /// together again.
+    fn in_parts(
+        isa: Isa,
+        x: &[f32],
+        tokens: usize,
+        weights: &[&Weight<'_>],
+        rounded: bool,
+        cuts: [prop::sample::Index; 3],
+    ) -> Vec<f32> {
+        let (columns, rows) = (
+            weights[0].columns,
+            weights.iter().map(|w| w.rows).sum::<usize>(),
+        );
+        let at = cuts[0].index(columns + 1);
+        let xs = [cut(x, columns, 0..at), cut(x, columns, at..columns)];
+        let mut ends = [cuts[1].index(rows + 1), cuts[2].index(rows + 1)];
+        ends.sort_unstable();
+        let widths = [ends[0], ends[1] - ends[0], rows - ends[1]];
+        let [mut a, mut b, mut c] = widths.map(|width| vec![f32::INFINITY; tokens * width]);
+        matmul_with(
+            isa,
+            &[&xs[0], &xs[1]],
+            weights,
+            rounded,
+            &mut [&mut a, &mut b, &mut c],
+        );
+        let mut joined = Vec::new();
+        for token in 0..tokens {
+            for (part, width) in [&a, &b, &c].into_iter().zip(widths) {
+                joined.extend(&part[token * width..(token + 1) * width]);
+            }
+        }
+        joined
+    }
+
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(128))]
         #[test]
@@ -1463,6 +1714,7 @@ mod tests {
             blocks in 1usize..12,
             tail in 0usize..32,
             bad in prop::option::of(any::<prop::sample::Index>()),
+            cuts in any::<[prop::sample::Index; 3]>(),
             seed in any::<u64>(),
         ) {
             let packed = shapes.iter().any(|(f, _)| FORMATS[*f].block() > 1);
@@ -1487,7 +1739,9 @@ mod tests {
             let expected = oracle(&x, &all, columns);
             for isa in Isa::all() {
                 let mut out = vec![f32::INFINITY; expected.len()];
-                matmul_with(isa, &x, &weights, false, &mut out);
+                matmul_with(isa, &[&x], &weights, false, &mut [&mut out]);
+                let parts = in_parts(isa, &x, tokens, &weights, false, cuts);
+                prop_assert_eq!(bits(&parts), bits(&out), "{:?} {:?} in parts", isa, weights);
                 for (i, (y, (sum, size))) in out.iter().zip(&expected).enumerate() {
                     // A weight near 0 is the difference of its scaled code and its offset.
                     prop_assert!(
@@ -1562,6 +1816,7 @@ mod tests {
             shapes in prop::collection::vec((3usize..6, 1usize..12), 1..3),
             blocks in 1usize..28,
             bad in prop::option::of((any::<prop::sample::Index>(), 0usize..4)),
+            cuts in any::<[prop::sample::Index; 3]>(),
             seed in any::<u64>(),
         ) {
             let columns = blocks * BLOCK;
@@ -1594,9 +1849,11 @@ mod tests {
             let rows = expected.len() / tokens;
             for isa in Isa::all() {
                 let mut exact = vec![0.0; expected.len()];
-                matmul_with(isa, &x, &weights, false, &mut exact);
+                matmul_with(isa, &[&x], &weights, false, &mut [&mut exact]);
                 let mut out = vec![f32::INFINITY; expected.len()];
-                matmul_with(isa, &x, &weights, true, &mut out);
+                matmul_with(isa, &[&x], &weights, true, &mut [&mut out]);
+                let parts = in_parts(isa, &x, tokens, &weights, true, cuts);
+                prop_assert_eq!(bits(&parts), bits(&out), "{:?} {:?} in parts", isa, weights);
                 for (i, (y, (sum, size, error))) in out.iter().zip(&expected).enumerate() {
                     let y = f64::from(*y);
                     if broken == Some(i / rows) {

@@ -7,7 +7,7 @@ use locret_core::{
     Error, ModelSpec, Qkv, Result, from_f32, into_f32, is_host_device,
     kernels::{
         elementwise,
-        linear::{Format, Weight, matmul},
+        linear::{Format, Weight, matmul, matmul_between},
     },
 };
 
@@ -25,10 +25,7 @@ pub struct RetainingHeads {
 #[derive(Debug, Clone)]
 enum Head {
     /// For the CPU kernels: `[d_R, (H + 2G)·d]`, `[G, d_R]`.
-    Host {
-        fc1: Weight<'static>,
-        fc2: Weight<'static>,
-    },
+    Host { fc1: Weight<'static>, fc2: Vec<f32> },
     /// For Burn's operations: `[(H + 2G)·d, d_R]`, `[d_R, G]`.
     Device { fc1: Tensor<2>, fc2: Tensor<2> },
 }
@@ -46,7 +43,7 @@ impl RetainingHeads {
             Ok(if host {
                 Head::Host {
                     fc1: packed(&head.fc1, head.d_r, inputs)?,
-                    fc2: packed(&head.fc2, outputs, head.d_r)?,
+                    fc2: head.fc2.clone(),
                 }
             } else {
                 Head::Device {
@@ -69,32 +66,73 @@ impl RetainingHeads {
     /// # Errors
     /// [`Error::Shape`] for a layer or width that the heads don't have, [`Error::Device`].
     pub fn scores(&self, layer: usize, qkv: &Qkv) -> Result<Vec<f32>> {
-        let head = self.layers.get(layer).ok_or_else(|| Error::Shape {
+        let parts = [&qkv.q, &qkv.k, &qkv.v];
+        let tokens = qkv.tokens();
+        match self.head(layer)? {
+            Head::Host { .. } => {
+                let [q, k, v] = parts.map(|part| into_f32(part.clone()));
+                self.host_scores(layer, tokens, [&q?, &k?, &v?])
+            }
+            Head::Device { fc1, fc2 } => {
+                let input = Tensor::cat(parts.map(Tensor::clone).to_vec(), 1);
+                if input.dims() != [tokens, self.inputs] {
+                    return Err(self.unfit(tokens, format!("{:?}", input.dims())));
+                }
+                into_f32(silu(input.matmul(fc1.clone())).matmul(fc2.clone()))
+            }
+        }
+    }
+
+    /// [`scores`](Self::scores) of queries, keys and values that lie in host memory, `[tokens,
+    /// features]` each.
+    ///
+    /// # Errors
+    /// As [`scores`](Self::scores).
+    pub fn host_scores(&self, layer: usize, tokens: usize, parts: [&[f32]; 3]) -> Result<Vec<f32>> {
+        let whole = |part: &[f32]| tokens > 0 && part.len().is_multiple_of(tokens);
+        let numbers: usize = parts.iter().map(|part| part.len()).sum();
+        if numbers != tokens * self.inputs || !parts.iter().all(|part| whole(part)) {
+            let found = parts.map(<[f32]>::len);
+            return Err(self.unfit(tokens, format!("parts of {found:?} numbers")));
+        }
+        match self.head(layer)? {
+            Head::Host { fc1, fc2 } => {
+                let mut inner = vec![0.0; tokens * fc1.rows()];
+                matmul_between(&parts, &[fc1], &mut [&mut inner]);
+                elementwise::silu(&mut inner);
+                // Seen from the other side: what was made of the tokens is the matrix, of which each
+                // row is read once, and nothing has to be packed for a handful of outputs.
+                let inner = Weight::from_f32(&inner, tokens, fc1.rows())
+                    .map_err(|e| self.unfit(tokens, format!("what is no matrix: {e}")))?;
+                let mut by_head = vec![0.0; self.outputs * tokens];
+                matmul(fc2, &inner, &mut by_head);
+                let score = |i: usize| by_head[i % self.outputs * tokens + i / self.outputs];
+                Ok((0..by_head.len()).map(score).collect())
+            }
+            Head::Device { fc1, .. } => {
+                let device = fc1.device();
+                let [q, k, v] = parts.map(|part| {
+                    let shape = [tokens, part.len() / tokens];
+                    from_f32(part.to_vec(), shape, &device)
+                });
+                self.scores(layer, &Qkv { q, k, v })
+            }
+        }
+    }
+
+    fn head(&self, layer: usize) -> Result<&Head> {
+        self.layers.get(layer).ok_or_else(|| Error::Shape {
             what: "retaining heads",
             expected: format!("more than {layer} layers"),
             found: self.layers.len().to_string(),
-        })?;
-        let input = Tensor::cat(vec![qkv.q.clone(), qkv.k.clone(), qkv.v.clone()], 1);
-        let [tokens, found] = input.dims();
-        if found != self.inputs {
-            return Err(Error::Shape {
-                what: "the input of a retaining head",
-                expected: format!("[tokens, {}]", self.inputs),
-                found: format!("[tokens, {found}]"),
-            });
-        }
-        match head {
-            Head::Host { fc1, fc2 } => {
-                let mut inner = vec![0.0; tokens * fc1.rows()];
-                matmul(&into_f32(input)?, fc1, &mut inner);
-                elementwise::silu(&mut inner);
-                let mut scores = vec![0.0; tokens * fc2.rows()];
-                matmul(&inner, fc2, &mut scores);
-                Ok(scores)
-            }
-            Head::Device { fc1, fc2 } => {
-                into_f32(silu(input.matmul(fc1.clone())).matmul(fc2.clone()))
-            }
+        })
+    }
+
+    fn unfit(&self, tokens: usize, found: String) -> Error {
+        Error::Shape {
+            what: "the input of a retaining head",
+            expected: format!("[{tokens}, {}]", self.inputs),
+            found,
         }
     }
 

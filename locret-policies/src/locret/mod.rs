@@ -94,11 +94,17 @@ impl Scorer for Locret {
             })
             .collect();
         if units.incoming() > 0 {
-            let qkv = units.qkv().ok_or_else(|| {
-                let message = "the queries, keys and values that it needs are missing";
-                Error::policy(self.name(), message)
-            })?;
-            let new = self.heads.scores(at.layer.index, qkv)?;
+            let layer = at.layer.index;
+            let new = match units.host_qkv() {
+                Some(parts) => self.heads.host_scores(layer, units.incoming(), parts)?,
+                None => {
+                    let qkv = units.qkv().ok_or_else(|| {
+                        let message = "the queries, keys and values that it needs are missing";
+                        Error::policy(self.name(), message)
+                    })?;
+                    self.heads.scores(layer, qkv)?
+                }
+            };
             for token in new.chunks_exact(kv_heads) {
                 for (list, score) in scores.iter_mut().zip(token) {
                     list.push(*score);
