@@ -12,6 +12,7 @@ use crate::{
 };
 use burn::tensor::{DType, Device, FloatDType, Int, Tensor, TensorData};
 use half::{bf16, f16};
+use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 use std::fmt::Debug;
 
@@ -365,18 +366,32 @@ impl<T: HostValue> KvStore for HostStore<T> {
 
     fn retain(&mut self, kept: &[Vec<u32>]) -> Result<()> {
         let d = self.dim;
-        check_retain(kept, self.heads.iter().map(|(k, _)| k.len() / d))?;
-        for ((k, v), list) in self.heads.iter_mut().zip(kept) {
-            let dropped = k.len() / d - list.len();
-            for buffer in [k, v] {
-                let spare = buffer.capacity() / d - buffer.len() / d;
-                compact_rows(buffer, d, list);
-                // Dropping one unit per generated token must not copy the cache each time: it
-                // stays in the reserve, where there is one.
-                if dropped > 1 || spare == 0 || spare + dropped > DECODE_RESERVE {
-                    buffer.shrink_to_fit();
-                }
+        let lens: Vec<usize> = self.heads.iter().map(|(k, _)| k.len() / d).collect();
+        check_retain(kept, lens.iter().copied())?;
+        let retain = |buffer: &mut Vec<T>, list: &[u32]| {
+            let dropped = buffer.len() / d - list.len();
+            let spare = buffer.capacity() / d - buffer.len() / d;
+            compact_rows(buffer, d, list);
+            // Dropping one unit per generated token must not copy the cache each time: it stays in
+            // the reserve, where there is one.
+            if dropped > 1 || spare == 0 || spare + dropped > DECODE_RESERVE {
+                buffer.shrink_to_fit();
             }
+        };
+        let heads = self.heads.iter_mut().zip(kept);
+        let buffers = heads.flat_map(|((k, v), list)| [(k, list), (v, list)]);
+        // A head's whole share is moved at the end of a chunk, next to nothing for a single token.
+        if kept
+            .iter()
+            .zip(&lens)
+            .any(|(list, len)| len - list.len() > 1)
+        {
+            let buffers: Vec<_> = buffers.collect();
+            buffers
+                .into_par_iter()
+                .for_each(|(b, list)| retain(b, list));
+        } else {
+            buffers.for_each(|(b, list)| retain(b, list));
         }
         Ok(())
     }

@@ -8,6 +8,7 @@ use locret_core::{
     kernels::{
         elementwise,
         linear::{Format, Weight, matmul, matmul_between},
+        pages::Arena,
     },
 };
 
@@ -39,10 +40,11 @@ impl RetainingHeads {
         weights.validate(model)?;
         let (inputs, outputs) = (model.layer(0).qkv_features(), model.kv_heads);
         let host = is_host_device(device);
-        let place = |head: &LayerHead| -> Result<Head> {
+        let mut arena = Arena::default();
+        let mut place = |head: &LayerHead| -> Result<Head> {
             Ok(if host {
                 Head::Host {
-                    fc1: packed(&head.fc1, head.d_r, inputs)?,
+                    fc1: packed(&head.fc1, head.d_r, inputs, &mut arena)?,
                     fc2: head.fc2.clone(),
                 }
             } else {
@@ -53,7 +55,11 @@ impl RetainingHeads {
             })
         };
         Ok(Self {
-            layers: weights.layers.iter().map(place).collect::<Result<_>>()?,
+            layers: weights
+                .layers
+                .iter()
+                .map(&mut place)
+                .collect::<Result<_>>()?,
             inputs,
             outputs,
             widths: weights.layers.iter().map(|head| head.d_r).collect(),
@@ -160,19 +166,34 @@ impl RetainingHeads {
 }
 
 /// `[rows, columns]` in the smallest float type that holds every number.
-fn packed(values: &[f32], rows: usize, columns: usize) -> Result<Weight<'static>> {
+fn packed(
+    values: &[f32],
+    rows: usize,
+    columns: usize,
+    arena: &mut Arena,
+) -> Result<Weight<'static>> {
     let bf16s = values.iter().map(|x| bf16::from_f32(*x));
     let f16s = values.iter().map(|x| f16::from_f32(*x));
     let same = |(a, b): (f32, &f32)| a == *b;
-    let (format, bytes): (_, Vec<u8>) = if bf16s.clone().map(f32::from).zip(values).all(same) {
-        (Format::Bf16, bf16s.flat_map(bf16::to_le_bytes).collect())
+    fn write<const N: usize>(to: &mut [u8], values: impl Iterator<Item = [u8; N]>) {
+        for (to, value) in to.chunks_exact_mut(N).zip(values) {
+            to.copy_from_slice(&value);
+        }
+    }
+    let format = if bf16s.clone().map(f32::from).zip(values).all(same) {
+        Format::Bf16
     } else if f16s.clone().map(f32::from).zip(values).all(same) {
-        (Format::F16, f16s.flat_map(f16::to_le_bytes).collect())
+        Format::F16
     } else {
-        let bytes = values.iter().flat_map(|x| x.to_le_bytes());
-        (Format::F32, bytes.collect())
+        Format::F32
     };
-    Weight::new(format, rows, columns, bytes).map_err(|e| Error::Shape {
+    let mut bytes = arena.zeros(values.len() * format.block_bytes());
+    match format {
+        Format::Bf16 => write(&mut bytes, bf16s.map(bf16::to_le_bytes)),
+        Format::F16 => write(&mut bytes, f16s.map(f16::to_le_bytes)),
+        _ => write(&mut bytes, values.iter().map(|x| x.to_le_bytes())),
+    }
+    Weight::shared(format, rows, columns, bytes.freeze()).map_err(|e| Error::Shape {
         what: "a retaining head",
         expected: format!("[{rows}, {columns}]"),
         found: e.to_string(),
