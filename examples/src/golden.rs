@@ -45,6 +45,12 @@ impl GoldenLogits {
         serde_json::from_slice(&bytes).map_err(|e| Error::read(path, e.into()))
     }
 
+    /// The cases of one variant of the model's configuration: a model is of one of them.
+    pub fn only(mut self, variant: &str) -> Self {
+        self.variants.retain(|name, _| name == variant);
+        self
+    }
+
     /// Reads the prompts of all variants in one pass each, with a full cache, and compares.
     ///
     /// # Errors

@@ -1,17 +1,14 @@
-//! Accelerators beside the CPU: the same logits, the same kept units and the same answers for every
-//! policy, as far as the device's arithmetic allows. Tried are those that the tests are built with:
+//! Every device that the tests are built with, and Burn's operations on the CPU: the same logits, the
+//! same kept units and the same answers for every policy as the CPU kernels give, as far as the device's
+//! arithmetic allows.
 //!
 //! ```text
 //! cargo test --release -p locret-examples --features vulkan --test devices
 //! ```
-#![cfg(any(
-    feature = "cuda",
-    feature = "vulkan",
-    feature = "metal",
-    feature = "webgpu"
-))]
 
-use locret_core::{Budget, CacheOptions, CausalLm, Positions, Prefill, Quantization, Session};
+use locret_core::{
+    Budget, CacheOptions, CausalLm, Kernels, Positions, Prefill, Quantization, Session,
+};
 use locret_examples::{
     golden::GoldenLogits,
     runtime::device,
@@ -29,7 +26,6 @@ struct Tolerance {
 }
 
 /// In single precision throughout.
-#[allow(dead_code, reason = "of no use to some devices")]
 const EXACT: Tolerance = Tolerance {
     logit: 1e-3,
     kept: 0.0,
@@ -37,7 +33,7 @@ const EXACT: Tolerance = Tolerance {
 
 /// Where the backend multiplies `f32` matrices with what is left of them in TF32, with 10 bits after
 /// the point, if that is the fastest way.
-#[allow(dead_code, reason = "of no use to some devices")]
+#[cfg(feature = "cuda")]
 const TF32: Tolerance = Tolerance {
     logit: 3e-2,
     kept: 0.05,
@@ -60,6 +56,7 @@ macro_rules! on {
     };
 }
 
+on!(operations, super::EXACT);
 #[cfg(feature = "cuda")]
 on!(cuda, super::TF32);
 #[cfg(feature = "vulkan")]
@@ -75,12 +72,25 @@ fn golden(name: &str) -> PathBuf {
         .join(name)
 }
 
+/// What computes on the CPU: its kernels are the measure of all others.
+fn kernels(on: &str) -> Kernels {
+    match on {
+        "operations" => Kernels::Operations,
+        _ => Kernels::Auto,
+    }
+}
+
 fn model(name: &str, on: &str) -> Arc<dyn CausalLm> {
     let options = LoadOptions {
         weights: WeightDtype::F32,
+        kernels: kernels(on),
         ..LoadOptions::default()
     };
-    let device = device(on).unwrap_or_else(|e| panic!("{on}: {}", e.chain()));
+    let device = match on {
+        "operations" => device("flex"),
+        _ => device(on),
+    };
+    let device = device.unwrap_or_else(|e| panic!("{on}: {}", e.chain()));
     load_model(golden(name), &options, &device).unwrap().model
 }
 
@@ -105,14 +115,19 @@ fn heads(model: &dyn CausalLm) -> RetainingHeads {
 }
 
 /// 90 tokens in chunks of 16, the last 10 without eviction; then eight greedy ones.
-fn run(model: Arc<dyn CausalLm>, config: &PolicyConfig) -> (Trace, Vec<f32>) {
+fn run(on: &str, config: &PolicyConfig) -> (Trace, Vec<f32>) {
+    let model = model("llama31", on);
     let spec = model.spec();
     let policy = match config.policy {
         Method::Locret => config.build_with_heads(spec, heads(&*model)).unwrap(),
         _ => config.build(spec, model.device()).unwrap(),
     };
     let ids: Vec<u32> = (0..90).map(|i| (i * i + 7 * i) % 180).collect();
-    let mut session = Session::with_options(model, policy, CacheOptions::default()).unwrap();
+    let options = CacheOptions {
+        kernels: kernels(on),
+        ..CacheOptions::default()
+    };
+    let mut session = Session::with_options(model, policy, options).unwrap();
     let prefill = Prefill {
         chunk: 16,
         local: 10,
@@ -127,6 +142,7 @@ fn run(model: Arc<dyn CausalLm>, config: &PolicyConfig) -> (Trace, Vec<f32>) {
 fn logits(on: &str, tolerance: Tolerance) {
     for name in ["llama31", "llama32", "phi3_4k"] {
         let expected = GoldenLogits::read(&golden(name).join("golden.json")).unwrap();
+        let expected = expected.only("default");
         let distance = expected.compare(&*model(name, on)).unwrap();
         println!("{on}, {name}: {distance:?}");
         assert!(
@@ -147,15 +163,16 @@ fn policies(on: &str, tolerance: Tolerance) {
                     config.budget = Some(Budget::Units(24));
                 }
                 let case = format!("{on}, {method}, {positions:?}, {bits:?} bits");
-                let (expected, there) = run(model("llama31", "flex"), &config);
-                let (found, here) = run(model("llama31", on), &config);
+                let (expected, there) = run("flex", &config);
+                let (found, here) = run(on, &config);
                 let off = (here.iter().zip(&there))
                     .map(|(a, b)| (a - b).abs())
                     .fold(0.0, f32::max);
                 let others = others(&found, &expected);
                 println!("{case}: logits {off:.1e} off, {others:.4} of the units are others");
                 assert_eq!(here.len(), there.len());
-                assert_eq!(found.peak_kv_bytes, expected.peak_kv_bytes, "{case}");
+                // Tensors have no reserve for tokens to come.
+                assert!(found.peak_kv_bytes <= expected.peak_kv_bytes, "{case}");
                 // Where another unit was kept, what comes after it is another text.
                 let same = others > 0.0 || found.generated == expected.generated;
                 if others > tolerance.kept || (others == 0.0 && off > tolerance.logit) || !same {
