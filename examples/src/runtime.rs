@@ -13,7 +13,7 @@ use std::{
     io::{self, Read},
     panic::{self, AssertUnwindSafe},
     path::{Path, PathBuf},
-    sync::Arc,
+    sync::{Arc, Mutex, PoisonError},
     time::Instant,
 };
 
@@ -262,9 +262,15 @@ pub fn device(name: &str) -> Result<Device> {
             "this program was built without {name}: build it with --features {name}"
         )));
     };
-    // A missing driver or card shows as a panic in the backend when the first tensor is made.
+    // A missing driver or card shows as a panic in the backend when the first tensor is made, often on
+    // a thread of its own: what the first one says is the cause.
     let hook = panic::take_hook();
-    panic::set_hook(Box::new(|_| {}));
+    let cause = Arc::new(Mutex::new(None));
+    let heard = cause.clone();
+    panic::set_hook(Box::new(move |panic| {
+        let mut heard = heard.lock().unwrap_or_else(PoisonError::into_inner);
+        heard.get_or_insert_with(|| panic.payload_as_str().unwrap_or("it panicked").to_owned());
+    }));
     let tried = panic::catch_unwind(AssertUnwindSafe(|| {
         let device = make();
         let sum = Tensor::<1>::ones([8], &device).sum();
@@ -278,12 +284,9 @@ pub fn device(name: &str) -> Result<Device> {
     match tried {
         Ok(Some(device)) => Ok(device),
         Ok(None) => Err(Error::Usage(format!("the device {name} cannot compute"))),
-        Err(cause) => {
-            let text = cause
-                .downcast_ref::<String>()
-                .map(String::as_str)
-                .or_else(|| cause.downcast_ref::<&str>().copied())
-                .unwrap_or("it panicked");
+        Err(_) => {
+            let cause = cause.lock().unwrap_or_else(PoisonError::into_inner);
+            let text = cause.as_deref().unwrap_or("it panicked");
             Err(Error::Usage(format!(
                 "the device {name} is not usable here: {}",
                 report::shorten(text, 200)
