@@ -23,7 +23,7 @@ pub struct ModelArgs {
     /// smollm2, a .gguf file, a folder with config.json and safetensors, or hf:owner/name
     #[arg(long, value_name = "MODEL", default_value = "smollm2")]
     pub model: String,
-    /// flex (CPU), or cuda, vulkan, metal, webgpu where built with that feature
+    /// flex (CPU), or cuda, vulkan, metal, wgpu where built with that feature
     #[arg(long, value_name = "NAME", default_value = "flex")]
     pub device: String,
     /// Type of the weights in memory: file (as they are), f32, f16 or bf16

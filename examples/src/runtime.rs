@@ -236,9 +236,9 @@ const ACCELERATORS: &[NamedDevice] = &[
     ("metal", || {
         Device::metal(burn::tensor::DeviceKind::DefaultDevice)
     }),
-    #[cfg(feature = "webgpu")]
-    ("webgpu", || {
-        Device::webgpu(burn::tensor::DeviceKind::DefaultDevice)
+    #[cfg(feature = "wgpu")]
+    ("wgpu", || {
+        Device::wgpu(burn::tensor::DeviceKind::DefaultDevice)
     }),
 ];
 
@@ -252,9 +252,9 @@ pub fn device(name: &str) -> Result<Device> {
     if name == "flex" {
         return Ok(Device::flex());
     }
-    if !["flex", "cuda", "vulkan", "metal", "webgpu"].contains(&name) {
+    if !["flex", "cuda", "vulkan", "metal", "wgpu"].contains(&name) {
         return Err(Error::Usage(format!(
-            "unknown device {name:?}: there are flex, cuda, vulkan, metal, webgpu"
+            "unknown device {name:?}: there are flex, cuda, vulkan, metal, wgpu"
         )));
     }
     let Some((_, make)) = ACCELERATORS.iter().find(|d| d.0 == name) else {
@@ -304,7 +304,7 @@ mod tests {
         assert!(device("flex").is_ok());
         let unknown = device("abacus").unwrap_err().to_string();
         assert!(
-            unknown.contains("flex, cuda, vulkan, metal, webgpu"),
+            unknown.contains("flex, cuda, vulkan, metal, wgpu"),
             "{unknown}"
         );
         #[cfg(not(feature = "metal"))]
