@@ -18,18 +18,26 @@ use locret_models::{LoadOptions, WeightDtype, load_model};
 use locret_policies::{HeadWeights, LayerHead, Method, PolicyConfig, RetainingHeads};
 use std::{path::PathBuf, sync::Arc};
 
-/// How far a logit may be off, and a share of the kept units that may be others.
+/// How far a logit may be off, and the share of the units kept by K-norm that may be others: keys of
+/// the same token have the same norm, and which of them is kept is a matter of rounding. All other
+/// policies keep the same units.
 #[derive(Clone, Copy)]
 struct Tolerance {
     logit: f32,
-    kept: f64,
+    key_norm: f64,
 }
 
-/// In single precision throughout. Keys of the same token have the same norm, and which of them K-norm
-/// keeps is then a matter of rounding.
+/// On the CPU.
+const CPU: Tolerance = Tolerance {
+    logit: 1e-3,
+    key_norm: 0.0,
+};
+
+/// In single precision throughout, in another order.
+#[cfg(any(feature = "vulkan", feature = "metal", feature = "wgpu"))]
 const EXACT: Tolerance = Tolerance {
     logit: 1e-3,
-    kept: 0.01,
+    key_norm: 0.01,
 };
 
 /// Where the backend multiplies `f32` matrices with what is left of them in TF32, with 10 bits after
@@ -37,8 +45,11 @@ const EXACT: Tolerance = Tolerance {
 #[cfg(feature = "cuda")]
 const TF32: Tolerance = Tolerance {
     logit: 3e-2,
-    kept: 0.05,
+    key_norm: 0.02,
 };
+
+/// Units of a head that the CPU kernels' store holds room for beyond those that are there.
+const RESERVE: usize = 64;
 
 /// The tests on one device.
 macro_rules! on {
@@ -57,7 +68,7 @@ macro_rules! on {
     };
 }
 
-on!(operations, super::EXACT);
+on!(operations, super::CPU);
 #[cfg(feature = "cuda")]
 on!(cuda, super::TF32);
 #[cfg(feature = "vulkan")]
@@ -155,6 +166,9 @@ fn logits(on: &str, tolerance: Tolerance) {
 
 fn policies(on: &str, tolerance: Tolerance) {
     let mut failures = Vec::new();
+    let model = model("llama31", "flex");
+    let spec = model.spec();
+    let most = RESERVE * 2 * spec.head_dim * size_of::<f32>() * spec.kv_heads * spec.layers;
     for method in Method::ALL {
         for positions in [Positions::Compact, Positions::Original] {
             for bits in [None, Some(8), Some(4)] {
@@ -173,10 +187,15 @@ fn policies(on: &str, tolerance: Tolerance) {
                 println!("{case}: logits {off:.1e} off, {others:.4} of the units are others");
                 assert_eq!(here.len(), there.len());
                 // Tensors have no reserve for tokens to come.
-                assert!(found.peak_kv_bytes <= expected.peak_kv_bytes, "{case}");
+                let reserve = expected.peak_kv_bytes.checked_sub(found.peak_kv_bytes);
+                assert!(reserve.is_some_and(|r| r <= most), "{case}: {reserve:?}");
                 // Where another unit was kept, what comes after it is another text.
                 let same = others > 0.0 || found.generated == expected.generated;
-                if others > tolerance.kept || (others == 0.0 && off > tolerance.logit) || !same {
+                let may_be = match method {
+                    Method::KeyNorm => tolerance.key_norm,
+                    _ => 0.0,
+                };
+                if others > may_be || (others == 0.0 && off > tolerance.logit) || !same {
                     failures.push(case);
                 }
             }

@@ -233,8 +233,9 @@ impl<'a> LayerUnits<'a> {
         })
     }
 
-    /// What [`qkv`](Self::qkv) has, as it lies in host memory, without a copy: queries, keys and
-    /// values, token-major. `None` where the model does not run on the CPU kernels, too.
+    /// What [`qkv`](Self::qkv) has, as it lies in host memory, without a copy: queries `[tokens, heads *
+    /// head_dim]`, keys and values `[tokens, kv_heads * head_dim]`, row-major. `None` where there is no
+    /// [`qkv`](Self::qkv), and where the model does not run on the CPU kernels.
     pub fn host_qkv(&self) -> Option<[&'a [f32]; 3]> {
         match self.qkv? {
             KeptQkv::Tensors(_) => None,

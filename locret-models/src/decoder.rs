@@ -263,9 +263,10 @@ impl CausalLm for Decoder {
     }
 
     fn hidden(&self, ids: &[u32], cache: &mut SequenceCache) -> locret_core::Result<Tensor<2>> {
-        Ok(match self.host {
-            true => awake(|| self.hidden_host(ids, cache))?,
-            false => self.hidden_tensor(ids, cache)?,
+        Ok(if self.host {
+            awake(|| self.hidden_host(ids, cache))?
+        } else {
+            self.hidden_tensor(ids, cache)?
         })
     }
 

@@ -5,7 +5,7 @@ use crate::{Activations, Encoding, Loader, ModelError, Result, WeightDtype};
 use burn::tensor::{DType, FloatDType, Int, Tensor};
 use locret_core::{
     from_f32, ids_tensor, into_f32,
-    kernels::linear::{Format, Weight, matmul_between, matmul_rounded_between},
+    kernels::linear::{Format, Weight, matmul_between, matmul_rounded},
 };
 
 /// Values that are checked at a time where a matrix stays packed.
@@ -112,7 +112,7 @@ impl Linear {
                 let weights: Vec<&Weight<'_>> = weights.iter().collect();
                 match activations {
                     Activations::Exact => matmul_between(&[x], &weights, outs),
-                    Activations::Bytes => matmul_rounded_between(&[x], &weights, outs),
+                    Activations::Bytes => matmul_rounded(&[x], &weights, outs),
                 }
             }
             Self::Tensor(weight) => {

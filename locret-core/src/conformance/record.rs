@@ -201,7 +201,15 @@ impl KvCachePolicy for Recording {
         };
         if let Some(qkv) = units.qkv() {
             let flat = |x: &Tensor<2>| into_f32(x.clone());
-            seen.qkv = Some([flat(&qkv.q)?, flat(&qkv.k)?, flat(&qkv.v)?]);
+            let values = [flat(&qkv.q)?, flat(&qkv.k)?, flat(&qkv.v)?];
+            if units
+                .host_qkv()
+                .is_some_and(|host| host != values.each_ref().map(Vec::as_slice))
+            {
+                let message = "`host_qkv` hands out other values than `qkv`";
+                return Err(crate::Error::policy(self.name(), message));
+            }
+            seen.qkv = Some(values);
         }
         if self.units {
             for head in heads {

@@ -454,4 +454,12 @@ mod tests {
     fn rows_must_be_whole() {
         rms_norm(&[0.0; 4], &[0.0; 3], 1e-5, &mut [0.0; 4]);
     }
+
+    #[test]
+    fn copies_of_any_length_are_the_same() {
+        for n in [0, 1, JOB, 2 * JOB - 1, 2 * JOB, 2 * JOB + 1, 5 * JOB + 7] {
+            let x: Vec<f32> = (0..n).map(|i| i as f32).collect();
+            assert_eq!(copied(&x), x);
+        }
+    }
 }

@@ -268,21 +268,10 @@ pub fn matmul(x: &[f32], weight: &Weight<'_>, out: &mut [f32]) {
 }
 
 /// Several products of the same input side by side (queries, keys and values; gate and up), with
-/// one start of the threads and one packing: `out = x · [W₁; W₂; …]ᵀ`. Formats may differ.
-///
-/// # Shapes
-/// - `x`: `[tokens, columns]`, the same columns for all weights
-/// - `out`: `[tokens, Σ rows]`
-///
-/// # Panics
-/// If the lengths don't fit each other.
-pub fn matmul_fused(x: &[f32], weights: &[&Weight<'_>], out: &mut [f32]) {
-    matmul_with(Isa::best(), &[x], weights, false, &mut [out]);
-}
-
-/// [`matmul_fused`] where inputs come from several places and outputs go to several, so that nothing
-/// has to be put together before or taken apart afterwards: `[outs₁ outs₂ …] = [xs₁ xs₂ …] · [W₁; W₂;
-/// …]ᵀ`. Where the outputs are divided is independent of where the weights are.
+/// one start of the threads and one packing. Inputs may come from several places and outputs go to
+/// several, so that nothing has to be put together before or taken apart afterwards: `[outs₁ outs₂ …] =
+/// [xs₁ xs₂ …] · [W₁; W₂; …]ᵀ`. Formats may differ, and where the outputs are divided is independent of
+/// where the weights are.
 ///
 /// # Shapes
 /// - `xs`: `[tokens, columns]` each, whose columns add up to those of each weight
@@ -294,27 +283,23 @@ pub fn matmul_between(xs: &[&[f32]], weights: &[&Weight<'_>], outs: &mut [&mut [
     matmul_with(Isa::best(), xs, weights, false, outs);
 }
 
-/// [`matmul_between`] with rounded activations, as [`matmul_rounded`].
-///
-/// # Panics
-/// If the lengths don't fit each other.
-pub fn matmul_rounded_between(xs: &[&[f32]], weights: &[&Weight<'_>], outs: &mut [&mut [f32]]) {
-    matmul_with(Isa::best(), xs, weights, true, outs);
-}
-
-/// [`matmul_fused`] where few tokens (decode) meet packed weights with activations of eight bits.
+/// [`matmul_between`] where few tokens (decode) meet packed weights with activations of eight bits.
 ///
 /// Each block of 32 activations is rounded to multiples of its largest magnitude over 127, as
-/// engines that read GGUF files commonly do, so that products are whole numbers. A block's part of an output is off by at most that step, halved, times the sum of the magnitudes
-/// of its weights (for 4 bits: of `scale · (q - 8)`; minima meet exact sums). Weights of float
-/// types, and more than eight tokens at once, are computed as by [`matmul_fused`].
+/// engines that read GGUF files commonly do, so that products are whole numbers. A block's part of an
+/// output is off by at most that step, halved, times the sum of the magnitudes of its weights (for 4
+/// bits: of `scale · (q - 8)`; minima meet exact sums). Weights of float types, and more than eight
+/// tokens at once, are computed as by [`matmul_between`].
 ///
 /// A block with an activation that is not finite makes the outputs of its token NaN.
 ///
+/// # Shapes
+/// As [`matmul_between`].
+///
 /// # Panics
 /// If the lengths don't fit each other.
-pub fn matmul_rounded(x: &[f32], weights: &[&Weight<'_>], out: &mut [f32]) {
-    matmul_with(Isa::best(), &[x], weights, true, &mut [out]);
+pub fn matmul_rounded(xs: &[&[f32]], weights: &[&Weight<'_>], outs: &mut [&mut [f32]]) {
+    matmul_with(Isa::best(), xs, weights, true, outs);
 }
 
 /// Up to this many tokens, weights are read row by row.
@@ -1897,7 +1882,7 @@ mod tests {
                     let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build();
                     pool.unwrap().install(|| {
                         let mut out = vec![0.0; tokens * rows];
-                        matmul_rounded(&x, &[&weight], &mut out);
+                        matmul_rounded(&[&x], &[&weight], &mut [&mut out]);
                         out
                     })
                 };
@@ -1944,7 +1929,7 @@ mod tests {
         let mut out = [1.0; 6];
         matmul(&[], &weight, &mut out);
         assert_eq!(out, [0.0; 6]);
-        matmul_fused(&[1.0; 6], &[], &mut []);
+        matmul_between(&[&[1.0; 6]], &[], &mut []);
         let weight = Weight::from_f32(&[1.0; 6], 2, 3).unwrap();
         matmul(&[], &weight, &mut []);
     }

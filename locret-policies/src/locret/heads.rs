@@ -89,11 +89,15 @@ impl RetainingHeads {
         }
     }
 
-    /// [`scores`](Self::scores) of queries, keys and values that lie in host memory, `[tokens,
-    /// features]` each.
+    /// [`scores`](Self::scores) of queries, keys and values that lie in host memory.
+    ///
+    /// # Shapes
+    /// - `parts`: `[tokens, heads * head_dim]`, and `[tokens, kv_heads * head_dim]` twice
+    /// - returns `[tokens, kv_heads]`
     ///
     /// # Errors
-    /// As [`scores`](Self::scores).
+    /// [`Error::Shape`] for a layer that the heads don't have, or parts that are not rows of `tokens`
+    /// tokens as wide as their input; [`Error::Device`].
     pub fn host_scores(&self, layer: usize, tokens: usize, parts: [&[f32]; 3]) -> Result<Vec<f32>> {
         let whole = |part: &[f32]| tokens > 0 && part.len().is_multiple_of(tokens);
         let numbers: usize = parts.iter().map(|part| part.len()).sum();
@@ -278,6 +282,8 @@ mod tests {
                     assert!((a - b).abs() < 1e-5, "{a} and {b}");
                 }
                 assert!(host.scores(1, &qkv).is_err());
+                let short = host.host_scores(0, tokens, [&[0.0], &[], &[]]);
+                assert!(matches!(short, Err(Error::Shape { .. })));
                 let narrow = Qkv {
                     q: qkv.k.clone(),
                     ..qkv
