@@ -17,7 +17,7 @@
 //! on the number of threads.
 
 use super::{
-    micro::{outer, pack_rows, panels, unpack_lanes},
+    micro::{outer, pack_lanes, panels},
     scratch::Scratch,
     simd::{Isa, MAGIC, Simd, dispatch, load, store},
     tiles::Element,
@@ -324,17 +324,19 @@ fn job_rows(rows: usize) -> usize {
     rows.div_ceil(jobs.next_multiple_of(2)).next_multiple_of(8)
 }
 
-/// Columns that are converted at a time, at most: a panel of as many, and the rows that it meets, fit
-/// the first cache.
-const fn deepest(lanes: usize) -> usize {
-    if lanes == 16 { 192 } else { 256 }
-}
+/// Columns that are converted at a time, at most: a panel of as many fits the second cache beside the
+/// activations that it meets.
+const DEEPEST: usize = 1536;
 
 /// Columns that are converted at a time: pieces of a row of about the same length, in whole blocks.
-fn depth(lanes: usize, columns: usize) -> usize {
-    let pieces = columns.div_ceil(deepest(lanes));
+fn depth(columns: usize) -> usize {
+    let pieces = columns.div_ceil(DEEPEST);
     columns.div_ceil(pieces).next_multiple_of(BLOCK)
 }
+
+/// Columns between two requests for what is converted next: no more at a time than a processor can wait
+/// for beside its work.
+const STEP: usize = 192;
 
 /// Tokens in a job of many tokens.
 const TOKENS: usize = 512;
@@ -1352,7 +1354,7 @@ fn convert<S: Simd>(s: S, weight: &Weight<'_>, row: usize, columns: Range<usize>
 /// Asks for the memory of up to `n` columns of a row, if there is such a row.
 #[inline(always)]
 fn fetch<S: Simd>(s: S, weight: &Weight<'_>, row: usize, column: usize, n: usize) {
-    if row < weight.rows {
+    if row < weight.rows && column < weight.columns {
         let format = weight.format;
         let bytes = |columns: usize| columns / format.block() * format.block_bytes();
         let at = row * weight.row_bytes() + bytes(column);
@@ -1378,25 +1380,66 @@ unsafe impl Send for Columns {}
 unsafe impl Sync for Columns {}
 
 impl Columns {
-    /// Writes lanes of `sums` `[rows, width]` to the columns from `column` on of as many tokens.
+    /// Where `n` numbers of a token start, from `column` on.
+    #[inline(always)]
+    fn at(self, token: usize, column: usize, n: usize) -> *mut f32 {
+        assert!(token < self.tokens && column + n <= self.stride);
+        self.out.wrapping_add(token * self.stride + column)
+    }
+
+    /// Reads `n` numbers of a token, from `column` on; lanes beyond them are 0.
+    ///
+    /// # Safety
+    /// No other thread may write these columns, and the output must still be borrowed.
+    #[inline(always)]
+    unsafe fn read<S: Simd, const N: usize>(
+        self,
+        s: S,
+        token: usize,
+        column: usize,
+        n: usize,
+        to: &mut [S::V; N],
+    ) {
+        let mut from = self.at(token, column, n).cast_const();
+        let mut part = [0.0; WIDEST];
+        if n < N * S::LANES {
+            // SAFETY: `at` has checked that there are as many; these are other numbers than the copy.
+            unsafe { part[..n].as_mut_ptr().copy_from_nonoverlapping(from, n) };
+            from = part[..N * S::LANES].as_ptr();
+        }
+        for (v, to) in to.iter_mut().enumerate() {
+            // SAFETY: N vectors, of the output or of the copy.
+            *to = unsafe { s.load(from.add(v * S::LANES)) };
+        }
+    }
+
+    /// Writes `n` numbers of a token, from `column` on; lanes beyond them are left out.
     ///
     /// # Safety
     /// No other thread may access these columns, and the output must still be borrowed.
     #[inline(always)]
-    unsafe fn write<S: Simd>(
+    unsafe fn write<S: Simd, const N: usize>(
         self,
         s: S,
-        tokens: Range<usize>,
+        token: usize,
         column: usize,
-        sums: &[f32],
-        width: usize,
+        n: usize,
+        sums: &[S::V; N],
     ) {
-        assert!(tokens.end <= self.tokens && column + sums.len() / width <= self.stride);
-        // SAFETY: within the output (just checked), and promised to be ours alone.
-        unsafe {
-            let to = self.out.add(tokens.start * self.stride + column);
-            unpack_lanes(s, sums, width, tokens.len(), to, self.stride);
+        let to = self.at(token, column, n);
+        if n >= N * S::LANES {
+            for (v, sums) in sums.iter().enumerate() {
+                // SAFETY: `at` has checked that there is room for N vectors.
+                unsafe { s.store(to.add(v * S::LANES), *sums) };
+            }
+            return;
         }
+        let mut part = [0.0; WIDEST];
+        for (to, sums) in part.chunks_exact_mut(S::LANES).zip(sums) {
+            store(s, to, *sums);
+        }
+        // SAFETY: as above, for `n` numbers; the copy is elsewhere.
+        unsafe { to.copy_from_nonoverlapping(part[..n].as_ptr(), n) };
     }
 }
 
@@ -1420,40 +1463,15 @@ fn many_tokens(
     let strides: Vec<usize> = outs.iter().map(|out| out.stride).collect();
     let jobs = jobs(weights, &strides, job_rows);
     for first in (0..tokens).step_by(TOKENS) {
-        let tokens = (tokens - first).min(TOKENS);
-        let panels: Vec<Range<usize>> = panels(isa.lanes(), tokens).collect();
-        let room = panels.last().map_or(0, |p| p.end) * columns;
-        let mut memory = Scratch::for_lengths(&[room]);
-        let [packed] = memory.slices([room]);
-        let mut rest = &mut *packed;
-        let parts: Vec<(&Range<usize>, &mut [f32])> = panels
-            .iter()
-            .map(|panel| (panel, front(&mut rest, panel.len() * columns)))
-            .collect();
-        let pack = |(panel, mut part): (&Range<usize>, &mut [f32])| {
-            for (x, width) in xs.iter().zip(&widths) {
-                let rows = first + panel.start..first + panel.end.min(tokens);
-                let rows = rows.map(|token| &x[token * width..(token + 1) * width]);
-                let part = front(&mut part, panel.len() * width);
-                if *width > 0 {
-                    dispatch!(isa, s => pack_rows(s, rows, 1.0, *width, part));
-                }
-            }
-        };
-        if serial {
-            parts.into_iter().for_each(pack);
-        } else {
-            parts.into_par_iter().for_each(pack);
-        }
-        let panels = Panels {
+        let input = Input {
+            xs,
+            widths: &widths,
             columns,
-            tokens: first..first + tokens,
-            lanes: &panels,
-            packed: &*packed,
+            tokens: first..tokens.min(first + TOKENS),
         };
         let run = |job: &Job| {
             let out = outs[job.out];
-            dispatch!(isa, s => many_rows(s, weights[job.weight], job, &panels, out));
+            dispatch!(isa, s => many_rows(s, weights[job.weight], job, &input, out));
         };
         if serial {
             jobs.iter().for_each(run);
@@ -1463,109 +1481,161 @@ fn many_tokens(
     }
 }
 
-/// The activations of many tokens.
-struct Panels<'a> {
+/// The activations of many tokens, which are read where they lie.
+struct Input<'a> {
+    xs: &'a [&'a [f32]],
+    widths: &'a [usize],
+    /// The sum of the widths.
     columns: usize,
+    /// Those that are read now.
     tokens: Range<usize>,
-    /// The tokens in each panel, from 0; the last one may go beyond them.
-    lanes: &'a [Range<usize>],
-    /// For each panel `[columns, lanes]`.
-    packed: &'a [f32],
 }
 
+/// Rows of weights become panels, whose lanes are the rows: outputs are then written as they lie, and
+/// an activation is read wherever it lies, for it meets a vector of weights at a time.
 #[inline(always)]
-fn many_rows<S: Simd>(s: S, weight: &Weight<'_>, job: &Job, panels: &Panels<'_>, out: Columns) {
-    let (n, columns) = (job.rows.len(), panels.columns);
-    let width = panels.lanes.last().map_or(0, |p| p.end);
-    let deep = depth(S::LANES, columns);
-    let lengths = [n * deep, n * width];
+fn many_rows<S: Simd>(s: S, weight: &Weight<'_>, job: &Job, input: &Input<'_>, out: Columns) {
+    let (n, columns) = (job.rows.len(), input.columns);
+    let deep = depth(columns);
+    let widest = panels(S::LANES, n).map(|p| p.len()).max().unwrap_or(0);
+    let lengths = [S::LANES * deep, widest * deep];
     let mut memory = Scratch::for_lengths(&lengths);
-    let [near, sums] = memory.slices(lengths);
+    let [converted, panel] = memory.slices(lengths);
     for from in (0..columns).step_by(deep) {
-        let depth = deep.min(columns - from);
-        let near = &mut near[..n * depth];
-        for (row, near) in job.rows.clone().zip(near.chunks_exact_mut(depth)) {
-            convert(s, weight, row, from..from + depth, near);
-        }
-        // What is converted next: columns further on, or another job's rows.
-        let next = match from + deep {
-            next if next < columns => (job.rows.start, next),
-            _ => (job.rows.end, 0),
-        };
-        let rows_each = n.div_ceil(panels.lanes.len());
-        for (i, lanes) in panels.lanes.iter().enumerate() {
-            for row in next.0 + i * rows_each..next.0 + (i + 1) * rows_each {
-                fetch(s, weight, row, next.1, deep);
-            }
+        let to = columns.min(from + deep);
+        let depth = to - from;
+        for lanes in panels(S::LANES, n) {
             let width = lanes.len();
-            let x = &panels.packed[lanes.start * columns + from * width..][..depth * width];
-            let sums = &mut sums[lanes.start * n..lanes.end * n];
-            if from == 0 {
-                sums.fill(0.0);
+            let panel = &mut panel[..depth * width];
+            for first in lanes.clone().step_by(S::LANES) {
+                let rows =
+                    job.rows.start + first..job.rows.end.min(job.rows.start + first + S::LANES);
+                let (mut group, m): ([&[f32]; 16], usize) = ([&[]; 16], rows.len());
+                for ((row, near), group) in
+                    rows.zip(converted.chunks_exact_mut(depth)).zip(&mut group)
+                {
+                    convert(s, weight, row, from..to, near);
+                    *group = near;
+                }
+                pack_lanes(s, &group[..m], depth, first - lanes.start, width, panel);
             }
-            match width / S::LANES {
-                1 => block::<S, 1>(s, depth, near, x, sums),
-                2 => block::<S, 2>(s, depth, near, x, sums),
-                _ if S::LANES == 16 => block::<S, 3>(s, depth, near, x, sums),
-                _ => unreachable!("panels have at most two vectors here"),
+            let mut block = Block {
+                weight,
+                // More rows, columns further on, or another job's rows.
+                next: match () {
+                    () if lanes.end < n => (job.rows.start + lanes.end, from),
+                    () if to < columns => (job.rows.start, to),
+                    () => (job.rows.end, 0),
+                },
+                tokens: input.tokens.clone(),
+                stride: 0,
+                depth: 0,
+                from_zero: false,
+                out,
+                column: job.column + lanes.start,
+                rows: width.min(n - lanes.start),
+            };
+            let mut start = 0;
+            for (x, stride) in input.xs.iter().zip(input.widths) {
+                let (low, high) = (start.max(from), to.min(start + stride));
+                if low < high {
+                    (block.stride, block.depth) = (*stride, high - low);
+                    block.from_zero = low == 0;
+                    let (x, panel) = (&x[low - start..], &panel[(low - from) * width..]);
+                    match width / S::LANES {
+                        1 => block.run::<S, 1>(s, x, panel),
+                        2 => block.run::<S, 2>(s, x, panel),
+                        _ if S::LANES == 16 => block.run::<S, 3>(s, x, panel),
+                        _ => unreachable!("panels have at most two vectors here"),
+                    }
+                    block.next.1 += high - low;
+                }
+                start += stride;
             }
         }
-    }
-    for lanes in panels.lanes {
-        let sums = &sums[lanes.start * n..lanes.end * n];
-        let first = panels.tokens.start;
-        let tokens = first + lanes.start..(first + lanes.end).min(panels.tokens.end);
-        // SAFETY: each job has its own columns, and the caller of `many_tokens` lends the outputs
-        // until all are done.
-        unsafe { out.write(s, tokens, job.column, sums, lanes.len()) };
     }
 }
 
-/// `sums[r] += Σ_k near[r, k] · x[k]` for rows of `N` vectors.
-#[inline(always)]
-fn block<S: Simd, const N: usize>(s: S, depth: usize, near: &[f32], x: &[f32], sums: &mut [f32]) {
+/// Many tokens meet a panel of weights.
+struct Block<'a> {
+    weight: &'a Weight<'a>,
+    /// The row and the column of what is converted next.
+    next: (usize, usize),
+    tokens: Range<usize>,
+    /// Numbers from a token to the next one.
+    stride: usize,
+    /// Columns that take part.
+    depth: usize,
+    /// Whether these are the first columns.
+    from_zero: bool,
+    out: Columns,
+    /// The column of the output that the first row goes to.
+    column: usize,
+    /// Rows in the panel, whose other lanes are 0.
+    rows: usize,
+}
+
+/// Numbers in the widest panel's rows.
+const WIDEST: usize = 48;
+
+impl Block<'_> {
+    /// `out[t, r] += Σ_k x[t, k] · panel[k, r]` for panels of `N` vectors.
+    #[inline(always)]
+    fn run<S: Simd, const N: usize>(&self, s: S, x: &[f32], panel: &[f32]) {
+        let width = N * S::LANES;
+        assert!(panel.len() >= self.depth * width && self.rows <= width && width <= WIDEST);
+        let mut t = self.tokens.start;
+        if S::LANES == 16 || N == 1 {
+            t = self.go::<S, 8, N>(s, t, x, panel);
+        } else {
+            t = self.go::<S, 6, N>(s, t, x, panel);
+        }
+        t = self.go::<S, 4, N>(s, t, x, panel);
+        t = self.go::<S, 2, N>(s, t, x, panel);
+        self.go::<S, 1, N>(s, t, x, panel);
+    }
+
     #[inline(always)]
     fn go<S: Simd, const B: usize, const N: usize>(
+        &self,
         s: S,
-        depth: usize,
         from: usize,
-        near: &[f32],
         x: &[f32],
-        sums: &mut [f32],
+        panel: &[f32],
     ) -> usize {
-        let (n, width) = (near.len() / depth, N * S::LANES);
-        let mut r = from;
-        while r + B <= n {
-            let near = &near[r * depth..(r + B) * depth];
-            let rows = &mut sums[r * width..(r + B) * width];
+        let (depth, width) = (self.depth, N * S::LANES);
+        let each = (B * width).div_ceil(self.tokens.len());
+        let mut t = from;
+        while t + B <= self.tokens.end {
+            let x = &x[t * self.stride..(t + B - 1) * self.stride + depth];
             let mut acc = [[s.splat(0.0); N]; B];
-            for (acc, row) in acc.iter_mut().zip(rows.chunks_exact(width)) {
-                for v in 0..N {
-                    acc[v] = load(s, &row[v * S::LANES..]);
+            if !self.from_zero {
+                for (b, acc) in acc.iter_mut().enumerate() {
+                    // SAFETY: these columns are our job's.
+                    unsafe { self.out.read(s, t + b, self.column, self.rows, acc) };
                 }
             }
-            // SAFETY: `near` holds B rows of `depth` numbers, `x` as many rows of N vectors
-            // (checked below).
-            unsafe { outer(s, depth, near.as_ptr(), depth, 1, x.as_ptr(), &mut acc) };
-            for (acc, row) in acc.iter().zip(rows.chunks_exact_mut(width)) {
-                for (v, acc) in acc.iter().enumerate() {
-                    store(s, &mut row[v * S::LANES..], *acc);
+            let next = self.next.0 + (t - self.tokens.start) / B * each;
+            for k in (0..depth).step_by(STEP) {
+                for row in next..(next + each).min(self.next.0 + width) {
+                    fetch(s, self.weight, row, self.next.1 + k, STEP);
+                }
+                let steps = STEP.min(depth - k);
+                // SAFETY: B rows of `depth` numbers, `stride` apart (sliced just before); `panel` has as
+                // many rows of N vectors (checked by `run`).
+                unsafe {
+                    let (x, panel) = (x.as_ptr().add(k), panel.as_ptr().add(k * width));
+                    outer(s, steps, x, self.stride, 1, panel, &mut acc);
                 }
             }
-            r += B;
+            for (b, acc) in acc.iter().enumerate() {
+                // SAFETY: as above.
+                unsafe { self.out.write(s, t + b, self.column, self.rows, acc) };
+            }
+            t += B;
         }
-        r
+        t
     }
-    assert!(x.len() >= depth * N * S::LANES);
-    let mut r = 0;
-    if S::LANES == 16 || N == 1 {
-        r = go::<S, 8, N>(s, depth, r, near, x, sums);
-    } else {
-        r = go::<S, 6, N>(s, depth, r, near, x, sums);
-    }
-    r = go::<S, 4, N>(s, depth, r, near, x, sums);
-    r = go::<S, 2, N>(s, depth, r, near, x, sums);
-    go::<S, 1, N>(s, depth, r, near, x, sums);
 }
 
 #[cfg(test)]
@@ -1696,7 +1766,8 @@ mod tests {
         fn every_format_and_path_agrees_with_the_definition(
             tokens in prop_oneof![1usize..12, 12usize..70],
             shapes in prop::collection::vec((0usize..6, prop_oneof![1usize..12, 90usize..110]), 1..3),
-            blocks in 1usize..12,
+            // One piece of the columns, two and three.
+            blocks in prop_oneof![6 => 1usize..12, 1 => 48usize..51, 1 => 96usize..99],
             tail in 0usize..32,
             bad in prop::option::of(any::<prop::sample::Index>()),
             cuts in any::<[prop::sample::Index; 3]>(),

@@ -79,36 +79,52 @@ pub(super) fn pack_rows<'a, S: Simd>(
 ) {
     let width = panel.len() / d;
     assert!(panel.len() == width * d && width.is_multiple_of(S::LANES));
-    let whole = d - d % S::LANES;
     for first in (0..width).step_by(S::LANES) {
         let (mut group, mut n): ([&[f32]; 16], usize) = ([&[]; 16], 0);
         for to in &mut group[..S::LANES] {
             let Some(row) = rows.next() else { break };
-            assert_eq!(row.len(), d, "length of a row");
             *to = row;
             n += 1;
         }
-        let squares = if n == S::LANES { whole } else { 0 };
-        let mut pointers = [std::ptr::null(); 16];
-        for k in (0..squares).step_by(S::LANES) {
-            for (pointer, row) in pointers.iter_mut().zip(&group[..n]) {
-                *pointer = row[k..].as_ptr();
-            }
-            let to = &mut panel[k * width + first..];
-            assert!(to.len() >= (S::LANES - 1) * width + S::LANES);
-            // SAFETY: as many rows as lanes, each with as many numbers from k on, and room as
-            // checked.
-            unsafe { s.transpose(&pointers, to.as_mut_ptr(), width) };
-        }
-        for (k, to) in panel.chunks_exact_mut(width).enumerate().skip(squares) {
-            for (to, row) in to[first..first + S::LANES].iter_mut().zip(&group) {
-                *to = row.get(k).copied().unwrap_or(0.0);
-            }
-        }
+        pack_lanes(s, &group[..n], d, first, width, panel);
     }
     if scale != 1.0 {
         for x in panel.chunks_exact_mut(S::LANES) {
             store(s, x, s.mul(load(s, x), s.splat(scale)));
+        }
+    }
+}
+
+/// Copies up to [`Simd::LANES`] rows of `d` numbers into a panel `[d, width]`, from lane `first` on; of
+/// as many lanes as a vector has, those beyond the rows are 0.
+#[inline(always)]
+pub(super) fn pack_lanes<S: Simd>(
+    s: S,
+    rows: &[&[f32]],
+    d: usize,
+    first: usize,
+    width: usize,
+    panel: &mut [f32],
+) {
+    assert!(rows.len() <= S::LANES && first + S::LANES <= width);
+    assert!(rows.iter().all(|row| row.len() == d), "length of a row");
+    let whole = d - d % S::LANES;
+    let squares = if rows.len() == S::LANES { whole } else { 0 };
+    let mut pointers = [std::ptr::null(); 16];
+    for k in (0..squares).step_by(S::LANES) {
+        for (pointer, row) in pointers.iter_mut().zip(rows) {
+            *pointer = row[k..].as_ptr();
+        }
+        let to = &mut panel[k * width + first..];
+        assert!(to.len() >= (S::LANES - 1) * width + S::LANES);
+        // SAFETY: as many rows as lanes, each with as many numbers from k on, and room as checked.
+        unsafe { s.transpose(&pointers, to.as_mut_ptr(), width) };
+    }
+    for (k, to) in panel.chunks_exact_mut(width).enumerate().skip(squares) {
+        let to = &mut to[first..first + S::LANES];
+        to.fill(0.0);
+        for (to, row) in to.iter_mut().zip(rows) {
+            *to = row[k];
         }
     }
 }

@@ -207,6 +207,7 @@ impl Isa {
     }
 
     /// Numbers in a vector.
+    #[cfg(test)]
     pub(super) fn lanes(self) -> usize {
         match self {
             Isa::Portable(_) => Portable::LANES,
