@@ -168,9 +168,11 @@ class Bench:
                 ROOT / "locret-models/tests/golden/smollm2"]
 
     def group(self, rounds, contenders):
-        """Runs all contenders, one after the other, as often as there are rounds."""
+        """Runs all contenders, one after the other, as often as there are rounds; there and back,
+        since what ran before leaves a machine warm or memory in pieces."""
         for round_ in range(rounds):
-            for name, command in contenders.items():
+            turn = list(contenders.items())
+            for name, command in turn[::-1] if round_ % 2 else turn:
                 result = run([str(part) for part in command])
                 self.results.setdefault(name, []).append(result)
                 print(f"round {round_ + 1} of {rounds}, {name}: {result['prefill']:.0f} / "

@@ -9,9 +9,9 @@
 //!
 //! - **Few tokens** (decode): bound by the reading of `W`, which is read once for up to four
 //!   tokens; rows of `W` are dot products in registers.
-//! - **Many tokens** (prefill): blocks of `W` are converted once for hundreds of tokens, whose
-//!   activations are packed into panels; the inner loop is the outer product of broadcast weights
-//!   with lanes of tokens.
+//! - **Many tokens** (prefill): blocks of `W` are converted once for hundreds of tokens, into panels
+//!   whose lanes are rows of `W`; the inner loop is the outer product of broadcast activations with
+//!   them. Activations are read and outputs written where they lie.
 //!
 //! Work is cut by rows of `W` in a way that depends on shapes alone, so that results don't depend
 //! on the number of threads.
@@ -314,14 +314,14 @@ const SERIAL: usize = 1 << 16;
 /// Rows in a job of many tokens, at most; whole groups of any inner loop.
 const ROWS: usize = 96;
 
-/// Rows in a job of many tokens, of a matrix that has `rows`: so that there is an even number of jobs
-/// where a matrix is small, and two threads end together.
+/// Rows in a job of many tokens, of a matrix that has `rows`: an even number of jobs, so that two
+/// threads end together, and whole vectors.
 fn job_rows(rows: usize) -> usize {
     let jobs = rows.div_ceil(ROWS);
     if jobs == 1 {
         return ROWS;
     }
-    rows.div_ceil(jobs.next_multiple_of(2)).next_multiple_of(8)
+    rows.div_ceil(jobs.next_multiple_of(2)).next_multiple_of(16)
 }
 
 /// Columns that are converted at a time, at most: a panel of as many fits the second cache beside the
