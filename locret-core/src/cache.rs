@@ -9,7 +9,7 @@ use crate::{
     policy::{Keep, KvCachePolicy, Needs, Phase, Positions, Step, Verdict},
     rope::Rope,
     store::{KvDtype, KvStore, Placement},
-    units::{HeadMeta, KeptQkv, LayerUnits, Observed, Qkv},
+    units::{HeadMeta, KeptInput, KeptQkv, LayerInput, LayerUnits, Observed, Qkv},
 };
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use std::sync::Arc;
@@ -71,6 +71,8 @@ struct LayerCache {
 #[derive(Debug)]
 struct Pending {
     qkv: Option<KeptQkv>,
+    /// Where the verdict comes after the step: until then the adapter goes on with its own.
+    input: Option<KeptInput>,
     observed: Option<Observed>,
 }
 
@@ -329,6 +331,29 @@ impl SequenceCache {
     /// [`Error::Shape`], [`Error::LayerOrder`], [`Error::Unusable`] outside of a step, the
     /// policy's and the device's errors. The cache is unusable afterwards.
     pub fn attend(&mut self, layer: usize, qkv: Qkv) -> Result<Tensor<2>> {
+        self.attend_with(layer, None, qkv)
+    }
+
+    /// [`attend`](Self::attend) by an adapter that shows policies also what it made `qkv` from, by the
+    /// matrix of [`CausalLm::qkv_weight`](crate::CausalLm::qkv_weight): `input`, `[tokens, hidden]`.
+    ///
+    /// # Errors
+    /// As [`attend`](Self::attend).
+    pub fn attend_from<'a>(
+        &mut self,
+        layer: usize,
+        input: impl Into<LayerInput<'a>>,
+        qkv: Qkv,
+    ) -> Result<Tensor<2>> {
+        self.attend_with(layer, Some(input.into()), qkv)
+    }
+
+    fn attend_with(
+        &mut self,
+        layer: usize,
+        input: Option<LayerInput<'_>>,
+        qkv: Qkv,
+    ) -> Result<Tensor<2>> {
         let spec = self.spec.layer(layer);
         let current = self.current.as_mut().ok_or(Error::Unusable)?;
         if layer != current.next || layer >= self.spec.layers {
@@ -342,6 +367,10 @@ impl SequenceCache {
         if t != current.incoming {
             return Err(Error::shape("tokens of q, k, v", [current.incoming], [t]));
         }
+        if let Some(input) = input {
+            input.check(t, self.spec.hidden)?;
+        }
+        let input = input.filter(|_| self.needs.input);
         current.next += 1;
         let (phase, decoding) = (current.phase, current.phase == Phase::Decode);
         let (d, on_host) = (spec.head_dim, self.place.host);
@@ -393,13 +422,15 @@ impl SequenceCache {
         };
         let out = attention.attend(q)?;
         this.bytes = this.store.bytes();
+        let later = self.needs.surprisal && phase != Phase::Turn;
         this.pending = Some(Pending {
             qkv: kept_qkv,
+            input: input.filter(|_| later).map(KeptInput::from),
             observed,
         });
         self.note_peak(layer);
-        if !self.needs.surprisal || phase == Phase::Turn {
-            self.decide(layer, None)?;
+        if !later {
+            self.decide(layer, input, None)?;
         }
         Ok(out)
     }
@@ -426,7 +457,7 @@ impl SequenceCache {
                 return Err(Error::shape("surprisal", [incoming], [found]));
             }
             for layer in 0..self.spec.layers {
-                self.decide(layer, surprisal)?;
+                self.decide(layer, None, surprisal)?;
             }
         }
         self.seen += incoming;
@@ -444,9 +475,10 @@ impl SequenceCache {
         for layer in 0..self.spec.layers {
             self.layers[layer].pending = Some(Pending {
                 qkv: None,
+                input: None,
                 observed: None,
             });
-            self.decide(layer, None)?;
+            self.decide(layer, None, None)?;
         }
         self.end();
         Ok(())
@@ -460,7 +492,12 @@ impl SequenceCache {
         self.current = None;
     }
 
-    fn decide(&mut self, layer: usize, surprisal: Option<&[f32]>) -> Result<()> {
+    fn decide(
+        &mut self,
+        layer: usize,
+        input: Option<LayerInput<'_>>,
+        surprisal: Option<&[f32]>,
+    ) -> Result<()> {
         let current = self.current.as_ref().ok_or(Error::Unusable)?;
         let spec = self.spec.layer(layer);
         let this = &mut self.layers[layer];
@@ -486,6 +523,8 @@ impl SequenceCache {
                 store: &*this.store,
                 rotation: table.as_deref(),
                 qkv: pending.qkv.as_ref(),
+                input: input.or(pending.input.as_ref().map(LayerInput::from)),
+                device: &self.place.device,
                 surprisal,
                 observed: pending.observed.as_ref(),
             },

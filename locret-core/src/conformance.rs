@@ -178,6 +178,11 @@ pub enum Promise {
     #[error("queries, keys and values reach the cache before any position has entered them")]
     PositionFree,
     /// Adapters.
+    #[error(
+        "queries, keys and values are the matrix of `qkv_weight` times the input of `attend_from`"
+    )]
+    Projection,
+    /// Adapters.
     #[error("every layer attends once, in order, and errors of the cache are passed on")]
     Layers,
 }

@@ -54,4 +54,4 @@ pub use sample::{Sampler, Sampling, argmax};
 pub use session::{ChunkDone, Generate, OnChunk, Prefill, Report, Session, TokenScore, Tokens};
 pub use spec::{LayerSpec, ModelSpec};
 pub use store::{Dense, Fold, KvDtype, KvStore, Placement, TurnKeys};
-pub use units::{LayerUnits, Observed, Qkv, Scores, Selection};
+pub use units::{LayerInput, LayerUnits, Observed, Qkv, Scores, Selection};

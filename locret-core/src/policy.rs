@@ -183,6 +183,9 @@ pub trait Scorer: Debug + Send + Sync {
 pub struct Needs {
     /// Queries, keys and values of new tokens before rotation ([`LayerUnits::qkv`]).
     pub qkv: bool,
+    /// What the layer makes queries, keys and values from ([`LayerUnits::input`]). Only adapters that
+    /// have a [`CausalLm::qkv_weight`](crate::CausalLm::qkv_weight) hand it out.
+    pub input: bool,
     /// The surprisal of each token ([`LayerUnits::surprisal`]). It is known only after the last
     /// layer, so every layer's verdict is then asked for after the whole chunk, and all layers
     /// hold `budget + chunk` units at once.
@@ -196,6 +199,7 @@ impl Needs {
     /// Nothing.
     pub const NOTHING: Self = Self {
         qkv: false,
+        input: false,
         surprisal: false,
         observe: None,
     };

@@ -80,6 +80,66 @@ impl KeptQkv {
     }
 }
 
+/// What a layer makes queries, keys and values of new tokens from, `[tokens, hidden]`: the hidden state
+/// after the normalisation before attention.
+#[derive(Debug, Clone, Copy)]
+pub enum LayerInput<'a> {
+    /// In host memory, row-major.
+    Host(&'a [f32]),
+    /// On a device.
+    Tensor(&'a Tensor<2>),
+}
+
+impl<'a> From<&'a [f32]> for LayerInput<'a> {
+    fn from(values: &'a [f32]) -> Self {
+        Self::Host(values)
+    }
+}
+
+impl<'a> From<&'a Tensor<2>> for LayerInput<'a> {
+    fn from(tensor: &'a Tensor<2>) -> Self {
+        Self::Tensor(tensor)
+    }
+}
+
+impl LayerInput<'_> {
+    pub(crate) fn check(&self, tokens: usize, hidden: usize) -> Result<()> {
+        let what = "the input of a layer";
+        match self {
+            Self::Host(values) if values.len() != tokens * hidden => {
+                Err(Error::shape(what, [tokens * hidden], [values.len()]))
+            }
+            Self::Host(_) => Ok(()),
+            Self::Tensor(tensor) => host::expect_dims(what, tensor, [tokens, hidden]),
+        }
+    }
+}
+
+/// A [`LayerInput`], kept for a verdict that comes later.
+#[derive(Debug)]
+pub(crate) enum KeptInput {
+    Host(Vec<f32>),
+    Tensor(Tensor<2>),
+}
+
+impl From<LayerInput<'_>> for KeptInput {
+    fn from(input: LayerInput<'_>) -> Self {
+        match input {
+            LayerInput::Host(values) => Self::Host(copied(values)),
+            LayerInput::Tensor(tensor) => Self::Tensor(tensor.clone()),
+        }
+    }
+}
+
+impl<'a> From<&'a KeptInput> for LayerInput<'a> {
+    fn from(input: &'a KeptInput) -> Self {
+        match input {
+            KeptInput::Host(values) => Self::Host(values),
+            KeptInput::Tensor(tensor) => Self::Tensor(tensor),
+        }
+    }
+}
+
 /// Attention that chosen queries of a step paid, gathered because
 /// [`Needs::observe`](crate::Needs) asked for it.
 #[derive(Debug, Clone)]
@@ -138,6 +198,8 @@ pub struct LayerUnits<'a> {
     pub(crate) store: &'a dyn KvStore,
     pub(crate) rotation: Option<&'a crate::kernels::rope::RopeTable>,
     pub(crate) qkv: Option<&'a KeptQkv>,
+    pub(crate) input: Option<LayerInput<'a>>,
+    pub(crate) device: &'a Device,
     pub(crate) surprisal: Option<&'a [f32]>,
     pub(crate) observed: Option<&'a Observed>,
 }
@@ -240,6 +302,32 @@ impl<'a> LayerUnits<'a> {
         match self.qkv? {
             KeptQkv::Tensors(_) => None,
             KeptQkv::Host { values, .. } => Some(values.each_ref().map(Vec::as_slice)),
+        }
+    }
+
+    /// What the layer made the new tokens' queries, keys and values from, `[tokens, hidden]`, if
+    /// [`Needs::input`] asked for it and the adapter hands it out
+    /// ([`SequenceCache::attend_from`](crate::SequenceCache::attend_from)). `None` in
+    /// [`Phase::Turn`], where no token is new.
+    ///
+    /// [`Needs::input`]: crate::Needs::input
+    /// [`Phase::Turn`]: crate::Phase::Turn
+    pub fn input(&self) -> Option<Tensor<2>> {
+        Some(match self.input? {
+            LayerInput::Tensor(tensor) => tensor.clone(),
+            LayerInput::Host(values) => {
+                let shape = [self.incoming, values.len() / self.incoming.max(1)];
+                host::from_f32(copied(values), shape, self.device)
+            }
+        })
+    }
+
+    /// What [`input`](Self::input) has, as it lies in host memory, row-major, without a copy. `None`
+    /// where there is no [`input`](Self::input), and where the adapter has it as a tensor.
+    pub fn host_input(&self) -> Option<&'a [f32]> {
+        match self.input? {
+            LayerInput::Host(values) => Some(values),
+            LayerInput::Tensor(_) => None,
         }
     }
 

@@ -37,7 +37,8 @@ impl Default for AdapterCheck {
 ///
 /// What is checked is the list of [`Promise`]s for adapters: shapes, finite numbers, every chunking
 /// equal to one pass, no state between sequences, layers in order, errors passed on, queries and
-/// keys that no position has entered, and a bounded stream.
+/// keys that no position has entered, what they are made from (where the adapter says so), and a
+/// bounded stream.
 ///
 /// # Errors
 /// [`ConformanceError`] for the first broken promise.
@@ -64,6 +65,7 @@ pub fn check_adapter(
     adapter.rows()?;
     adapter.interleaved(&whole)?;
     adapter.layers()?;
+    adapter.projection()?;
     adapter.positions(&whole)?;
     adapter.stream()
 }
@@ -333,6 +335,64 @@ impl Checking<'_> {
                 let found = "hidden states instead of the error";
                 return Err(self.broken(Promise::Layers, &case, found));
             }
+        }
+        Ok(())
+    }
+
+    /// What the adapter says that q, k and v are made from.
+    fn projection(&self) -> Result<(), ConformanceError> {
+        let model = &self.model;
+        let (spec, t) = (model.spec(), self.ids.len());
+        let (hidden, features) = (spec.hidden, spec.layer(0).qkv_features());
+        let everything = Everything {
+            positions: Positions::Original,
+            needs: Needs {
+                qkv: true,
+                input: true,
+                ..Needs::NOTHING
+            },
+        };
+        let recording = Arc::new(Recording::new(Arc::new(everything)));
+        let run = || -> Result<Vec<Option<Vec<f32>>>> {
+            let mut cache =
+                SequenceCache::new(spec, recording.clone(), model.device(), self.check.options)?;
+            self.step(&mut cache, self.ids, t)?;
+            (0..spec.layers).map(|l| model.qkv_weight(l)).collect()
+        };
+        let case = "a pass that asks for the input of layers";
+        let weights = run().map_err(|e| self.failed(case, e))?;
+        for (weight, decision) in weights.iter().zip(recording.decisions()) {
+            let Some(weight) = weight else { continue };
+            let layer = decision.step.layer.index;
+            let case = format!("layer {layer}");
+            let broken = |found: String| Err(self.broken(Promise::Projection, &case, found));
+            if weight.len() != features * hidden {
+                let found = weight.len();
+                return broken(format!(
+                    "a matrix of {found} numbers for [{features}, {hidden}]"
+                ));
+            }
+            let (Some(input), Some([q, k, v])) = (&decision.seen.input, &decision.seen.qkv) else {
+                return broken("a matrix, but the layer calls `attend`".into());
+            };
+            let mut expected = Vec::with_capacity(t * features);
+            for x in input.chunks_exact(hidden) {
+                for row in weight.chunks_exact(hidden) {
+                    let terms = row
+                        .iter()
+                        .zip(x)
+                        .map(|(a, b)| f64::from(*a) * f64::from(*b));
+                    expected.push(terms.sum::<f64>() as f32);
+                }
+            }
+            let mut found = Vec::with_capacity(t * features);
+            for token in 0..t {
+                for part in [q, k, v] {
+                    let width = part.len() / t;
+                    found.extend_from_slice(&part[token * width..(token + 1) * width]);
+                }
+            }
+            self.same(Promise::Projection, &case, &found, &expected)?;
         }
         Ok(())
     }

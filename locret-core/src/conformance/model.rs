@@ -133,9 +133,10 @@ impl CausalLm for RandomModel {
             let qkv = Qkv {
                 q: inner.clone().matmul(layer.q.tensor.clone()),
                 k: inner.clone().matmul(layer.k.tensor.clone()),
-                v: inner.matmul(layer.v.tensor.clone()),
+                v: inner.clone().matmul(layer.v.tensor.clone()),
             };
-            x = x + cache.attend(index, qkv)?.matmul(layer.out.tensor.clone());
+            let attended = cache.attend_from(index, &inner, qkv)?;
+            x = x + attended.matmul(layer.out.tensor.clone());
             let up = normalised(x.clone()).matmul(layer.up.tensor.clone());
             x = x + up.tanh().matmul(layer.down.tensor.clone());
         }
@@ -144,5 +145,16 @@ impl CausalLm for RandomModel {
 
     fn logits(&self, hidden: Tensor<2>) -> Result<Tensor<2>> {
         Ok(hidden.matmul(self.head.tensor.clone()))
+    }
+
+    fn qkv_weight(&self, layer: usize) -> Result<Option<Vec<f32>>> {
+        let layers = self.layers.len();
+        let Layer { q, k, v, .. } = (self.layers.get(layer))
+            .ok_or_else(|| Error::shape("a layer", format!("below {layers}"), layer))?;
+        let rows = [q, k, v].into_iter().flat_map(|matrix| {
+            let column = |c: usize| matrix.values.iter().skip(c).step_by(matrix.columns);
+            (0..matrix.columns).flat_map(column)
+        });
+        Ok(Some(rows.copied().collect()))
     }
 }

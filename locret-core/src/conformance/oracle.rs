@@ -40,6 +40,8 @@ pub struct OraclePass {
     pub logits: Vec<Vec<f64>>,
     /// `-ln p` of each token; NaN where nothing came before.
     pub surprisal: Vec<f64>,
+    /// What queries, keys and values are made from: by layer, `[tokens][hidden]`.
+    pub input: Vec<Vec<Vec<f64>>>,
     /// By layer, `[tokens][heads * head_dim]`.
     pub q: Vec<Vec<Vec<f64>>>,
     /// By layer, `[tokens][kv_heads * head_dim]`.
@@ -127,6 +129,7 @@ impl<'a> Oracle<'a> {
             let inner = normalised(&x);
             let (q, k, v) = (layer.q.of(&inner), layer.k.of(&inner), layer.v.of(&inner));
             let attended = self.attend(index, &q, &k, &v, &mut pass);
+            pass.input.push(inner);
             pass.q.push(q);
             pass.k.push(k);
             pass.v.push(v);

@@ -7,9 +7,9 @@ use super::{
     record::{Decision, Pass, Recording, Tap},
 };
 use crate::{
-    CacheOptions, DecodeEviction, Error, Generate, Kernels, KvCachePolicy, KvDtype, LayerUnits,
-    LongRopeSwitch, ModelSpec, Needs, Peak, Phase, Positions, Prefill, Result, RopeConfig,
-    RopeScaling, Sampling, SequenceCache, Session, Step, Verdict,
+    CacheOptions, CausalLm, DecodeEviction, Error, Generate, Kernels, KvCachePolicy, KvDtype,
+    LayerUnits, LongRopeSwitch, ModelSpec, Needs, Peak, Phase, Positions, Prefill, Result,
+    RopeConfig, RopeScaling, Sampling, SequenceCache, Session, Step, Verdict,
 };
 use burn::tensor::Device;
 use std::{collections::VecDeque, fmt, ops::Range, sync::Arc};
@@ -18,7 +18,9 @@ use std::{collections::VecDeque, fmt, ops::Range, sync::Arc};
 #[derive(Debug, Clone, Copy)]
 #[non_exhaustive]
 pub struct Case<'a> {
-    /// The model's dimensions.
+    /// The model.
+    pub model: &'a dyn CausalLm,
+    /// Its dimensions.
     pub spec: &'a ModelSpec,
     /// Where its weights lie.
     pub device: &'a Device,
@@ -96,13 +98,13 @@ pub fn check_policy(
     for seed in check.seeds.clone() {
         for positions in [Positions::Original, Positions::Compact] {
             let plan = Plan::new(check, seed, positions);
-            let policy = make(&plan.case(device));
+            let model = RandomModel::new(plan.spec.clone(), seed, device);
+            let model = Arc::new(model.map_err(|e| plan.failed("the model", e))?);
+            let policy = make(&plan.case(&*model));
             if policy.positions() != positions {
                 continue;
             }
             ran = true;
-            let model = RandomModel::new(plan.spec.clone(), seed, device);
-            let model = Arc::new(model.map_err(|e| plan.failed(&*policy, e))?);
             let check = Checking {
                 check,
                 plan: &plan,
@@ -113,7 +115,7 @@ pub fn check_policy(
             check.fork()?;
             check.like_full(make(&Case {
                 budget: 1 << 20,
-                ..plan.case(device)
+                ..plan.case(&*model)
             }))?;
         }
     }
@@ -240,10 +242,11 @@ impl Plan {
         }
     }
 
-    fn case<'a>(&'a self, device: &'a Device) -> Case<'a> {
+    fn case<'a>(&'a self, model: &'a dyn CausalLm) -> Case<'a> {
         Case {
+            model,
             spec: &self.spec,
-            device,
+            device: model.device(),
             budget: self.budget,
             positions: self.positions,
             decode: self.decode,
@@ -251,9 +254,9 @@ impl Plan {
         }
     }
 
-    fn failed(&self, policy: &dyn KvCachePolicy, source: Error) -> ConformanceError {
+    fn failed(&self, subject: impl Into<String>, source: Error) -> ConformanceError {
         ConformanceError::Failed {
-            subject: policy.name(),
+            subject: subject.into(),
             case: self.to_string(),
             source: Box::new(source),
         }
@@ -384,7 +387,7 @@ impl Checking<'_> {
     }
 
     fn failed(&self, error: Error) -> ConformanceError {
-        self.plan.failed(&**self.policy, error)
+        self.plan.failed(self.policy.name(), error)
     }
 
     fn tolerance(&self) -> f64 {
@@ -930,6 +933,10 @@ impl Walk<'_> {
             for ((what, expected), found) in parts.into_iter().zip(&found) {
                 compare(what, found, flat(&expected[layer]), 1.0)?;
             }
+        }
+        if needs.input {
+            let found = seen.input.clone().unwrap_or_default();
+            compare("the input", &found, flat(&out.input[layer]), 1.0)?;
         }
         if let Some(observe) = needs.observe {
             let (found, queries) = seen.observed.clone().unwrap_or_default();

@@ -58,6 +58,8 @@ pub struct Seen {
     pub observed: Option<(Vec<Vec<f32>>, usize)>,
     /// Queries, keys and values before rotation, flat.
     pub qkv: Option<[Vec<f32>; 3]>,
+    /// What these were made from, flat.
+    pub input: Option<Vec<f32>>,
     /// Keys as attention saw them, by KV head, flat; only with [`Recording::with_units`].
     pub keys: Vec<Vec<f32>>,
     /// Values, by KV head, flat; only with [`Recording::with_units`].
@@ -210,6 +212,14 @@ impl KvCachePolicy for Recording {
                 return Err(crate::Error::policy(self.name(), message));
             }
             seen.qkv = Some(values);
+        }
+        if let Some(input) = units.input() {
+            let values = into_f32(input)?;
+            if units.host_input().is_some_and(|host| host != values) {
+                let message = "`host_input` hands out other values than `input`";
+                return Err(crate::Error::policy(self.name(), message));
+            }
+            seen.input = Some(values);
         }
         if self.units {
             for head in heads {
@@ -527,5 +537,9 @@ impl CausalLm for Tap {
 
     fn logits(&self, hidden: Tensor<2>) -> Result<Tensor<2>> {
         self.inner.logits(hidden)
+    }
+
+    fn qkv_weight(&self, layer: usize) -> Result<Option<Vec<f32>>> {
+        self.inner.qkv_weight(layer)
     }
 }

@@ -124,26 +124,30 @@ fn zip_map<S: Simd>(s: S, x: &[f32], y: &[f32], out: &mut [f32], f: impl Fn(S::V
     }
 }
 
-fn silu_with(isa: Isa, x: &mut [f32]) {
-    #[inline(always)]
-    fn body<S: Simd>(s: S, x: &mut [f32]) {
-        let mut chunks = x.chunks_exact_mut(S::LANES);
-        for x in &mut chunks {
-            let y = silu_vector(s, load(s, x));
-            store(s, x, y);
-        }
-        let rest = chunks.into_remainder();
-        let mut last = [0.0; 16];
-        last[..rest.len()].copy_from_slice(rest);
-        let y = silu_vector(s, load(s, &last));
-        store(s, &mut last, y);
-        rest.copy_from_slice(&last[..rest.len()]);
+#[inline(always)]
+pub(super) fn silu_row<S: Simd>(s: S, x: &mut [f32]) {
+    let mut chunks = x.chunks_exact_mut(S::LANES);
+    for x in &mut chunks {
+        let y = silu_vector(s, load(s, x));
+        store(s, x, y);
     }
+    let rest = chunks.into_remainder();
+    if rest.is_empty() {
+        return;
+    }
+    let mut last = [0.0; 16];
+    last[..rest.len()].copy_from_slice(rest);
+    let y = silu_vector(s, load(s, &last));
+    store(s, &mut last, y);
+    rest.copy_from_slice(&last[..rest.len()]);
+}
+
+fn silu_with(isa: Isa, x: &mut [f32]) {
     if alone(x.len()) {
-        dispatch!(isa, s => body(s, x));
+        dispatch!(isa, s => silu_row(s, x));
     } else {
         x.par_chunks_mut(JOB)
-            .for_each(|x| dispatch!(isa, s => body(s, x)));
+            .for_each(|x| dispatch!(isa, s => silu_row(s, x)));
     }
 }
 

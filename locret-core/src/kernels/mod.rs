@@ -17,6 +17,7 @@
 //! | [`attention`] | causal grouped-query attention for prefill and decode |
 //! | [`observe`] | weights and logits that chosen queries give to each unit |
 //! | [`linear`] | products with weights in the type of their file, packed ones included |
+//! | [`perceptron`] | two products with a SiLU between, as retaining heads are |
 //! | [`pages`] | memory for weights, in large pages |
 //! | [`awake`] | threads that do not fall asleep between short pieces of work |
 //! | [`elementwise`] | SiLU, SwiGLU, RMS norm with a residual |
@@ -28,6 +29,7 @@ pub mod elementwise;
 pub mod linear;
 pub mod observe;
 pub mod pages;
+pub mod perceptron;
 pub mod rope;
 pub mod select;
 pub mod tiles;

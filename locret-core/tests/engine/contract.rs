@@ -154,6 +154,98 @@ fn a_step_that_was_not_finished_makes_a_cache_unusable() {
     assert!(matches!(cache.fork(), Err(Error::Unusable)));
 }
 
+/// Notes the input that it is shown.
+#[derive(Debug)]
+struct Inputs {
+    needs: Needs,
+    seen: Mutex<Vec<Option<Vec<f32>>>>,
+}
+
+impl KvCachePolicy for Inputs {
+    fn name(&self) -> String {
+        "inputs".into()
+    }
+
+    fn needs(&self) -> Needs {
+        self.needs
+    }
+
+    fn step(&self, at: &Step, units: &LayerUnits<'_>) -> Result<Verdict> {
+        let input = units.input().map(|x| {
+            assert_eq!(x.dims(), [at.incoming, spec().hidden]);
+            into_f32(x).unwrap()
+        });
+        if let Some(host) = units.host_input() {
+            assert_eq!(input.as_deref(), Some(host));
+        }
+        self.seen.lock().unwrap().push(input);
+        Ok(Verdict::keep_all())
+    }
+}
+
+/// In host memory and as a tensor, at once and after the last layer; never unasked for.
+#[test]
+fn a_policy_sees_what_queries_are_made_from_if_it_asks() {
+    let hidden = spec().hidden;
+    let numbers = |layer: usize| -> Vec<f32> {
+        (0..3 * hidden)
+            .map(|i| (i * (layer + 2) % 13) as f32)
+            .collect()
+    };
+    for asked in [true, false] {
+        for surprisal in [true, false] {
+            for host in [true, false] {
+                let policy = Arc::new(Inputs {
+                    needs: Needs {
+                        input: asked,
+                        surprisal,
+                        ..Needs::NOTHING
+                    },
+                    seen: Mutex::default(),
+                });
+                let options = CacheOptions::default();
+                let mut cache =
+                    SequenceCache::new(&spec(), policy.clone(), &device(), options).unwrap();
+                cache.begin(BODY, 3, 3).unwrap();
+                for layer in 0..2 {
+                    let mut input = numbers(layer);
+                    if host {
+                        cache.attend_from(layer, &input[..], qkv(3)).unwrap();
+                    } else {
+                        let tensor = from_f32::<2>(input.clone(), [3, hidden], &device());
+                        cache.attend_from(layer, &tensor, qkv(3)).unwrap();
+                    }
+                    // What the adapter does with its memory afterwards is its own business.
+                    input.fill(0.0);
+                }
+                cache.finish(surprisal.then_some(&[1.0; 3])).unwrap();
+                cache.turn(3).unwrap();
+                let expected = (0..2).map(|layer| asked.then(|| numbers(layer)));
+                let expected: Vec<_> = expected.chain([None, None]).collect();
+                assert_eq!(
+                    *policy.seen.lock().unwrap(),
+                    expected,
+                    "{asked} {surprisal} {host}"
+                );
+            }
+        }
+    }
+    let policy = Everything {
+        needs: Needs {
+            input: true,
+            ..Needs::NOTHING
+        },
+        ..Everything::default()
+    };
+    let mut cache = cache(policy);
+    cache.begin(BODY, 3, 3).unwrap();
+    let error = cache.attend_from(0, &[0.0; 5][..], qkv(3)).unwrap_err();
+    assert!(matches!(error, Error::Shape { .. }), "{error}");
+    let tensor = Tensor::<2>::zeros([2, hidden], &device());
+    let error = cache.attend_from(0, &tensor, qkv(3)).unwrap_err();
+    assert!(matches!(error, Error::Shape { .. }), "{error}");
+}
+
 #[test]
 fn surprisal_has_to_come_where_it_is_needed() {
     let policy = Everything {
@@ -313,7 +405,7 @@ struct Naughty {
     last: Mutex<Option<Tensor<2>>>,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, Copy, PartialEq, PartialOrd)]
 enum How {
     FailsBefore,
     FailsAfter,
@@ -324,6 +416,9 @@ enum How {
     Rotates,
     NotANumber,
     MixesRows,
+    OtherMatrix,
+    ShortMatrix,
+    NoInput,
 }
 
 impl Naughty {
@@ -399,8 +494,27 @@ impl CausalLm for Naughty {
                 Ok(x)
             }
             How::NotANumber => Ok(self.model.hidden(ids, cache)?.mul_scalar(f32::NAN)),
-            How::MixesRows => self.model.hidden(ids, cache),
+            How::MixesRows | How::OtherMatrix | How::ShortMatrix => self.model.hidden(ids, cache),
+            How::NoInput => {
+                let hidden = spec().hidden;
+                for layer in 0..spec().layers {
+                    cache.attend(layer, qkv(ids.len()))?;
+                }
+                Ok(Tensor::zeros([ids.len(), hidden], &device()))
+            }
         }
+    }
+
+    fn qkv_weight(&self, layer: usize) -> Result<Option<Vec<f32>>> {
+        let own = self.model.qkv_weight(layer)?;
+        Ok(own.filter(|_| self.how >= How::OtherMatrix).map(|mut own| {
+            match self.how {
+                How::OtherMatrix => own.swap(0, 1),
+                How::ShortMatrix => own.truncate(7),
+                _ => {}
+            }
+            own
+        }))
     }
 
     fn logits(&self, hidden: Tensor<2>) -> Result<Tensor<2>> {
@@ -494,6 +608,9 @@ fn the_adapter_suite_names_what_is_broken() {
         (How::Rotates, &[Promise::PositionFree]),
         (How::NotANumber, &[Promise::Finite]),
         (How::MixesRows, &[Promise::RowWise]),
+        (How::OtherMatrix, &[Promise::Projection]),
+        (How::ShortMatrix, &[Promise::Projection]),
+        (How::NoInput, &[Promise::Projection]),
     ] {
         let error = check_adapter(Naughty::new(how, true), &text(30), &AdapterCheck::default());
         match error {
