@@ -209,8 +209,9 @@ impl Decoder {
         for ((index, layer), next_norm) in self.layers.iter().enumerate().zip(norms) {
             let (mut k, mut v) = (vec![0.0; t * kv_width], vec![0.0; t * kv_width]);
             layer.qkv.host(&normed, t, &mut [&mut q, &mut k, &mut v])?;
-            let attended = cache.attend(
+            let attended = cache.attend_from(
                 index,
+                &normed[..],
                 Qkv {
                     q: from_f32(q, [t, q_width], &self.device),
                     k: from_f32(k, [t, kv_width], &self.device),
@@ -233,9 +234,11 @@ impl Decoder {
         let (q_width, kv_width) = (spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim);
         let mut x = self.embedding.rows(ids)?;
         for (index, layer) in self.layers.iter().enumerate() {
-            let qkv = layer.qkv.tensor(layer.attention_norm.tensor(x.clone()))?;
-            let attended = cache.attend(
+            let normed = layer.attention_norm.tensor(x.clone());
+            let qkv = layer.qkv.tensor(normed.clone())?;
+            let attended = cache.attend_from(
                 index,
+                &normed,
                 Qkv {
                     q: qkv.clone().narrow(1, 0, q_width),
                     k: qkv.clone().narrow(1, q_width, kv_width),
@@ -274,5 +277,14 @@ impl CausalLm for Decoder {
         let head = self.head.as_ref().or(self.embedding.head());
         let head = head.ok_or_else(|| CoreError::Model("a decoder without a head".into()))?;
         Ok(head.tensor(hidden)?)
+    }
+
+    fn qkv_weight(&self, layer: usize) -> locret_core::Result<Option<Vec<f32>>> {
+        let found = self.layers.get(layer).ok_or_else(|| CoreError::Shape {
+            what: "a layer",
+            expected: format!("below {}", self.layers.len()),
+            found: layer.to_string(),
+        })?;
+        Ok(Some(found.qkv.values()?))
     }
 }

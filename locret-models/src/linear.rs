@@ -135,6 +135,26 @@ impl Linear {
         Ok(())
     }
 
+    /// The numbers that the matrix stands for, `[out, in]`, row-major.
+    pub(crate) fn values(&self) -> Result<Vec<f32>> {
+        match self {
+            Self::Host { weights, .. } => {
+                let numbers = weights.iter().map(|w| w.rows() * w.columns()).sum();
+                let mut out = vec![0.0; numbers];
+                let mut rest = &mut out[..];
+                for weight in weights {
+                    for row in 0..weight.rows() {
+                        let (to, next) = rest.split_at_mut(weight.columns());
+                        weight.row(row, to);
+                        rest = next;
+                    }
+                }
+                Ok(out)
+            }
+            Self::Tensor(weight) => Ok(into_f32(full(weight.clone()).transpose())?),
+        }
+    }
+
     /// `[tokens, in]` to `[tokens, out]`.
     pub(crate) fn tensor(&self, x: Tensor<2>) -> Result<Tensor<2>> {
         match self {

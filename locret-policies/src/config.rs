@@ -6,7 +6,8 @@ use crate::{
 };
 use burn::tensor::Device;
 use locret_core::{
-    Budget, DecodeEviction, Evict, Guard, KvCachePolicy, ModelSpec, Positions, Quantization, Scorer,
+    Budget, CausalLm, DecodeEviction, Evict, Guard, KvCachePolicy, ModelSpec, Positions,
+    Quantization, Scorer,
 };
 use serde::{Deserialize, Deserializer, Serialize, de};
 use std::{
@@ -349,6 +350,27 @@ impl PolicyConfig {
     /// [`PolicyError::Setting`] for a setting that the method does not have or lacks; those of
     /// [`HeadWeights::load`]; and what [`KvCachePolicy::validate`] says of the model.
     pub fn build(&self, model: &ModelSpec, device: &Device) -> Result<Arc<dyn KvCachePolicy>> {
+        self.build_with(model, &|weights| {
+            RetainingHeads::new(weights, model, device)
+        })
+    }
+
+    /// The policy for `model` itself: as [`build`](Self::build), with heads that are folded into the
+    /// model's matrices where it has them ([`RetainingHeads::for_model`]), which makes them cheaper.
+    ///
+    /// # Errors
+    /// As [`build`](Self::build), and the model's.
+    pub fn build_for(&self, model: &dyn CausalLm) -> Result<Arc<dyn KvCachePolicy>> {
+        self.build_with(model.spec(), &|weights| {
+            RetainingHeads::for_model(weights, model)
+        })
+    }
+
+    fn build_with(
+        &self,
+        model: &ModelSpec,
+        place: &dyn Fn(&HeadWeights) -> Result<RetainingHeads>,
+    ) -> Result<Arc<dyn KvCachePolicy>> {
         self.check()?;
         let policy: Arc<dyn KvCachePolicy> = match self.policy {
             Method::Full => {
@@ -368,7 +390,7 @@ impl PolicyConfig {
                     PolicyError::setting(self.policy, "needs `heads`, a file of retaining heads")
                 })?;
                 let weights = HeadWeights::load(file, model)?;
-                let heads = RetainingHeads::new(&weights, model, device)?;
+                let heads = place(&weights)?;
                 let advice = weights
                     .advice()
                     .map_err(|e| PolicyError::file(file, e.to_string()))?;

@@ -91,6 +91,7 @@ fn heads(spec: &ModelSpec, settings: &Settings, seed: u64) -> HeadWeights {
     }
 }
 
+/// With heads that read queries, keys and values, as the authors', and with folded ones.
 fn check(
     settings: &Settings,
     case: &Case,
@@ -99,10 +100,35 @@ fn check(
     model: Arc<dyn CausalLm>,
     kernels: Kernels,
 ) {
+    let weights = heads(model.spec(), settings, case.seed.parse().unwrap());
+    let folded = RetainingHeads::for_model(&weights, &*model).unwrap();
+    let plain = RetainingHeads::new(&weights, model.spec(), model.device()).unwrap();
+    assert!(folded.folded() && !plain.folded());
+    for heads in [plain, folded] {
+        check_heads(
+            settings,
+            case,
+            prompt,
+            tensors,
+            model.clone(),
+            kernels,
+            heads,
+        );
+    }
+}
+
+fn check_heads(
+    settings: &Settings,
+    case: &Case,
+    prompt: &[u32],
+    tensors: &SafeTensors<'_>,
+    model: Arc<dyn CausalLm>,
+    kernels: Kernels,
+    heads: RetainingHeads,
+) {
     let spec = model.spec().clone();
-    let name = format!("{} with {kernels:?}", case.name);
-    let weights = heads(&spec, settings, case.seed.parse().unwrap());
-    let heads = RetainingHeads::new(&weights, &spec, model.device()).unwrap();
+    let folded = heads.folded();
+    let name = format!("{} with {kernels:?}, folded: {folded}", case.name);
     let policy = Locret::authors(heads, Budget::Units(settings.budget), settings.stabilizers);
     let policy = policy.with_positions(case.positions);
     let options = CacheOptions {

@@ -4,19 +4,26 @@ use super::{HeadWeights, LayerHead};
 use burn::tensor::{Device, Tensor, activation::silu};
 use half::{bf16, f16};
 use locret_core::{
-    Error, ModelSpec, Qkv, Result, from_f32, into_f32, is_host_device,
+    CausalLm, Error, ModelSpec, Result, from_f32, into_f32, is_host_device,
     kernels::{
-        elementwise,
-        linear::{Format, Weight, matmul, matmul_between},
+        linear::{Format, Weight, matmul},
         pages::Arena,
+        perceptron::perceptron,
     },
 };
 
 /// Retaining heads, ready to score: their weights lie on the device where the model runs, in 16
 /// bits where these hold them exactly.
+///
+/// A head's first matrix is applied to queries, keys and values, which are a product themselves: of the
+/// layer's input `x` with the model's own matrix. Since `fc1 · (W x) = (fc1 · W) x`, the two can be made
+/// one of fewer columns ([`for_model`](Self::for_model)): 3,072 instead of 9,216 for Phi-3-mini, 4,096
+/// instead of 6,144 for Llama-3.1-8B, 576 instead of 960 for SmolLM2-135M. Such heads are *folded*: they
+/// read the layer's input, and scores are the same but for rounding.
 #[derive(Debug, Clone)]
 pub struct RetainingHeads {
     layers: Vec<Head>,
+    folded: bool,
     inputs: usize,
     outputs: usize,
     widths: Vec<usize>,
@@ -25,107 +32,116 @@ pub struct RetainingHeads {
 /// One layer's matrices.
 #[derive(Debug, Clone)]
 enum Head {
-    /// For the CPU kernels: `[d_R, (H + 2G)·d]`, `[G, d_R]`.
+    /// For the CPU kernels: `[d_R, inputs]`, `[G, d_R]`.
     Host { fc1: Weight<'static>, fc2: Vec<f32> },
-    /// For Burn's operations: `[(H + 2G)·d, d_R]`, `[d_R, G]`.
+    /// For Burn's operations: `[inputs, d_R]`, `[d_R, G]`.
     Device { fc1: Tensor<2>, fc2: Tensor<2> },
 }
 
 impl RetainingHeads {
-    /// Puts heads on `device`.
+    /// Puts heads on `device`, to read queries, keys and values.
     ///
     /// # Errors
     /// [`PolicyError::Shape`](crate::PolicyError::Shape) for heads that don't fit `model`.
     pub fn new(weights: &HeadWeights, model: &ModelSpec, device: &Device) -> crate::Result<Self> {
         weights.validate(model)?;
-        let (inputs, outputs) = (model.layer(0).qkv_features(), model.kv_heads);
-        let host = is_host_device(device);
-        let mut arena = Arena::default();
-        let mut place = |head: &LayerHead| -> Result<Head> {
-            Ok(if host {
-                Head::Host {
-                    fc1: packed(&head.fc1, head.d_r, inputs, &mut arena)?,
-                    fc2: head.fc2.clone(),
-                }
-            } else {
-                Head::Device {
-                    fc1: transposed(&head.fc1, head.d_r, inputs, device),
-                    fc2: transposed(&head.fc2, outputs, head.d_r, device),
-                }
-            })
-        };
-        Ok(Self {
-            layers: weights
-                .layers
-                .iter()
-                .map(&mut place)
-                .collect::<Result<_>>()?,
-            inputs,
-            outputs,
-            widths: weights.layers.iter().map(|head| head.d_r).collect(),
-        })
+        let inputs = model.layer(0).qkv_features();
+        let mut placing = Placing::new(inputs, model, device);
+        for head in &weights.layers {
+            placing.add(head, &head.fc1)?;
+        }
+        Ok(placing.heads(false))
     }
 
-    /// Causal importance scores of new tokens, `[tokens, kv_heads]` row-major, from their queries,
-    /// keys and values before rotation.
+    /// Puts heads where `model` runs, folded where the model has a matrix for its queries, keys and values
+    /// ([`CausalLm::qkv_weight`]) and that makes them cheaper; otherwise as [`new`](Self::new). Folded heads
+    /// fit this model only, not another one of the same shape.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new); [`Error::Shape`] for a matrix of another shape than the model's spec says; the
+    /// model's.
+    pub fn for_model(weights: &HeadWeights, model: &dyn CausalLm) -> crate::Result<Self> {
+        let (spec, device) = (model.spec(), model.device());
+        weights.validate(spec)?;
+        let (hidden, features) = (spec.hidden, spec.layer(0).qkv_features());
+        let mut placing = Placing::new(hidden, spec, device);
+        for (layer, head) in weights.layers.iter().enumerate() {
+            let own = match hidden < features {
+                true => model.qkv_weight(layer)?,
+                false => None,
+            };
+            let Some(own) = own else {
+                return Self::new(weights, spec, device);
+            };
+            placing.add(head, &product(head, &own, [features, hidden])?)?;
+        }
+        Ok(placing.heads(true))
+    }
+
+    /// Whether the heads read what a layer makes queries, keys and values from, rather than these.
+    pub fn folded(&self) -> bool {
+        self.folded
+    }
+
+    /// Causal importance scores of new tokens, `[tokens, kv_heads]` row-major.
+    ///
+    /// # Shapes
+    /// - `parts`: queries, keys and values before rotation, `[tokens, heads * head_dim]`, and `[tokens,
+    ///   kv_heads * head_dim]` twice; for [`folded`](Self::folded) heads the layer's input, `[tokens,
+    ///   hidden]`
     ///
     /// # Errors
     /// [`Error::Shape`] for a layer or width that the heads don't have, [`Error::Device`].
-    pub fn scores(&self, layer: usize, qkv: &Qkv) -> Result<Vec<f32>> {
-        let parts = [&qkv.q, &qkv.k, &qkv.v];
-        let tokens = qkv.tokens();
+    pub fn scores(&self, layer: usize, parts: &[&Tensor<2>]) -> Result<Vec<f32>> {
+        let tokens = parts.first().map_or(0, |part| part.dims()[0]);
+        if parts.iter().any(|part| part.dims()[0] != tokens) {
+            let found: Vec<_> = parts.iter().map(|part| part.dims()).collect();
+            return Err(self.unfit(tokens, format!("parts of {found:?}")));
+        }
+        let copies = parts.iter().map(|part| (*part).clone());
         match self.head(layer)? {
             Head::Host { .. } => {
-                let [q, k, v] = parts.map(|part| into_f32(part.clone()));
-                self.host_scores(layer, tokens, [&q?, &k?, &v?])
+                let parts: Vec<_> = copies.map(into_f32).collect::<Result<_>>()?;
+                let parts: Vec<&[f32]> = parts.iter().map(Vec::as_slice).collect();
+                self.host_scores(layer, tokens, &parts)
             }
             Head::Device { fc1, fc2 } => {
-                let input = Tensor::cat(parts.map(Tensor::clone).to_vec(), 1);
-                if input.dims() != [tokens, self.inputs] {
-                    return Err(self.unfit(tokens, format!("{:?}", input.dims())));
+                let width: usize = parts.iter().map(|part| part.dims()[1]).sum();
+                if width != self.inputs {
+                    return Err(self.unfit(tokens, format!("[{tokens}, {width}]")));
                 }
+                let input = Tensor::cat(copies.collect(), 1);
                 into_f32(silu(input.matmul(fc1.clone())).matmul(fc2.clone()))
             }
         }
     }
 
-    /// [`scores`](Self::scores) of queries, keys and values that lie in host memory.
-    ///
-    /// # Shapes
-    /// - `parts`: `[tokens, heads * head_dim]`, and `[tokens, kv_heads * head_dim]` twice
-    /// - returns `[tokens, kv_heads]`
+    /// [`scores`](Self::scores) of parts that lie in host memory.
     ///
     /// # Errors
     /// [`Error::Shape`] for a layer that the heads don't have, or parts that are not rows of `tokens`
     /// tokens as wide as their input; [`Error::Device`].
-    pub fn host_scores(&self, layer: usize, tokens: usize, parts: [&[f32]; 3]) -> Result<Vec<f32>> {
+    pub fn host_scores(&self, layer: usize, tokens: usize, parts: &[&[f32]]) -> Result<Vec<f32>> {
         let whole = |part: &[f32]| tokens > 0 && part.len().is_multiple_of(tokens);
         let numbers: usize = parts.iter().map(|part| part.len()).sum();
         if numbers != tokens * self.inputs || !parts.iter().all(|part| whole(part)) {
-            let found = parts.map(<[f32]>::len);
+            let found: Vec<_> = parts.iter().map(|part| part.len()).collect();
             return Err(self.unfit(tokens, format!("parts of {found:?} numbers")));
         }
         match self.head(layer)? {
             Head::Host { fc1, fc2 } => {
-                let mut inner = vec![0.0; tokens * fc1.rows()];
-                matmul_between(&parts, &[fc1], &mut [&mut inner]);
-                elementwise::silu(&mut inner);
-                // Seen from the other side: what was made of the tokens is the matrix, of which each
-                // row is read once, and nothing has to be packed for a handful of outputs.
-                let inner = Weight::from_f32(&inner, tokens, fc1.rows())
-                    .map_err(|e| self.unfit(tokens, format!("what is no matrix: {e}")))?;
-                let mut by_head = vec![0.0; self.outputs * tokens];
-                matmul(fc2, &inner, &mut by_head);
-                let score = |i: usize| by_head[i % self.outputs * tokens + i / self.outputs];
-                Ok((0..by_head.len()).map(score).collect())
+                let mut scores = vec![0.0; tokens * self.outputs];
+                perceptron(parts, fc1, fc2, &mut scores);
+                Ok(scores)
             }
             Head::Device { fc1, .. } => {
                 let device = fc1.device();
-                let [q, k, v] = parts.map(|part| {
+                let tensor = |part: &&[f32]| {
                     let shape = [tokens, part.len() / tokens];
                     from_f32(part.to_vec(), shape, &device)
-                });
-                self.scores(layer, &Qkv { q, k, v })
+                };
+                let parts: Vec<Tensor<2>> = parts.iter().map(tensor).collect();
+                self.scores(layer, &parts.iter().collect::<Vec<_>>())
             }
         }
     }
@@ -151,7 +167,11 @@ impl RetainingHeads {
     /// # Errors
     /// [`Error::Shape`].
     pub fn validate(&self, model: &ModelSpec) -> Result<()> {
-        let expected = [model.layers, model.layer(0).qkv_features(), model.kv_heads];
+        let inputs = match self.folded {
+            true => model.hidden,
+            false => model.layer(0).qkv_features(),
+        };
+        let expected = [model.layers, inputs, model.kv_heads];
         let found = [self.layers.len(), self.inputs, self.outputs];
         if found != expected {
             return Err(Error::Shape {
@@ -167,6 +187,74 @@ impl RetainingHeads {
     pub fn widths(&self) -> &[usize] {
         &self.widths
     }
+}
+
+/// Heads on their way to a device.
+struct Placing<'a> {
+    heads: RetainingHeads,
+    device: &'a Device,
+    host: bool,
+    arena: Arena,
+}
+
+impl<'a> Placing<'a> {
+    fn new(inputs: usize, model: &ModelSpec, device: &'a Device) -> Self {
+        Self {
+            heads: RetainingHeads {
+                layers: Vec::with_capacity(model.layers),
+                folded: false,
+                inputs,
+                outputs: model.kv_heads,
+                widths: Vec::with_capacity(model.layers),
+            },
+            device,
+            host: is_host_device(device),
+            arena: Arena::default(),
+        }
+    }
+
+    /// The next layer's head, whose first matrix is `fc1`, `[d_R, inputs]`.
+    fn add(&mut self, head: &LayerHead, fc1: &[f32]) -> Result<()> {
+        let (inputs, outputs) = (self.heads.inputs, self.heads.outputs);
+        self.heads.widths.push(head.d_r);
+        self.heads.layers.push(if self.host {
+            Head::Host {
+                fc1: packed(fc1, head.d_r, inputs, &mut self.arena)?,
+                fc2: head.fc2.clone(),
+            }
+        } else {
+            Head::Device {
+                fc1: transposed(fc1, head.d_r, inputs, self.device),
+                fc2: transposed(&head.fc2, outputs, head.d_r, self.device),
+            }
+        });
+        Ok(())
+    }
+
+    fn heads(self, folded: bool) -> RetainingHeads {
+        RetainingHeads {
+            folded,
+            ..self.heads
+        }
+    }
+}
+
+/// `fc1 · W`, `[d_R, hidden]`, of a head and the model's own matrix `[features, hidden]`.
+fn product(head: &LayerHead, own: &[f32], [features, hidden]: [usize; 2]) -> Result<Vec<f32>> {
+    let unfit = |found: String| Error::Shape {
+        what: "a model's matrix for queries, keys and values",
+        expected: format!("[{features}, {hidden}]"),
+        found,
+    };
+    if own.len() != features * hidden {
+        return Err(unfit(format!("{} numbers", own.len())));
+    }
+    let mut across = vec![0.0; own.len()];
+    transpose(own, hidden, &mut across);
+    let across = Weight::from_f32(&across, hidden, features).map_err(|e| unfit(e.to_string()))?;
+    let mut out = vec![0.0; head.d_r * hidden];
+    matmul(&head.fc1, &across, &mut out);
+    Ok(out)
 }
 
 /// `[rows, columns]` in the smallest float type that holds every number.
@@ -207,18 +295,82 @@ fn packed(
 /// `[rows, columns]` row-major as a tensor `[columns, rows]`.
 fn transposed(values: &[f32], rows: usize, columns: usize, device: &Device) -> Tensor<2> {
     let mut out = vec![0.0; values.len()];
-    for (r, row) in values.chunks_exact(columns).enumerate() {
-        for (c, x) in row.iter().enumerate() {
-            out[c * rows + r] = *x;
+    transpose(values, columns, &mut out);
+    from_f32(out, [columns, rows], device)
+}
+
+/// `[rows, columns]` row-major to `[columns, rows]`, in squares that stay in the first cache.
+fn transpose(values: &[f32], columns: usize, out: &mut [f32]) {
+    const SIDE: usize = 32;
+    let rows = values.len() / columns.max(1);
+    for first in (0..rows).step_by(SIDE) {
+        for left in (0..columns).step_by(SIDE) {
+            for r in first..(first + SIDE).min(rows) {
+                for c in left..(left + SIDE).min(columns) {
+                    out[c * rows + r] = values[r * columns + c];
+                }
+            }
         }
     }
-    from_f32(out, [columns, rows], device)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use locret_core::RopeConfig;
+
+    /// `fc1 (W x)` and `(fc1 W) x`, by kernels and by operations, of any shape.
+    #[test]
+    fn folded_heads_score_like_plain_ones() {
+        for (d_r, features, hidden, tokens) in [(5, 12, 7, 3), (33, 80, 64, 40), (64, 100, 33, 9)] {
+            let number = |i: usize| ((i * 7919 % 1009) as f32 / 504.5 - 1.0) / 3.0;
+            let head = LayerHead {
+                d_r,
+                fc1: (0..d_r * features).map(number).collect(),
+                fc2: (0..d_r * 2).map(|i| number(i + 5)).collect(),
+            };
+            let own: Vec<f32> = (0..features * hidden).map(|i| number(i + 9)).collect();
+            let x: Vec<f32> = (0..tokens * hidden).map(|i| number(3 * i + 1)).collect();
+            let folded = product(&head, &own, [features, hidden]).unwrap();
+            assert!(product(&head, &own[1..], [features, hidden]).is_err());
+            let mut qkv = vec![0.0; tokens * features];
+            matmul(
+                &x,
+                &Weight::from_f32(&own, features, hidden).unwrap(),
+                &mut qkv,
+            );
+            let score = |fc1: &[f32], inputs: usize, x: &[f32], host: bool| {
+                let device = Device::flex();
+                let head = match host {
+                    true => Head::Host {
+                        fc1: packed(fc1, d_r, inputs, &mut Arena::default()).unwrap(),
+                        fc2: head.fc2.clone(),
+                    },
+                    false => Head::Device {
+                        fc1: transposed(fc1, d_r, inputs, &device),
+                        fc2: transposed(&head.fc2, 2, d_r, &device),
+                    },
+                };
+                let heads = RetainingHeads {
+                    layers: vec![head],
+                    folded: inputs == hidden,
+                    inputs,
+                    outputs: 2,
+                    widths: vec![d_r],
+                };
+                let x = from_f32(x.to_vec(), [tokens, inputs], &device);
+                heads.scores(0, &[&x]).unwrap()
+            };
+            let expected = score(&head.fc1, features, &qkv, true);
+            for host in [true, false] {
+                let found = score(&folded, hidden, &x, host);
+                assert_eq!(found.len(), expected.len());
+                for (a, b) in found.iter().zip(&expected) {
+                    assert!((a - b).abs() < 1e-5 * b.abs().max(1.0), "{a} and {b}");
+                }
+            }
+        }
+    }
 
     /// Both implementations, and what a 16-bit file becomes.
     #[test]
@@ -270,25 +422,26 @@ mod tests {
                     let values = (0..tokens * heads * 8).map(|i| 4.0 * number(i + from));
                     from_f32(values.collect(), [tokens, heads * 8], &device)
                 };
-                let qkv = Qkv {
-                    q: part(6, 1),
-                    k: part(2, 2),
-                    v: part(2, 3),
-                };
-                let a = host.scores(0, &qkv).unwrap();
-                let b = operations.scores(0, &qkv).unwrap();
+                let (q, k, v) = (part(6, 1), part(2, 2), part(2, 3));
+                let a = host.scores(0, &[&q, &k, &v]).unwrap();
+                let b = operations.scores(0, &[&q, &k, &v]).unwrap();
                 assert_eq!(a.len(), tokens * 2);
                 for (a, b) in a.iter().zip(&b) {
                     assert!((a - b).abs() < 1e-5, "{a} and {b}");
                 }
-                assert!(host.scores(1, &qkv).is_err());
-                let short = host.host_scores(0, tokens, [&[0.0], &[], &[]]);
+                assert!(host.scores(1, &[&q, &k, &v]).is_err());
+                let short = host.host_scores(0, tokens, &[&[0.0], &[], &[]]);
                 assert!(matches!(short, Err(Error::Shape { .. })));
-                let narrow = Qkv {
-                    q: qkv.k.clone(),
-                    ..qkv
-                };
-                assert!(matches!(host.scores(0, &narrow), Err(Error::Shape { .. })));
+                let narrow = [&k, &k, &v];
+                let uneven = q.clone().narrow(0, 0, tokens.div_ceil(2));
+                let uneven = [&uneven, &k, &v];
+                for heads in [&host, &operations] {
+                    let bad = [Some(narrow), (tokens > 1).then_some(uneven)];
+                    for parts in bad.into_iter().flatten() {
+                        let found = heads.scores(0, &parts);
+                        assert!(matches!(found, Err(Error::Shape { .. })));
+                    }
+                }
             }
         }
     }

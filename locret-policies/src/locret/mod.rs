@@ -17,8 +17,9 @@ use std::sync::Arc;
 ///
 /// **Keeps** in every KV head the units with the highest predicted importance.
 ///
-/// **Cost:** two small matrix products a layer, `(H + 2G)·d → d_R → G` for each token. No attention
-/// weight is needed, so that fused attention stays.
+/// **Cost:** two small matrix products a layer, `(H + 2G)·d → d_R → G` for each token, or `hidden → d_R
+/// → G` where heads are folded ([`RetainingHeads::for_model`]). No attention weight is needed, so that
+/// fused attention stays.
 ///
 /// **Chunked prefill:** made for it: a score never depends on which chunk a token was in, nor on
 /// what was dropped after it. The newest units of a chunk that is not the last one
@@ -71,7 +72,8 @@ impl Scorer for Locret {
 
     fn needs(&self) -> Needs {
         Needs {
-            qkv: true,
+            qkv: !self.heads.folded(),
+            input: self.heads.folded(),
             ..Needs::NOTHING
         }
     }
@@ -94,15 +96,28 @@ impl Scorer for Locret {
             })
             .collect();
         if units.incoming() > 0 {
-            let layer = at.layer.index;
-            let new = match units.host_qkv() {
-                Some(parts) => self.heads.host_scores(layer, units.incoming(), parts)?,
-                None => {
-                    let qkv = units.qkv().ok_or_else(|| {
-                        let message = "the queries, keys and values that it needs are missing";
-                        Error::policy(self.name(), message)
-                    })?;
-                    self.heads.scores(layer, qkv)?
+            let (layer, tokens) = (at.layer.index, units.incoming());
+            let missing = |what: &str| Error::policy(self.name(), format!("{what} missing"));
+            let new = if self.heads.folded() {
+                match units.host_input() {
+                    Some(input) => self.heads.host_scores(layer, tokens, &[input])?,
+                    None => {
+                        let input = units.input();
+                        let input = input.ok_or_else(|| {
+                            missing("its heads are folded, but the input of the layer is")
+                        })?;
+                        self.heads.scores(layer, &[&input])?
+                    }
+                }
+            } else {
+                match units.host_qkv() {
+                    Some(parts) => self.heads.host_scores(layer, tokens, &parts)?,
+                    None => {
+                        let qkv = units.qkv().ok_or_else(|| {
+                            missing("the queries, keys and values that it needs are")
+                        })?;
+                        self.heads.scores(layer, &[&qkv.q, &qkv.k, &qkv.v])?
+                    }
                 }
             };
             for token in new.chunks_exact(kv_heads) {
