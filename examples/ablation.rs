@@ -130,7 +130,7 @@ impl<'a> Run<'a> {
     fn reader(&self, point: &Point) -> Result<Reader> {
         let model = self.runtime.model();
         Ok(Reader {
-            policy: point.config.build(model.spec(), model.device())?,
+            policy: point.config.build_for(&*model)?,
             model,
             cache: cache(point),
             prefill: self.prefill(),

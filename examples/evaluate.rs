@@ -50,7 +50,7 @@ pub fn run(args: &Args) -> Result<()> {
     let heads = config.heads.as_deref().map(file_sha256).transpose()?;
     let tasks = args.tasks.tasks(&runtime, &args.model.fetch())?;
     let model = runtime.model();
-    let policy = config.build(model.spec(), model.device())?;
+    let policy = config.build_for(&*model)?;
     let settings = json!({
         "model": runtime.name,
         "weights": args.model.weights,

@@ -50,7 +50,7 @@ pub fn run(args: &Args, out: &mut dyn Write) -> Result<()> {
     let config = with_shipped_heads(config, &runtime);
     let ids = args.prompt.ids(&runtime)?;
     let model = runtime.model();
-    let policy = config.build(model.spec(), model.device())?;
+    let policy = config.build_for(&*model)?;
     let mut session = Session::with_options(model, policy, args.prefill.cache())?;
 
     let mut bar = Progress::new("reading", Some(ids.len() as u64), Unit::Tokens);

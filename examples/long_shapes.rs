@@ -70,10 +70,10 @@ pub fn run(args: &Args) -> Result<()> {
     let config = args.policy.config()?;
     let policy: Arc<dyn KvCachePolicy> = match (config.policy, &config.heads) {
         (Method::Locret, None) => {
-            let heads = random::heads(model.spec(), args.d_r, args.seed, model.device())?;
+            let heads = random::heads(&*model, args.d_r, args.seed)?;
             config.build_with_heads(model.spec(), heads)?
         }
-        _ => config.build(model.spec(), model.device())?,
+        _ => config.build_for(&*model)?,
     };
     let plan = Request {
         shape,
@@ -83,7 +83,7 @@ pub fn run(args: &Args) -> Result<()> {
         prefill: args.prefill.prefill(),
         store: args.prefill.kv,
         weight_bytes: 0,
-        heads: (0, 0),
+        d_r: 0,
     }
     .plan()?;
     let ids = random::tokens(args.tokens, model.spec().vocab, args.seed);

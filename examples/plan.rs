@@ -61,7 +61,7 @@ pub fn run(args: &Args) -> Result<()> {
         prefill: args.prefill.prefill(),
         store: args.prefill.kv,
         weight_bytes: args.weight_bytes,
-        heads: (args.d_r, args.weight_bytes),
+        d_r: args.d_r,
         shape,
     };
     let plan = request.plan()?;

@@ -77,7 +77,7 @@ pub fn run(model: &ModelArgs, tokens: usize) -> Result<()> {
     ]);
     for config in policies {
         let model = runtime.model();
-        let policy = config.build(model.spec(), model.device())?;
+        let policy = config.build_for(&*model)?;
         let name = policy.name();
         let mut session = Session::new(model, policy)?;
         let mut bar = Progress::new(

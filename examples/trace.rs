@@ -53,7 +53,7 @@ pub fn run(args: &Args) -> Result<()> {
         None => args.prompt.ids(&runtime)?,
     };
     let model = runtime.model();
-    let policy = config.build(model.spec(), model.device())?;
+    let policy = config.build_for(&*model)?;
     let mut session = Session::with_options(model, policy, args.prefill.cache())?;
     let mut bar = Progress::new("reading", Some(ids.len() as u64), Unit::Tokens);
     let trace = trace::trace(

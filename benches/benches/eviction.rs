@@ -2,9 +2,10 @@
 
 use burn::tensor::Device;
 use criterion::{BatchSize, Criterion, Throughput, criterion_group, criterion_main};
-use locret_benches::{numbers, smollm2};
+use locret_benches::{numbers, random_model, smollm2};
 use locret_core::{
-    Dense, KvDtype, LayerSpec, Placement, from_f32, is_host_device, kernels::select::top_k,
+    CausalLm, Dense, KvDtype, LayerSpec, Placement, from_f32, is_host_device,
+    kernels::select::top_k,
 };
 use locret_policies::{HeadWeights, LayerHead, RetainingHeads};
 use std::hint::black_box;
@@ -69,33 +70,44 @@ fn compaction(c: &mut Criterion) {
     group.finish();
 }
 
-/// The heads that come with the examples are 256 wide, the published ones 1024.
+/// The heads that come with the examples are 256 wide, the published ones 1024; reading queries, keys and
+/// values, and folded, as they are used.
 fn scoring(c: &mut Criterion) {
     let mut group = c.benchmark_group("locret scores of one layer");
     group.sample_size(20);
-    let (model, device) = (smollm2().spec, Device::flex());
-    let features = model.layer(0).qkv_features();
-    let widths = [model.heads, model.kv_heads, model.kv_heads].map(|n| n * model.head_dim);
+    let mut config = smollm2();
+    config.spec.layers = 1;
+    let model = random_model(&config, &Device::flex()).expect("random weights fit");
+    let spec = &config.spec;
+    let features = spec.layer(0).qkv_features();
     for d_r in [256, 1024] {
         let head = LayerHead {
             d_r,
             fc1: numbers(d_r * features, 1, 0.05),
-            fc2: numbers(model.kv_heads * d_r, 2, 0.05),
+            fc2: numbers(spec.kv_heads * d_r, 2, 0.05),
         };
         let weights = HeadWeights {
-            layers: vec![head; model.layers],
+            layers: vec![head],
             ..HeadWeights::default()
         };
-        let heads = RetainingHeads::new(&weights, &model, &device).expect("the heads fit");
-        for tokens in [512, 1] {
-            let [q, k, v] = [0, 1, 2].map(|i| numbers(tokens * widths[i], 3 + i as u64, 1.0));
-            group.throughput(Throughput::Elements(tokens as u64));
-            group.bench_function(format!("{tokens} tokens, d_R {d_r}"), |b| {
-                b.iter(|| {
-                    let scores = heads.host_scores(0, tokens, black_box([&q, &k, &v]));
-                    scores.expect("the input fits")
+        let plain = RetainingHeads::new(&weights, spec, model.device());
+        let folded = RetainingHeads::for_model(&weights, &model);
+        let widths = [spec.heads, spec.kv_heads, spec.kv_heads].map(|n| n * spec.head_dim);
+        for (heads, widths) in [(plain, &widths[..]), (folded, &[spec.hidden])] {
+            let heads = heads.expect("the heads fit");
+            let how = if heads.folded() { ", folded" } else { "" };
+            for tokens in [512, 1] {
+                let parts = widths.iter().zip(3..);
+                let parts: Vec<_> = parts.map(|(w, i)| numbers(tokens * w, i, 1.0)).collect();
+                let parts: Vec<&[f32]> = parts.iter().map(Vec::as_slice).collect();
+                group.throughput(Throughput::Elements(tokens as u64));
+                group.bench_function(format!("{tokens} tokens, d_R {d_r}{how}"), |b| {
+                    b.iter(|| {
+                        let scores = heads.host_scores(0, tokens, black_box(&parts));
+                        scores.expect("the input fits")
+                    });
                 });
-            });
+            }
         }
     }
     group.finish();

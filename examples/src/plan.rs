@@ -99,9 +99,16 @@ impl Shape {
         self.layers * layer + embedding + self.hidden
     }
 
-    /// Numbers in retaining heads of width `d_r`.
+    /// Numbers in a file of retaining heads of width `d_r`.
     pub fn head_parameters(&self, d_r: usize) -> usize {
         self.layers * d_r * (self.layer().qkv_features() + self.kv_heads)
+    }
+
+    /// Bytes of these heads in memory, folded into the model's matrices where that makes them narrower
+    /// ([`RetainingHeads::for_model`](locret_policies::RetainingHeads::for_model)), in 32 bits.
+    pub fn head_bytes(&self, d_r: usize) -> usize {
+        let inputs = self.hidden.min(self.layer().qkv_features());
+        4 * self.layers * d_r * (inputs + self.kv_heads)
     }
 }
 
@@ -122,8 +129,8 @@ pub struct Request {
     pub store: KvDtype,
     /// Bytes of one weight.
     pub weight_bytes: usize,
-    /// Width and bytes per number of retaining heads; used for Locret alone.
-    pub heads: (usize, usize),
+    /// Width of retaining heads; used for Locret alone.
+    pub d_r: usize,
 }
 
 /// Bytes.
@@ -201,7 +208,7 @@ impl Request {
         Ok(Plan {
             weights: shape.parameters() * self.weight_bytes,
             heads: if locret {
-                shape.head_parameters(self.heads.0) * self.heads.1
+                shape.head_bytes(self.d_r)
             } else {
                 0
             },
@@ -399,7 +406,7 @@ mod tests {
             prefill: Prefill { chunk, local: 100 },
             store: KvDtype::Bf16,
             weight_bytes: 2,
-            heads: (1024, 2),
+            d_r: 1024,
         }
     }
 
@@ -443,8 +450,9 @@ mod tests {
         }
         assert!(Shape::PRESETS.iter().all(|p| Shape::preset(p).is_some()));
         // Published heads of Phi-3-mini: d_R 1024.
-        let heads = Shape::preset("phi-3-mini").unwrap().head_parameters(1024);
-        assert_eq!(heads, 32 * 1024 * (9216 + 32));
+        let phi = Shape::preset("phi-3-mini").unwrap();
+        assert_eq!(phi.head_parameters(1024), 32 * 1024 * (9216 + 32));
+        assert_eq!(phi.head_bytes(1024), 4 * 32 * 1024 * (3072 + 32));
     }
 
     #[test]

@@ -3,7 +3,7 @@
 
 use crate::{Result, plan::Shape};
 use burn::tensor::Device;
-use locret_core::{LongRopeSwitch, ModelSpec, RopeConfig, RopeScaling};
+use locret_core::{CausalLm, LongRopeSwitch, ModelSpec, RopeConfig, RopeScaling};
 use locret_models::{
     Decoder, DecoderConfig, Encoding, Layout, LoadOptions, Loader, TensorInfo, WeightDtype, Weights,
 };
@@ -200,11 +200,12 @@ fn spec(shape: &Shape) -> ModelSpec {
     }
 }
 
-/// Locret's heads of width `d_r` with random weights for a model of `spec`.
+/// Locret's heads of width `d_r` with random weights for `model`.
 ///
 /// # Errors
 /// [`Error::Policy`](crate::Error::Policy) for a width of 0.
-pub fn heads(spec: &ModelSpec, d_r: usize, seed: u64, device: &Device) -> Result<RetainingHeads> {
+pub fn heads(model: &dyn CausalLm, d_r: usize, seed: u64) -> Result<RetainingHeads> {
+    let spec = model.spec();
     let inputs = spec.layer(0).qkv_features();
     let list = |layer: usize, part: u64, n: usize, width: usize| -> Vec<f32> {
         let seed = mix(seed ^ mix(2 * layer as u64 + part));
@@ -220,7 +221,7 @@ pub fn heads(spec: &ModelSpec, d_r: usize, seed: u64, device: &Device) -> Result
         layers: (0..spec.layers).map(layer).collect(),
         metadata: BTreeMap::new(),
     };
-    Ok(RetainingHeads::new(&weights, spec, device)?)
+    Ok(RetainingHeads::for_model(&weights, model)?)
 }
 
 /// Tokens of a text that never repeats itself.
@@ -269,7 +270,7 @@ mod tests {
             let bytes = resident_bytes(&weights, WeightDtype::BF16);
             assert_eq!(bytes, 2 * shape.parameters(), "{name}");
             assert_eq!(resident_bytes(&weights, WeightDtype::F32), 2 * bytes);
-            heads(model.spec(), 8, 1, &device).unwrap();
+            heads(&model, 8, 1).unwrap();
         }
     }
 

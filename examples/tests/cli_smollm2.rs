@@ -249,7 +249,7 @@ fn a_plan_is_within_five_percent_of_what_is_measured() {
                 prefill,
                 store,
                 weight_bytes: 4,
-                heads: (0, 0),
+                d_r: 0,
             };
             let plan = request.plan().unwrap();
             let model = runtime.model();

@@ -254,7 +254,7 @@ fn a_plan_is_what_a_run_takes() {
                 prefill,
                 store: Default::default(),
                 weight_bytes: 4,
-                heads: (0, 0),
+                d_r: 0,
             };
             let plan = request.plan().unwrap();
             let model = runtime.model();

@@ -123,7 +123,7 @@ fn heads(model: &dyn CausalLm) -> RetainingHeads {
         layers: (0..spec.layers).map(layer).collect(),
         metadata: Default::default(),
     };
-    RetainingHeads::new(&weights, spec, model.device()).unwrap()
+    RetainingHeads::for_model(&weights, model).unwrap()
 }
 
 /// 90 tokens in chunks of 16, the last 10 without eviction; then eight greedy ones.

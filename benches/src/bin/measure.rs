@@ -4,12 +4,24 @@
 //! so that time and memory are those of the engine.
 
 use clap::Parser;
-use locret_core::{Generate, Prefill, Session};
+use locret_core::{
+    Generate, KvCachePolicy, KvStore, LayerSpec, LayerUnits, ModelSpec, Needs, Phase, Placement,
+    Positions, Prefill, Session, Step, Verdict,
+};
 use locret_examples::{
     Error, Result,
     args::{ModelArgs, PolicyArgs, PrefillArgs},
 };
-use std::{fs, path::PathBuf, process::ExitCode};
+use std::{
+    fs,
+    path::PathBuf,
+    process::ExitCode,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering::Relaxed},
+    },
+    time::Instant,
+};
 
 /// Times a prompt and the tokens after it
 #[derive(Debug, Parser)]
@@ -35,6 +47,54 @@ fn main() -> ExitCode {
     locret_examples::run(|| run(&Args::parse()))
 }
 
+/// A policy, and how long its verdicts on chunks of prompts took.
+#[derive(Debug)]
+struct Timed {
+    policy: Arc<dyn KvCachePolicy>,
+    nanoseconds: AtomicU64,
+}
+
+#[deny(clippy::missing_trait_methods)]
+impl KvCachePolicy for Timed {
+    fn name(&self) -> String {
+        self.policy.name()
+    }
+
+    fn needs(&self) -> Needs {
+        self.policy.needs()
+    }
+
+    fn positions(&self) -> Positions {
+        self.policy.positions()
+    }
+
+    fn carries(&self) -> Option<String> {
+        self.policy.carries()
+    }
+
+    fn validate(&self, model: &ModelSpec, prefill: &Prefill) -> locret_core::Result<()> {
+        self.policy.validate(model, prefill)
+    }
+
+    fn store(&self, layer: &LayerSpec, place: &Placement) -> locret_core::Result<Box<dyn KvStore>> {
+        self.policy.store(layer, place)
+    }
+
+    fn limit(&self, layer: &LayerSpec, total: usize) -> Option<usize> {
+        self.policy.limit(layer, total)
+    }
+
+    fn step(&self, at: &Step, units: &LayerUnits<'_>) -> locret_core::Result<Verdict> {
+        let start = Instant::now();
+        let verdict = self.policy.step(at, units);
+        if at.phase != Phase::Decode {
+            let took = start.elapsed().as_nanos() as u64;
+            self.nanoseconds.fetch_add(took, Relaxed);
+        }
+        verdict
+    }
+}
+
 fn run(args: &Args) -> Result<()> {
     let config = args.policy.config()?;
     let text = fs::read_to_string(&args.ids_file).map_err(|e| Error::read(&args.ids_file, e))?;
@@ -42,7 +102,10 @@ fn run(args: &Args) -> Result<()> {
         .map_err(|e| Error::format(&args.ids_file, format!("no array of token ids: {e}")))?;
     let runtime = args.model.load()?;
     let model = runtime.model();
-    let policy = config.build(model.spec(), model.device())?;
+    let policy = Arc::new(Timed {
+        policy: config.build_for(&*model)?,
+        nanoseconds: AtomicU64::new(0),
+    });
     let read = |ids: &[u32], prefill: &Prefill, max_new: usize| -> Result<(Session, Vec<u32>)> {
         let mut session =
             Session::with_options(model.clone(), policy.clone(), args.prefill.cache())?;
@@ -55,11 +118,13 @@ fn run(args: &Args) -> Result<()> {
     if args.warm_up > 0 {
         read(&ids[..args.warm_up.min(ids.len())], &prefill, 4)?;
     }
+    policy.nanoseconds.store(0, Relaxed);
     let (session, made) = read(&ids, &prefill, args.max_new)?;
     let report = session.report();
     let line = serde_json::json!({
         "prefill": report.prefill_rate(),
         "decode": report.decode_rate(),
+        "verdicts": policy.nanoseconds.load(Relaxed) as f64 * 1e-9 / report.prefill_time.as_secs_f64(),
         "kv_bytes": report.peak.bytes,
         "tokens": made.iter().take(8).collect::<Vec<_>>(),
     });
