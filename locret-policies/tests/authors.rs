@@ -91,7 +91,7 @@ fn heads(spec: &ModelSpec, settings: &Settings, seed: u64) -> HeadWeights {
     }
 }
 
-/// With heads that read queries, keys and values, as the authors', and with folded ones.
+/// With heads that read queries, keys and values, as the authors', or with folded ones.
 fn check(
     settings: &Settings,
     case: &Case,
@@ -99,36 +99,16 @@ fn check(
     tensors: &SafeTensors<'_>,
     model: Arc<dyn CausalLm>,
     kernels: Kernels,
-) {
-    let weights = heads(model.spec(), settings, case.seed.parse().unwrap());
-    let folded = RetainingHeads::for_model(&weights, &*model).unwrap();
-    let plain = RetainingHeads::new(&weights, model.spec(), model.device()).unwrap();
-    assert!(folded.folded() && !plain.folded());
-    for heads in [plain, folded] {
-        check_heads(
-            settings,
-            case,
-            prompt,
-            tensors,
-            model.clone(),
-            kernels,
-            heads,
-        );
-    }
-}
-
-fn check_heads(
-    settings: &Settings,
-    case: &Case,
-    prompt: &[u32],
-    tensors: &SafeTensors<'_>,
-    model: Arc<dyn CausalLm>,
-    kernels: Kernels,
-    heads: RetainingHeads,
+    folded: bool,
 ) {
     let spec = model.spec().clone();
-    let folded = heads.folded();
     let name = format!("{} with {kernels:?}, folded: {folded}", case.name);
+    let weights = heads(&spec, settings, case.seed.parse().unwrap());
+    let heads = match folded {
+        true => RetainingHeads::for_model(&weights, &*model).unwrap(),
+        false => RetainingHeads::new(&weights, &spec, model.device()).unwrap(),
+    };
+    assert_eq!(heads.folded(), folded, "{name}");
     let policy = Locret::authors(heads, Budget::Units(settings.budget), settings.stabilizers);
     let policy = policy.with_positions(case.positions);
     let options = CacheOptions {
@@ -268,14 +248,17 @@ fn smollm2_keeps_what_the_authors_procedure_keeps() {
     let model = load_model(file, &exact(), &Device::flex()).unwrap().model;
     assert_eq!(golden.prompt.len(), 600);
     for case in &golden.cases {
-        check(
-            &golden.settings,
-            case,
-            &golden.prompt,
-            &tensors,
-            model.clone(),
-            Kernels::Auto,
-        );
+        for folded in [false, true] {
+            check(
+                &golden.settings,
+                case,
+                &golden.prompt,
+                &tensors,
+                model.clone(),
+                Kernels::Auto,
+                folded,
+            );
+        }
     }
 }
 
@@ -293,14 +276,17 @@ fn small_models_with_scaled_rotations_too() {
                 ..exact()
             };
             let loaded = load_model(models.join(&case.model), &options, &Device::flex()).unwrap();
-            check(
-                &golden.settings,
-                case,
-                &case.prompt,
-                &tensors,
-                loaded.model,
-                kernels,
-            );
+            for folded in [false, true] {
+                check(
+                    &golden.settings,
+                    case,
+                    &case.prompt,
+                    &tensors,
+                    loaded.model.clone(),
+                    kernels,
+                    folded,
+                );
+            }
         }
     }
 }
