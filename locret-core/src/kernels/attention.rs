@@ -104,7 +104,7 @@ pub fn attend(
     attend_with(Isa::best(), q, heads, shape, key_rotation, out);
 }
 
-/// Units in a tile: its keys or values (16 KiB at 64 features) fit the first cache beside a panel
+/// Units in a tile: its keys or values (24 KiB at 64 features) fit the first cache beside a panel
 /// of queries.
 pub(super) const TILE: usize = 96;
 
