@@ -99,12 +99,7 @@ impl Shape {
         self.layers * layer + embedding + self.hidden
     }
 
-    /// Numbers in a file of retaining heads of width `d_r`.
-    pub fn head_parameters(&self, d_r: usize) -> usize {
-        self.layers * d_r * (self.layer().qkv_features() + self.kv_heads)
-    }
-
-    /// Bytes of these heads in memory, folded into the model's matrices where that makes them narrower
+    /// Bytes of retaining heads of width `d_r` in memory, folded into the model's matrices where that makes them narrower
     /// ([`RetainingHeads::for_model`](locret_policies::RetainingHeads::for_model)), in 32 bits.
     pub fn head_bytes(&self, d_r: usize) -> usize {
         let inputs = self.hidden.min(self.layer().qkv_features());
@@ -451,7 +446,6 @@ mod tests {
         assert!(Shape::PRESETS.iter().all(|p| Shape::preset(p).is_some()));
         // Published heads of Phi-3-mini: d_R 1024.
         let phi = Shape::preset("phi-3-mini").unwrap();
-        assert_eq!(phi.head_parameters(1024), 32 * 1024 * (9216 + 32));
         assert_eq!(phi.head_bytes(1024), 4 * 32 * 1024 * (3072 + 32));
     }
 

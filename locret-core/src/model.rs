@@ -14,7 +14,7 @@ use std::fmt::Debug;
 ///
 /// An adapter whose q, k and v are plain products can say so with [`qkv_weight`](Self::qkv_weight) and
 /// call [`SequenceCache::attend_from`] instead: policies that look at q, k and v through a matrix of
-/// their own, as Locret's heads do, then become cheaper.
+/// their own then become cheaper.
 pub trait CausalLm: Debug + Send + Sync {
     /// The model's dimensions.
     fn spec(&self) -> &ModelSpec;

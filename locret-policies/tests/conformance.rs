@@ -7,7 +7,10 @@ use locret_core::{
     conformance::{Case, PolicyCheck, check_policy},
 };
 use locret_policies::{HeadWeights, LayerHead, Method, PolicyConfig, RetainingHeads};
-use std::sync::Arc;
+use std::sync::{
+    Arc,
+    atomic::{AtomicUsize, Ordering::Relaxed},
+};
 
 /// How a budget is shared out: name, pyramid, Ada.
 const SHAPES: [(&str, Option<f64>, Option<f64>); 4] = [
@@ -37,7 +40,7 @@ fn stores() -> Vec<(&'static str, Option<Quantization>, f32, f32)> {
     ]
 }
 
-fn policy(config: &PolicyConfig, case: &Case<'_>) -> Arc<dyn KvCachePolicy> {
+fn policy(config: &PolicyConfig, case: &Case<'_>, folded: &AtomicUsize) -> Arc<dyn KvCachePolicy> {
     if config.policy != Method::Locret {
         return config.build(case.spec, case.device).unwrap();
     }
@@ -62,12 +65,14 @@ fn policy(config: &PolicyConfig, case: &Case<'_>) -> Arc<dyn KvCachePolicy> {
         0 => RetainingHeads::for_model(&weights, case.model).unwrap(),
         _ => RetainingHeads::new(&weights, case.spec, case.device).unwrap(),
     };
+    folded.fetch_add(usize::from(heads.folded()), Relaxed);
     config.build_with_heads(case.spec, heads).unwrap()
 }
 
 #[test]
 fn every_policy_shape_and_store_conforms() {
     let mut cases = 0;
+    let folded = AtomicUsize::new(0);
     for method in Method::ALL {
         for (shape, pyramid, ada) in SHAPES {
             for (store, quantize, store_tolerance, tolerance) in stores() {
@@ -98,7 +103,7 @@ fn every_policy_shape_and_store_conforms() {
                             config.ada = ada;
                             config.merge = merge;
                         }
-                        policy(&config, case)
+                        policy(&config, case, &folded)
                     })
                     .unwrap_or_else(|e| {
                         panic!("{method}, {shape}, {store}, merging {merge:?}: {e}")
@@ -108,4 +113,6 @@ fn every_policy_shape_and_store_conforms() {
         }
     }
     assert!(cases > 400, "{cases}");
+    let folded = folded.into_inner();
+    assert!(folded > 40, "{folded} policies with folded heads");
 }

@@ -1,7 +1,7 @@
 //! One run of one configuration, timed: the contender that `peers.py` sets beside other engines.
 //!
-//! Reads token ids, generates greedily, and prints a line of JSON. Nothing is recorded on the way,
-//! so that time and memory are those of the engine.
+//! Reads token ids, generates greedily, and prints a line of JSON. Nothing but the time that verdicts take
+//! is noted on the way, so that time and memory are those of the engine.
 
 use clap::Parser;
 use locret_core::{

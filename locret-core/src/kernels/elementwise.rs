@@ -6,12 +6,6 @@ use rayon::prelude::*;
 /// Numbers in a job; fewer in all than two jobs are handled by the calling thread alone.
 const JOB: usize = 1 << 14;
 
-/// `x / (1 + e^-x)` in place, within 4 ulp; below about -88 it is 0. `-∞` becomes NaN, as in the
-/// formula.
-pub fn silu(x: &mut [f32]) {
-    silu_with(Isa::best(), x);
-}
-
 /// SwiGLU (arXiv 2002.05202): `out = silu(gate) · up`, number by number.
 ///
 /// # Panics
@@ -140,15 +134,6 @@ pub(super) fn silu_row<S: Simd>(s: S, x: &mut [f32]) {
     let y = silu_vector(s, load(s, &last));
     store(s, &mut last, y);
     rest.copy_from_slice(&last[..rest.len()]);
-}
-
-fn silu_with(isa: Isa, x: &mut [f32]) {
-    if alone(x.len()) {
-        dispatch!(isa, s => silu_row(s, x));
-    } else {
-        x.par_chunks_mut(JOB)
-            .for_each(|x| dispatch!(isa, s => silu_row(s, x)));
-    }
 }
 
 #[inline(always)]
@@ -310,6 +295,10 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
+    fn silu_with(isa: Isa, x: &mut [f32]) {
+        dispatch!(isa, s => silu_row(s, x));
+    }
+
     fn exact_silu(x: f32) -> f64 {
         f64::from(x) / (1.0 + (-f64::from(x)).exp())
     }
@@ -420,15 +409,12 @@ mod tests {
         let mut added = y.clone();
         add(&mut added, &x[..rows * n]);
         assert_eq!(added, sum);
-        let mut all = x.clone();
-        silu(&mut all);
         for row in 0..rows {
             let at = row * n..(row + 1) * n;
-            let (mut one, mut act) = (vec![0.0; n], x[2 * row * n..(2 * row + 1) * n].to_vec());
-            swiglu(&act, &x[(2 * row + 1) * n..(2 * row + 2) * n], &mut one);
+            let mut one = vec![0.0; n];
+            let act = &x[2 * row * n..(2 * row + 1) * n];
+            swiglu(act, &x[(2 * row + 1) * n..(2 * row + 2) * n], &mut one);
             assert_eq!(one, fused[at.clone()]);
-            silu(&mut act);
-            assert_eq!(act, all[2 * row * n..(2 * row + 1) * n]);
             rms_norm(&sum[at.clone()], &w, 1e-5, &mut one);
             assert_eq!(one, norm[at]);
         }
@@ -446,7 +432,6 @@ mod tests {
 
     #[test]
     fn nothing_is_done_to_nothing() {
-        silu(&mut []);
         swiglu(&[], &[], &mut []);
         swiglu_fused(&[], 0, &mut []);
         rms_norm(&[], &[], 1e-5, &mut []);

@@ -17,10 +17,10 @@
 //! | [`attention`] | causal grouped-query attention for prefill and decode |
 //! | [`observe`] | weights and logits that chosen queries give to each unit |
 //! | [`linear`] | products with weights in the type of their file, packed ones included |
-//! | [`perceptron`] | two products with a SiLU between, as retaining heads are |
+//! | [`perceptron`] | two products with a SiLU between |
 //! | [`pages`] | memory for weights, in large pages |
 //! | [`awake`] | threads that do not fall asleep between short pieces of work |
-//! | [`elementwise`] | SiLU, SwiGLU, RMS norm with a residual |
+//! | [`elementwise`] | SwiGLU, RMS norm with a residual |
 //! | [`select`] | the k best of many, keeping rows in place |
 
 pub mod attention;

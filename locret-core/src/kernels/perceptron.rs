@@ -1,4 +1,4 @@
-//! A perceptron of few outputs with one layer between, as retaining heads are.
+//! A perceptron of few outputs with one layer between.
 
 use super::{
     elementwise::silu_row,

@@ -405,7 +405,7 @@ struct Naughty {
     last: Mutex<Option<Tensor<2>>>,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, PartialOrd)]
+#[derive(Debug, Clone, Copy, PartialEq)]
 enum How {
     FailsBefore,
     FailsAfter,
@@ -507,13 +507,14 @@ impl CausalLm for Naughty {
 
     fn qkv_weight(&self, layer: usize) -> Result<Option<Vec<f32>>> {
         let own = self.model.qkv_weight(layer)?;
-        Ok(own.filter(|_| self.how >= How::OtherMatrix).map(|mut own| {
+        Ok(own.and_then(|mut own| {
             match self.how {
                 How::OtherMatrix => own.swap(0, 1),
                 How::ShortMatrix => own.truncate(7),
-                _ => {}
+                How::NoInput => {}
+                _ => return None,
             }
-            own
+            Some(own)
         }))
     }
 
