@@ -24,7 +24,8 @@ mod cache;
 mod error;
 mod evict;
 mod host;
-pub mod kernels;
+#[doc(hidden)]
+pub use locret_kernels as kernels;
 mod model;
 mod policy;
 mod quantized;

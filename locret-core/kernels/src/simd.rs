@@ -234,15 +234,15 @@ impl Isa {
 macro_rules! dispatch {
     ($isa:expr, $s:ident => $body:expr) => {
         match $isa {
-            $crate::kernels::simd::Isa::Portable($s) => $body,
+            $crate::simd::Isa::Portable($s) => $body,
             #[cfg(target_arch = "x86_64")]
-            $crate::kernels::simd::Isa::Avx2($s) => $crate::kernels::simd::Simd::vectorize(
+            $crate::simd::Isa::Avx2($s) => $crate::simd::Simd::vectorize(
                 $s,
                 #[inline(always)]
                 || $body,
             ),
             #[cfg(target_arch = "x86_64")]
-            $crate::kernels::simd::Isa::Avx512($s) => $crate::kernels::simd::Simd::vectorize(
+            $crate::simd::Isa::Avx512($s) => $crate::simd::Simd::vectorize(
                 $s,
                 #[inline(always)]
                 || $body,
@@ -471,11 +471,11 @@ pub(super) mod x86 {
 
     /// AVX2, FMA and F16C: 8 lanes.
     #[derive(Debug, Clone, Copy)]
-    pub(in super::super) struct Avx2(());
+    pub(crate) struct Avx2(());
 
     /// AVX-512F: 16 lanes.
     #[derive(Debug, Clone, Copy)]
-    pub(in super::super) struct Avx512(());
+    pub(crate) struct Avx512(());
 
     impl Avx2 {
         pub(super) fn detect() -> Option<Self> {

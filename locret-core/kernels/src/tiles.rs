@@ -235,9 +235,9 @@ impl Element for bf16 {
 macro_rules! each_type {
     ($floats:expr, $x:ident => $body:expr) => {
         match $floats {
-            $crate::kernels::tiles::Floats::F32($x) => $body,
-            $crate::kernels::tiles::Floats::F16($x) => $body,
-            $crate::kernels::tiles::Floats::Bf16($x) => $body,
+            $crate::tiles::Floats::F32($x) => $body,
+            $crate::tiles::Floats::F16($x) => $body,
+            $crate::tiles::Floats::Bf16($x) => $body,
         }
     };
 }

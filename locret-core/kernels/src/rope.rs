@@ -258,7 +258,7 @@ pub(super) fn rotate_into<S: Simd>(
 
 #[cfg(test)]
 mod tests {
-    use super::super::testing::Numbers;
+    use crate::testing::Numbers;
     use super::*;
     use proptest::prelude::*;
 

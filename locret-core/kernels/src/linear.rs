@@ -1640,7 +1640,7 @@ impl Block<'_> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::testing::Numbers;
+    use crate::testing::Numbers;
     use super::*;
     use proptest::prelude::*;
 

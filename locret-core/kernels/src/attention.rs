@@ -1023,7 +1023,7 @@ fn weigh_rows<S: Simd, E: Element, const R: usize, const C: usize>(
 
 #[cfg(test)]
 mod tests {
-    use super::super::{rope, testing::*, tiles::DenseTiles};
+    use crate::{rope, testing::*, tiles::DenseTiles};
     use super::*;
     use half::{bf16, f16};
     use proptest::prelude::*;

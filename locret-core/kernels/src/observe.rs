@@ -537,7 +537,7 @@ fn panel_max<S: Simd, const N: usize>(
 
 #[cfg(test)]
 mod tests {
-    use super::super::{rope, testing::*, tiles::DenseTiles};
+    use crate::{rope, testing::*, tiles::DenseTiles};
     use super::*;
     use proptest::prelude::*;
 

@@ -91,7 +91,7 @@ fn dots<S: Simd, const N: usize>(s: S, x: &[f32], rows: &[f32], out: &mut [f32])
 
 #[cfg(test)]
 mod tests {
-    use super::super::testing::Numbers;
+    use crate::testing::Numbers;
     use super::*;
     use proptest::prelude::*;
 

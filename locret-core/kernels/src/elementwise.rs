@@ -291,7 +291,7 @@ fn add_rms_norm_with(
 
 #[cfg(test)]
 mod tests {
-    use super::super::testing::Numbers;
+    use crate::testing::Numbers;
     use super::*;
     use proptest::prelude::*;
 

@@ -168,7 +168,7 @@ pub(super) unsafe fn unpack_lanes<S: Simd>(
 
 #[cfg(test)]
 mod tests {
-    use super::super::{
+    use crate::{
         simd::{Isa, dispatch},
         testing::Numbers,
     };
