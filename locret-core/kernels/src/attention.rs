@@ -1023,8 +1023,8 @@ fn weigh_rows<S: Simd, E: Element, const R: usize, const C: usize>(
 
 #[cfg(test)]
 mod tests {
-    use crate::{rope, testing::*, tiles::DenseTiles};
     use super::*;
+    use crate::{rope, testing::*, tiles::DenseTiles};
     use half::{bf16, f16};
     use proptest::prelude::*;
 

@@ -291,8 +291,8 @@ fn add_rms_norm_with(
 
 #[cfg(test)]
 mod tests {
-    use crate::testing::Numbers;
     use super::*;
+    use crate::testing::Numbers;
     use proptest::prelude::*;
 
     fn silu_with(isa: Isa, x: &mut [f32]) {

@@ -1640,8 +1640,8 @@ impl Block<'_> {
 
 #[cfg(test)]
 mod tests {
-    use crate::testing::Numbers;
     use super::*;
+    use crate::testing::Numbers;
     use proptest::prelude::*;
 
     const FORMATS: [Format; 6] = [

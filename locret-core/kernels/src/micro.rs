@@ -168,11 +168,11 @@ pub(super) unsafe fn unpack_lanes<S: Simd>(
 
 #[cfg(test)]
 mod tests {
+    use super::*;
     use crate::{
         simd::{Isa, dispatch},
         testing::Numbers,
     };
-    use super::*;
     use proptest::prelude::*;
 
     proptest! {

@@ -537,8 +537,8 @@ fn panel_max<S: Simd, const N: usize>(
 
 #[cfg(test)]
 mod tests {
-    use crate::{rope, testing::*, tiles::DenseTiles};
     use super::*;
+    use crate::{rope, testing::*, tiles::DenseTiles};
     use proptest::prelude::*;
 
     /// `[heads][chosen][units seen]` logits in double precision.

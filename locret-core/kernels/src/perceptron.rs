@@ -91,8 +91,8 @@ fn dots<S: Simd, const N: usize>(s: S, x: &[f32], rows: &[f32], out: &mut [f32])
 
 #[cfg(test)]
 mod tests {
-    use crate::testing::Numbers;
     use super::*;
+    use crate::testing::Numbers;
     use proptest::prelude::*;
 
     proptest! {

@@ -258,8 +258,8 @@ pub(super) fn rotate_into<S: Simd>(
 
 #[cfg(test)]
 mod tests {
-    use crate::testing::Numbers;
     use super::*;
+    use crate::testing::Numbers;
     use proptest::prelude::*;
 
     fn frequencies(half: usize) -> Vec<f32> {
