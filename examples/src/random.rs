@@ -106,7 +106,7 @@ pub fn resident_bytes(weights: &dyn Weights, dtype: WeightDtype) -> usize {
             match (dtype, encoding) {
                 // These stay as they are in the file.
                 (WeightDtype::File, Encoding::Q8_0 | Encoding::Q4_0 | Encoding::Q4_1) => {
-                    values / encoding.block_len() * encoding.block_bytes()
+                    values / encoding.block() * encoding.block_bytes()
                 }
                 _ => values * dtype.resident(encoding).size(),
             }

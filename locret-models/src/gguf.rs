@@ -339,7 +339,7 @@ impl Gguf {
     /// [`ModelError::Format`] if the tensor does not have these rows.
     pub fn dequantize_rows(&self, tensor: &GgufTensor, rows: Range<usize>) -> Result<Vec<f32>> {
         let bytes = self.raw_rows(tensor, rows)?;
-        let values = bytes.len() / tensor.encoding.block_bytes() * tensor.encoding.block_len();
+        let values = bytes.len() / tensor.encoding.block_bytes() * tensor.encoding.block();
         let mut out = vec![0.0; values];
         tensor.encoding.decode(bytes, &mut out);
         Ok(out)
@@ -412,7 +412,7 @@ impl Gguf {
 /// The bytes of rows, from the tensor's first byte on.
 fn row_range(path: &Path, tensor: &GgufTensor, rows: Range<usize>) -> Result<Range<usize>> {
     let all = tensor.rows();
-    let bytes = tensor.encoding.row_bytes(tensor.cols());
+    let bytes = tensor.encoding.bytes(tensor.cols());
     match bytes {
         Some(bytes) if rows.start <= rows.end && rows.end <= all => {
             Ok(rows.start * bytes..rows.end * bytes)
@@ -779,20 +779,17 @@ impl<'a> Reader<'a> {
             ));
         }
         let cols = shape[shape.len() - 1];
-        if !cols.is_multiple_of(encoding.block_len()) {
+        if !cols.is_multiple_of(encoding.block()) {
             return Err(ModelError::format(
                 self.path,
                 what,
-                format!(
-                    "rows of whole {encoding} blocks of {}",
-                    encoding.block_len()
-                ),
+                format!("rows of whole {encoding} blocks of {}", encoding.block()),
                 format!("rows of {cols} values"),
             ));
         }
         let len = shape[..shape.len() - 1]
             .iter()
-            .try_fold(encoding.row_bytes(cols), |n, &dim| {
+            .try_fold(encoding.bytes(cols), |n, &dim| {
                 n.map(|n| n.checked_mul(dim))
             })
             .flatten();

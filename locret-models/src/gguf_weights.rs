@@ -154,7 +154,7 @@ fn interleaved(gguf: &Gguf, tensor: &GgufTensor, name: &str, arch: &str) -> Resu
     let fits = heads
         .and_then(|h| usize::try_from(h).ok())
         .filter(|&h| h > 0 && rows.is_multiple_of(h) && (rows / h).is_multiple_of(2));
-    let plain = tensor.shape.len() > 1 || tensor.encoding.block_len() == 1;
+    let plain = tensor.shape.len() > 1 || tensor.encoding.block() == 1;
     match fits {
         Some(heads) if plain => Ok(Some(rows / heads)),
         _ => Err(ModelError::format(

@@ -366,7 +366,7 @@ fn decode_finite<T: Resident>(
     /// A multiple of every block length.
     const STEP: usize = 2048;
     let mut buffer = [0.0; STEP];
-    let step_bytes = STEP / encoding.block_len() * encoding.block_bytes();
+    let step_bytes = STEP / encoding.block() * encoding.block_bytes();
     for (i, (out, bytes)) in out
         .chunks_mut(STEP)
         .zip(bytes.chunks(step_bytes))
@@ -600,7 +600,7 @@ mod tests {
         }
         fn raw_rows(&self, name: &str, rows: Range<usize>) -> Result<Cow<'_, [u8]>> {
             let (info, bytes) = &self.tensors[name];
-            let n = info.encoding.row_bytes(info.cols()).unwrap();
+            let n = info.encoding.bytes(info.cols()).unwrap();
             Ok(Cow::Borrowed(&bytes[rows.start * n..rows.end * n]))
         }
     }

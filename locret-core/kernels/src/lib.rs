@@ -12,6 +12,7 @@
 //!
 //! | module | what |
 //! |---|---|
+//! | [`dtype`] | the types that numbers are stored in |
 //! | [`tiles`] | how attention reads keys and values, in whatever type they are stored |
 //! | [`rope`] | cosine and sine tables, rotation and its inverse |
 //! | [`attention`] | causal grouped-query attention for prefill and decode |
@@ -25,6 +26,7 @@
 
 pub mod attention;
 pub mod awake;
+pub mod dtype;
 pub mod elementwise;
 pub mod linear;
 pub mod observe;

@@ -1,17 +1,20 @@
-//! How numbers are stored in model files, and their conversion to `f32`.
+//! The types that numbers are stored in, and their conversion to `f32`.
 
 use half::{bf16, f16};
-use std::fmt;
+use serde::{Deserialize, Serialize};
+use std::{fmt, str::FromStr};
 
-/// How a tensor's values are stored.
+/// How numbers are stored: in model files, in caches, in files of heads.
 ///
 /// The block formats are those of GGML: a block of consecutive values of one row shares its scales.
 /// A row always holds whole blocks.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 #[allow(non_camel_case_types, reason = "the names that the format is known by")]
 #[non_exhaustive]
-pub enum Encoding {
+pub enum DType {
     /// IEEE single precision.
+    #[default]
     F32,
     /// IEEE half precision.
     F16,
@@ -42,8 +45,8 @@ pub enum Encoding {
 /// Values in a block of the K formats.
 const QK: usize = 256;
 
-impl Encoding {
-    /// Every encoding.
+impl DType {
+    /// Every type.
     pub const ALL: [Self; 13] = [
         Self::F32,
         Self::F16,
@@ -61,7 +64,7 @@ impl Encoding {
     ];
 
     /// Values that share one block; 1 for plain numbers.
-    pub const fn block_len(self) -> usize {
+    pub const fn block(self) -> usize {
         match self {
             Self::F32 | Self::F16 | Self::BF16 => 1,
             Self::Q4_0 | Self::Q4_1 | Self::Q5_0 | Self::Q5_1 | Self::Q8_0 => 32,
@@ -89,11 +92,16 @@ impl Encoding {
 
     /// Bytes of a row of `cols` values; `None` where a row would not hold whole blocks, or where
     /// the number overflows.
-    pub const fn row_bytes(self, cols: usize) -> Option<usize> {
-        if !cols.is_multiple_of(self.block_len()) {
+    pub const fn bytes(self, cols: usize) -> Option<usize> {
+        if !cols.is_multiple_of(self.block()) {
             return None;
         }
-        (cols / self.block_len()).checked_mul(self.block_bytes())
+        (cols / self.block()).checked_mul(self.block_bytes())
+    }
+
+    /// Whether values are floats of their own, without blocks.
+    pub const fn is_float(self) -> bool {
+        self.block() == 1
     }
 
     /// The name as GGML and safetensors spell it.
@@ -121,14 +129,14 @@ impl Encoding {
     /// If `bytes` are not exactly the blocks of `out.len()` values.
     pub fn decode(self, bytes: &[u8], out: &mut [f32]) {
         assert_eq!(
-            self.row_bytes(out.len()),
+            self.bytes(out.len()),
             Some(bytes.len()),
             "{self}: {} bytes are not the blocks of {} values",
             bytes.len(),
             out.len()
         );
         let blocks = bytes.chunks_exact(self.block_bytes());
-        let outs = out.chunks_exact_mut(self.block_len());
+        let outs = out.chunks_exact_mut(self.block());
         let decode: fn(&[u8], &mut [f32]) = match self {
             Self::F32 => {
                 for (b, x) in blocks.zip(out) {
@@ -165,9 +173,24 @@ impl Encoding {
     }
 }
 
-impl fmt::Display for Encoding {
+impl fmt::Display for DType {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.name())
+    }
+}
+
+impl FromStr for DType {
+    type Err = String;
+
+    /// From a name in either case.
+    fn from_str(name: &str) -> Result<Self, String> {
+        let found = Self::ALL
+            .into_iter()
+            .find(|dtype| dtype.name().eq_ignore_ascii_case(name));
+        found.ok_or_else(|| {
+            let all = Self::ALL.map(|dtype| dtype.name().to_ascii_lowercase());
+            format!("one of {}", all.join(", "))
+        })
     }
 }
 
@@ -334,27 +357,36 @@ mod tests {
 
     #[test]
     fn rows_hold_whole_blocks() {
-        assert_eq!(Encoding::Q4_1.row_bytes(576), Some(18 * 20));
-        assert_eq!(Encoding::Q4_1.row_bytes(33), None);
-        assert_eq!(Encoding::Q4_K.row_bytes(128), None);
-        assert_eq!(Encoding::F16.row_bytes(3), Some(6));
-        assert_eq!(Encoding::F32.row_bytes(usize::MAX), None);
+        assert_eq!(DType::Q4_1.bytes(576), Some(18 * 20));
+        assert_eq!(DType::Q4_1.bytes(33), None);
+        assert_eq!(DType::Q4_K.bytes(128), None);
+        assert_eq!(DType::F16.bytes(3), Some(6));
+        assert_eq!(DType::F32.bytes(usize::MAX), None);
+    }
+
+    #[test]
+    fn names_are_read_in_either_case() {
+        for dtype in DType::ALL {
+            assert_eq!(dtype.name().parse(), Ok(dtype));
+            assert_eq!(dtype.name().to_lowercase().parse(), Ok(dtype));
+        }
+        assert!("q9".parse::<DType>().unwrap_err().contains("q4_k"));
     }
 
     #[test]
     fn plain_numbers() {
         let mut out = [0.0; 2];
-        Encoding::F32.decode(&[0, 0, 0x80, 0x3f, 0, 0, 0, 0xc0], &mut out);
+        DType::F32.decode(&[0, 0, 0x80, 0x3f, 0, 0, 0, 0xc0], &mut out);
         assert_eq!(out, [1.0, -2.0]);
-        Encoding::F16.decode(&[0, 0x3c, 0, 0xc0], &mut out);
+        DType::F16.decode(&[0, 0x3c, 0, 0xc0], &mut out);
         assert_eq!(out, [1.0, -2.0]);
-        Encoding::BF16.decode(&[0x80, 0x3f, 0, 0xc0], &mut out);
+        DType::BF16.decode(&[0x80, 0x3f, 0, 0xc0], &mut out);
         assert_eq!(out, [1.0, -2.0]);
     }
 
     #[test]
     #[should_panic(expected = "are not the blocks of")]
     fn a_wrong_length_is_a_bug_of_the_caller() {
-        Encoding::Q8_0.decode(&[0; 33], &mut [0.0; 32]);
+        DType::Q8_0.decode(&[0; 33], &mut [0.0; 32]);
     }
 }
