@@ -6,15 +6,8 @@ use rayon::prelude::*;
 /// Numbers in a job; fewer in all than two jobs are handled by the calling thread alone.
 const JOB: usize = 1 << 14;
 
-/// SwiGLU (arXiv 2002.05202): `out = silu(gate) · up`, number by number.
-///
-/// # Panics
-/// If the lengths differ.
-pub fn swiglu(gate: &[f32], up: &[f32], out: &mut [f32]) {
-    swiglu_with(Isa::best(), gate, up, out);
-}
-
-/// [`swiglu`] on the output of a fused projection: rows of `x` are `n` gates and then `n` ups.
+/// SwiGLU (arXiv 2002.05202) of the output of a fused projection, whose rows are `n` gates and then
+/// `n` ups: `out = silu(gate) · up`, number by number.
 ///
 /// # Shapes
 /// - `x`: `[rows, 2 n]`
@@ -61,7 +54,7 @@ pub fn add(a: &mut [f32], b: &[f32]) {
             *a += b;
         }
     };
-    if alone(a.len()) {
+    if serial(a.len()) {
         job((a, b));
     } else {
         a.par_chunks_mut(JOB).zip(b.par_chunks(JOB)).for_each(job);
@@ -70,7 +63,7 @@ pub fn add(a: &mut [f32], b: &[f32]) {
 
 /// A copy, made by all threads.
 pub fn copied(x: &[f32]) -> Vec<f32> {
-    if alone(x.len()) {
+    if serial(x.len()) {
         return x.to_vec();
     }
     let mut out = Vec::with_capacity(x.len());
@@ -86,7 +79,7 @@ pub fn copied(x: &[f32]) -> Vec<f32> {
     out
 }
 
-fn alone(numbers: usize) -> bool {
+fn serial(numbers: usize) -> bool {
     numbers < 2 * JOB || rayon::current_num_threads() == 1
 }
 
@@ -148,23 +141,6 @@ fn swiglu_body<S: Simd>(s: S, gate: &[f32], up: &[f32], out: &mut [f32]) {
     );
 }
 
-fn swiglu_with(isa: Isa, gate: &[f32], up: &[f32], out: &mut [f32]) {
-    assert!(
-        gate.len() == out.len() && up.len() == out.len(),
-        "SwiGLU of {} gates and {} ups into {}",
-        gate.len(),
-        up.len(),
-        out.len()
-    );
-    if alone(out.len()) {
-        dispatch!(isa, s => swiglu_body(s, gate, up, out));
-    } else {
-        out.par_chunks_mut(JOB)
-            .zip(gate.par_chunks(JOB).zip(up.par_chunks(JOB)))
-            .for_each(|(out, (gate, up))| dispatch!(isa, s => swiglu_body(s, gate, up, out)));
-    }
-}
-
 fn swiglu_fused_with(isa: Isa, x: &[f32], n: usize, out: &mut [f32]) {
     assert!(
         x.len() == 2 * out.len() && (n > 0 || out.is_empty()) && out.len().is_multiple_of(n.max(1)),
@@ -179,7 +155,7 @@ fn swiglu_fused_with(isa: Isa, x: &[f32], n: usize, out: &mut [f32]) {
         let (gate, up) = x.split_at(n);
         dispatch!(isa, s => swiglu_body(s, gate, up, out));
     };
-    if alone(out.len()) {
+    if serial(out.len()) {
         x.chunks_exact(2 * n)
             .zip(out.chunks_exact_mut(n))
             .for_each(row);
@@ -235,7 +211,7 @@ fn rms_norm_with(isa: Isa, x: &[f32], weight: &[f32], eps: f32, out: &mut [f32])
     let row = |(x, out): (&[f32], &mut [f32])| {
         dispatch!(isa, s => norm_row(s, x, weight, eps, out));
     };
-    if alone(out.len()) {
+    if serial(out.len()) {
         x.chunks_exact(n).zip(out.chunks_exact_mut(n)).for_each(row);
     } else {
         x.par_chunks_exact(n)
@@ -273,7 +249,7 @@ fn add_rms_norm_with(
         }
         dispatch!(isa, s => norm_row(s, residual, weight, eps, out));
     };
-    if alone(out.len()) {
+    if serial(out.len()) {
         residual
             .chunks_exact_mut(n)
             .zip(x.chunks_exact(n))
@@ -335,14 +311,12 @@ mod tests {
                 for (x, y) in x.iter().zip(&y) {
                     prop_assert!(close(*y, exact_silu(*x)), "{isa:?} silu({x}) = {y}");
                 }
-                let (mut a, mut b) = (vec![0.0; rows * n], vec![0.0; n]);
-                swiglu_fused_with(isa, &x, n, &mut a);
-                for (row, a) in x.chunks(2 * n).zip(a.chunks(n)) {
-                    swiglu_with(isa, &row[..n], &row[n..], &mut b);
+                let mut out = vec![0.0; rows * n];
+                swiglu_fused_with(isa, &x, n, &mut out);
+                for (row, out) in x.chunks(2 * n).zip(out.chunks(n)) {
                     for i in 0..n {
                         let expected = exact_silu(row[i]) * f64::from(row[n + i]);
-                        prop_assert!(close(a[i], expected), "{isa:?} {} for {expected}", a[i]);
-                        prop_assert!(close(b[i], expected), "{isa:?}");
+                        prop_assert!(close(out[i], expected), "{isa:?} {} for {expected}", out[i]);
                     }
                 }
             }
@@ -412,8 +386,7 @@ mod tests {
         for row in 0..rows {
             let at = row * n..(row + 1) * n;
             let mut one = vec![0.0; n];
-            let act = &x[2 * row * n..(2 * row + 1) * n];
-            swiglu(act, &x[(2 * row + 1) * n..(2 * row + 2) * n], &mut one);
+            swiglu_fused(&x[2 * row * n..2 * (row + 1) * n], n, &mut one);
             assert_eq!(one, fused[at.clone()]);
             rms_norm(&sum[at.clone()], &w, 1e-5, &mut one);
             assert_eq!(one, norm[at]);
@@ -432,7 +405,6 @@ mod tests {
 
     #[test]
     fn nothing_is_done_to_nothing() {
-        swiglu(&[], &[], &mut []);
         swiglu_fused(&[], 0, &mut []);
         rms_norm(&[], &[], 1e-5, &mut []);
         add_rms_norm(&mut [], &[], &[], 1e-5, &mut []);

@@ -12,17 +12,28 @@
 //!
 //! | module | what |
 //! |---|---|
-//! | [`dtype`] | the types that numbers are stored in |
+//! | [`dtype`] | the types that numbers are stored in, and their conversion |
 //! | [`tiles`] | how attention reads keys and values, in whatever type they are stored |
 //! | [`rope`] | cosine and sine tables, rotation and its inverse |
-//! | [`attention`] | causal grouped-query attention for prefill and decode |
+//! | [`attention`] | causal grouped-query attention for prefill (`many`) and decode (`few`) |
 //! | [`observe`] | weights and logits that chosen queries give to each unit |
-//! | [`linear`] | products with weights in the type of their file, packed ones included |
+//! | [`linear`] | products with weights in the type of their file: many tokens, few, few rounded ones |
 //! | [`perceptron`] | two products with a SiLU between |
+//! | [`elementwise`] | SwiGLU, RMS norm with a residual, sums and copies |
+//! | [`select`] | the k best of many, keeping rows in place |
 //! | [`pages`] | memory for weights, in large pages |
 //! | [`awake`] | threads that do not fall asleep between short pieces of work |
-//! | [`elementwise`] | SwiGLU, RMS norm with a residual |
-//! | [`select`] | the k best of many, keeping rows in place |
+//!
+//! Below them lie `simd` (vectors of `f32`, an implementation for each instruction set), `micro` (the
+//! inner loop of every product, and the panels that it reads) and `scratch` (working memory that
+//! threads keep).
+
+#![deny(missing_docs, clippy::undocumented_unsafe_blocks)]
+
+#[cfg(target_endian = "big")]
+compile_error!(
+    "weights, and the bytes of files, are read in the order of a little-endian processor"
+);
 
 pub mod attention;
 pub mod awake;

@@ -5,8 +5,7 @@
 
 use super::{
     attention::{
-        AttnShape, COPY_ROWS, FEW_TILE, Loader, SERIAL, TILE, dot_scores, heads_at_once, hide,
-        scores,
+        AttnShape, FEW_TILE, Loader, SERIAL, TILE, dot_scores, heads_at_once, hide, scores,
     },
     micro::{pack_rows, panels},
     rope::RopeTable,
@@ -51,19 +50,6 @@ pub fn observe_max_logits(
     chosen: &[usize],
 ) -> Vec<Vec<f32>> {
     max_logits_with(Isa::best(), q, heads, shape, key_rotation, chosen)
-}
-
-/// For each unit of a head with `len` units, how many of the chosen queries see it.
-pub fn observers(len: usize, tokens: usize, chosen: &[usize]) -> Vec<u32> {
-    let mut counts = vec![0; len];
-    let mut from = 0;
-    // Query i sees all units before `end`; later queries see more.
-    for (i, query) in chosen.iter().enumerate() {
-        let end = (len + query + 1).saturating_sub(tokens).clamp(from, len);
-        counts[from..end].fill((chosen.len() - i) as u32);
-        from = end;
-    }
-    counts
 }
 
 /// Up to this many chosen queries are handled with features in lanes.
@@ -117,12 +103,7 @@ impl<'a> Call<'a> {
     }
 
     fn loader(&self, head: usize, rows: usize) -> Loader<'a> {
-        Loader {
-            store: self.heads[head],
-            rotation: self.rotation,
-            d: self.shape.head_dim,
-            copies: rows >= COPY_ROWS,
-        }
+        Loader::new(self.heads[head], self.rotation, self.shape.head_dim, rows)
     }
 
     /// Numbers in buffers for a tile of `units`, as stored and rotated.
@@ -651,19 +632,6 @@ mod tests {
                     }
                 }
             }
-        }
-
-        #[test]
-        fn observers_are_counted(
-            tokens in 1usize..30,
-            len in 0usize..60,
-            every in 1usize..5,
-        ) {
-            let chosen: Vec<usize> = (0..tokens).step_by(every).collect();
-            let expected: Vec<u32> = (0..len)
-                .map(|unit| chosen.iter().filter(|i| unit + tokens < len + **i + 1).count() as u32)
-                .collect();
-            prop_assert_eq!(observers(len, tokens, &chosen), expected);
         }
     }
 

@@ -11,8 +11,8 @@ use rayon::prelude::*;
 /// Numbers between the two products that a thread works on at a time, about.
 const JOB: usize = 1 << 13;
 
-/// `out = silu([xs₁ xs₂ …] · W₁ᵀ) · W₂ᵀ`. What is between the products is read once more, and is then in
-/// memory that stays with the thread.
+/// `out = silu([xs₁ xs₂ …] · W₁ᵀ) · W₂ᵀ`. The numbers between the two
+/// products are in memory that the thread keeps.
 ///
 /// # Shapes
 /// - `xs`: `[tokens, columns]` each, whose columns add up to those of `first`

@@ -24,50 +24,34 @@ impl RopeTable {
     /// are multiplied by `factor` (1 but for scalings such as LongRoPE). The angle is the `f32`
     /// product of position and frequency, as published models were run.
     pub fn new(inv_freq: &[f32], factor: f32, positions: Range<usize>) -> Self {
-        let mut table = Self {
-            inv_freq: inv_freq.to_vec(),
-            factor,
-            positions: positions.start..positions.start,
-            cos: Vec::new(),
-            sin: Vec::new(),
-        };
-        table.extend_to(positions.end);
-        table
-    }
-
-    /// Adds rows up to, not including, position `end`; nothing if they are there.
-    pub fn extend_to(&mut self, end: usize) {
-        let have = self.positions.end;
-        if end <= have {
-            return;
-        }
-        let half = self.inv_freq.len();
-        for part in [&mut self.cos, &mut self.sin] {
-            part.resize((end - self.positions.start) * half, 0.0);
-        }
-        self.positions.end = end;
-        if half == 0 {
-            return;
-        }
-        let old = (have - self.positions.start) * half;
-        let (inv_freq, factor) = (&self.inv_freq, self.factor);
-        let fill = |(i, (cos, sin)): (usize, (&mut [f32], &mut [f32]))| {
-            let position = (have + i) as f32;
+        let half = inv_freq.len();
+        let mut cos = vec![0.0; positions.len() * half];
+        let mut sin = cos.clone();
+        let fill = |(row, (cos, sin)): (usize, (&mut [f32], &mut [f32]))| {
+            let position = (positions.start + row) as f32;
             for ((f, cos), sin) in inv_freq.iter().zip(cos).zip(sin) {
                 let (s, c) = (position * f).sin_cos();
                 (*cos, *sin) = (c * factor, s * factor);
             }
         };
-        let (cos, sin) = (&mut self.cos[old..], &mut self.sin[old..]);
+        // Without frequencies there are no chunks, but their length must not be 0.
+        let width = half.max(1);
         if cos.len() < PARALLEL / 8 {
-            let rows = cos.chunks_mut(half).zip(sin.chunks_mut(half));
+            let rows = cos.chunks_mut(width).zip(sin.chunks_mut(width));
             rows.enumerate().for_each(fill);
         } else {
-            cos.par_chunks_mut(half)
-                .zip(sin.par_chunks_mut(half))
+            cos.par_chunks_mut(width)
+                .zip(sin.par_chunks_mut(width))
                 .with_min_len(16)
                 .enumerate()
                 .for_each(fill);
+        }
+        Self {
+            inv_freq: inv_freq.to_vec(),
+            factor,
+            positions,
+            cos,
+            sin,
         }
     }
 
@@ -338,19 +322,24 @@ mod tests {
     }
 
     #[test]
-    fn tables_grow_to_what_they_would_be_at_once() {
+    fn tables_have_a_row_for_each_position() {
         let f = frequencies(24);
-        let whole = RopeTable::new(&f, 1.5, 3..900);
-        let mut grown = RopeTable::new(&f, 1.5, 3..3);
-        assert!(grown.is_empty());
-        for end in [4, 4, 100, 50, 900] {
-            grown.extend_to(end);
+        assert!(RopeTable::new(&f, 1.5, 3..3).is_empty());
+        assert_eq!(RopeTable::new(&[], 1.0, 3..900).len(), 897);
+        // Alone and by all threads.
+        for end in [100, 900] {
+            let table = RopeTable::new(&f, 1.5, 3..end);
+            assert_eq!(table.len(), end - 3);
+            assert_eq!(table.rotary_dim(), 48);
+            for (position, (cos, sin)) in
+                (3..end).zip(table.cos().chunks(24).zip(table.sin().chunks(24)))
+            {
+                for i in 0..24 {
+                    let angle = position as f32 * f[i];
+                    assert_eq!((cos[i], sin[i]), (angle.cos() * 1.5, angle.sin() * 1.5));
+                }
+            }
         }
-        assert_eq!(whole, grown);
-        assert_eq!(whole.len(), 897);
-        assert_eq!(whole.rotary_dim(), 48);
-        assert_eq!(whole.cos()[24], (4f32 * f[0]).cos() * 1.5);
-        assert_eq!(whole.sin()[24 + 5], (4f32 * f[5]).sin() * 1.5);
     }
 
     #[test]

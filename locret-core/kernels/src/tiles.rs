@@ -1,6 +1,9 @@
 //! How kernels read the units of one KV head.
 
-use super::simd::{Isa, Simd, dispatch};
+use super::{
+    dtype::Number,
+    simd::{Isa, Simd, dispatch},
+};
 use half::{bf16, f16};
 use std::ops::Range;
 
@@ -51,14 +54,22 @@ pub enum Floats<'a> {
     Bf16(&'a [bf16]),
 }
 
+/// Evaluates an expression with `$x` bound to the numbers in their own type.
+macro_rules! each_type {
+    ($floats:expr, $x:ident => $body:expr) => {
+        match $floats {
+            $crate::tiles::Floats::F32($x) => $body,
+            $crate::tiles::Floats::F16($x) => $body,
+            $crate::tiles::Floats::Bf16($x) => $body,
+        }
+    };
+}
+pub(super) use each_type;
+
 impl<'a> Floats<'a> {
     /// How many numbers.
     pub fn len(&self) -> usize {
-        match self {
-            Floats::F32(x) => x.len(),
-            Floats::F16(x) => x.len(),
-            Floats::Bf16(x) => x.len(),
-        }
+        each_type!(self, x => x.len())
     }
 
     /// Whether there are none.
@@ -71,11 +82,7 @@ impl<'a> Floats<'a> {
     /// # Panics
     /// If `range` is outside the numbers.
     pub fn slice(&self, range: Range<usize>) -> Self {
-        match *self {
-            Floats::F32(x) => Floats::F32(&x[range]),
-            Floats::F16(x) => Floats::F16(&x[range]),
-            Floats::Bf16(x) => Floats::Bf16(&x[range]),
-        }
+        each_type!(*self, x => Number::floats(&x[range]))
     }
 
     /// A range of the numbers in single precision: themselves, or converted into `scratch`.
@@ -88,35 +95,15 @@ impl<'a> Floats<'a> {
     {
         match *self {
             Floats::F32(x) => &x[range],
-            Floats::F16(x) => {
-                let out = &mut scratch[..range.len()];
-                f16_to_f32(&x[range], out);
-                out
-            }
-            Floats::Bf16(x) => {
-                let out = &mut scratch[..range.len()];
-                bf16_to_f32(&x[range], out);
-                out
-            }
+            Floats::F16(x) => converted(&x[range], scratch),
+            Floats::Bf16(x) => converted(&x[range], scratch),
         }
     }
 }
 
-impl<'a> From<&'a [f32]> for Floats<'a> {
-    fn from(x: &'a [f32]) -> Self {
-        Floats::F32(x)
-    }
-}
-
-impl<'a> From<&'a [f16]> for Floats<'a> {
-    fn from(x: &'a [f16]) -> Self {
-        Floats::F16(x)
-    }
-}
-
-impl<'a> From<&'a [bf16]> for Floats<'a> {
-    fn from(x: &'a [bf16]) -> Self {
-        Floats::Bf16(x)
+impl<'a, T: Number> From<&'a [T]> for Floats<'a> {
+    fn from(x: &'a [T]) -> Self {
+        T::floats(x)
     }
 }
 
@@ -179,89 +166,16 @@ impl KvTiles for DenseTiles<'_> {
     }
 }
 
-/// A float type that vectors are loaded from.
-pub(super) trait Element: Copy {
-    /// Whether loading takes more than a load.
-    const CONVERTED: bool;
-    /// One number.
-    fn get(self) -> f32;
-    /// Reads [`Simd::LANES`] numbers.
-    ///
-    /// # Safety
-    /// `p` must be valid for reading that many.
-    unsafe fn load<S: Simd>(s: S, p: *const Self) -> S::V;
-}
-
-impl Element for f32 {
-    const CONVERTED: bool = false;
-    #[inline(always)]
-    fn get(self) -> f32 {
-        self
-    }
-    #[inline(always)]
-    unsafe fn load<S: Simd>(s: S, p: *const Self) -> S::V {
-        // SAFETY: the caller's promise is passed on.
-        unsafe { s.load(p) }
-    }
-}
-
-impl Element for f16 {
-    const CONVERTED: bool = true;
-    #[inline(always)]
-    fn get(self) -> f32 {
-        self.to_f32()
-    }
-    #[inline(always)]
-    unsafe fn load<S: Simd>(s: S, p: *const Self) -> S::V {
-        // SAFETY: the caller's promise is passed on; f16 is a transparent u16.
-        unsafe { s.load_f16(p.cast()) }
-    }
-}
-
-impl Element for bf16 {
-    const CONVERTED: bool = true;
-    #[inline(always)]
-    fn get(self) -> f32 {
-        self.to_f32()
-    }
-    #[inline(always)]
-    unsafe fn load<S: Simd>(s: S, p: *const Self) -> S::V {
-        // SAFETY: the caller's promise is passed on; bf16 is a transparent u16.
-        unsafe { s.load_bf16(p.cast()) }
-    }
-}
-
-/// Evaluates an expression with `$x` bound to the numbers in their own type.
-macro_rules! each_type {
-    ($floats:expr, $x:ident => $body:expr) => {
-        match $floats {
-            $crate::tiles::Floats::F32($x) => $body,
-            $crate::tiles::Floats::F16($x) => $body,
-            $crate::tiles::Floats::Bf16($x) => $body,
-        }
-    };
-}
-pub(super) use each_type;
-
-/// Half to single precision.
-///
-/// # Panics
-/// If the slices have different lengths.
-pub fn f16_to_f32(x: &[f16], out: &mut [f32]) {
+fn converted<'s, E: Number>(x: &[E], scratch: &'s mut [f32]) -> &'s [f32] {
+    let out = &mut scratch[..x.len()];
     convert(Isa::best(), x, out);
+    out
 }
 
-/// bfloat16 to single precision.
-///
-/// # Panics
-/// If the slices have different lengths.
-pub fn bf16_to_f32(x: &[bf16], out: &mut [f32]) {
-    convert(Isa::best(), x, out);
-}
-
-pub(super) fn convert<E: Element>(isa: Isa, x: &[E], out: &mut [f32]) {
+/// Numbers of any type in single precision.
+fn convert<E: Number>(isa: Isa, x: &[E], out: &mut [f32]) {
     #[inline(always)]
-    fn body<S: Simd, E: Element>(s: S, x: &[E], out: &mut [f32]) {
+    fn body<S: Simd, E: Number>(s: S, x: &[E], out: &mut [f32]) {
         assert_eq!(x.len(), out.len(), "numbers to convert and room for them");
         let whole = x.len() - x.len() % S::LANES;
         for i in (0..whole).step_by(S::LANES) {
@@ -269,7 +183,7 @@ pub(super) fn convert<E: Element>(isa: Isa, x: &[E], out: &mut [f32]) {
             unsafe { s.store(out.as_mut_ptr().add(i), E::load(s, x.as_ptr().add(i))) };
         }
         for (x, out) in x[whole..].iter().zip(&mut out[whole..]) {
-            *out = x.get();
+            *out = x.to_f32();
         }
     }
     dispatch!(isa, s => body(s, x, out));

@@ -1,0 +1,105 @@
+//! Tiles of keys and values, as the inner loops read them.
+
+use crate::{
+    rope::{RopeTable, rotate_into},
+    simd::Simd,
+    tiles::{Floats, KvTiles},
+};
+use std::ops::Range;
+
+/// With this many rows a tile is copied before it is used.
+const COPY_ROWS: usize = 64;
+
+/// Reads tiles of one KV head.
+pub(crate) struct Loader<'a> {
+    pub(crate) store: &'a dyn KvTiles,
+    rotation: Option<&'a RopeTable>,
+    d: usize,
+    /// Whether enough rows use a tile to pay for a copy of it.
+    copies: bool,
+}
+
+impl<'a> Loader<'a> {
+    /// Tiles of `store`, whose units have `d` features, for `rows` queries.
+    #[inline(always)]
+    pub(crate) fn new(
+        store: &'a dyn KvTiles,
+        rotation: Option<&'a RopeTable>,
+        d: usize,
+        rows: usize,
+    ) -> Self {
+        Self {
+            store,
+            rotation,
+            d,
+            copies: rows >= COPY_ROWS,
+        }
+    }
+
+    /// The keys of a tile, rotated if they have to be.
+    #[inline(always)]
+    pub(crate) fn keys<'s, S: Simd>(
+        &'s self,
+        s: S,
+        units: Range<usize>,
+        scratch: &'s mut [f32],
+        rotated: &'s mut [f32],
+    ) -> &'s [f32] {
+        let (len, first) = (units.len() * self.d, units.start);
+        let keys = &self.store.keys(units, scratch)[..len];
+        match self.rotation {
+            None => keys,
+            Some(table) => {
+                let rotated = &mut rotated[..len];
+                rotate_into(s, keys, rotated, self.d, table, first);
+                rotated
+            }
+        }
+    }
+
+    /// The values of a tile.
+    #[inline(always)]
+    pub(super) fn values<'s>(&'s self, units: Range<usize>, scratch: &'s mut [f32]) -> &'s [f32] {
+        let len = units.len() * self.d;
+        &self.store.values(units, scratch)[..len]
+    }
+
+    /// The keys of a tile in memory that is near.
+    ///
+    /// Broadcasts walk through a tile in columns. In the store that would be one miss after the
+    /// other; a copy is made in the order in which memory is fetched ahead.
+    #[inline(always)]
+    pub(crate) fn near_keys<'s, S: Simd>(
+        &'s self,
+        s: S,
+        units: Range<usize>,
+        scratch: &'s mut [f32],
+        rotated: &'s mut [f32],
+    ) -> &'s [f32] {
+        match self.store.stored_keys(units.clone()) {
+            Some(Floats::F32(keys)) if self.copies && self.rotation.is_none() => {
+                copy(keys, scratch)
+            }
+            _ => self.keys(s, units, scratch, rotated),
+        }
+    }
+
+    /// The values of a tile in memory that is near.
+    #[inline(always)]
+    pub(super) fn near_values<'s>(
+        &'s self,
+        units: Range<usize>,
+        scratch: &'s mut [f32],
+    ) -> &'s [f32] {
+        match self.store.stored_values(units.clone()) {
+            Some(Floats::F32(values)) if self.copies => copy(values, scratch),
+            _ => self.values(units, scratch),
+        }
+    }
+}
+
+fn copy<'s>(x: &[f32], scratch: &'s mut [f32]) -> &'s [f32] {
+    let scratch = &mut scratch[..x.len()];
+    scratch.copy_from_slice(x);
+    scratch
+}
