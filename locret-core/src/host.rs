@@ -1,7 +1,7 @@
 //! Tensors whose memory is the host's: handed to kernels and back without a copy.
 
 use crate::{Error, Result};
-use burn::tensor::{DType, Device, Tensor, TensorData};
+use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 
 /// Whether tensors on `device` lie in host memory and change hands without a copy.
 ///
@@ -42,16 +42,9 @@ pub fn from_f32<const D: usize>(values: Vec<f32>, shape: [usize; D], device: &De
     Tensor::from_data(TensorData::new(values, shape), device)
 }
 
-/// Checks a tensor's dimensions.
-pub(crate) fn expect_dims<const D: usize>(
-    what: &'static str,
-    tensor: &Tensor<D>,
-    expected: [usize; D],
-) -> Result<()> {
-    let found = tensor.dims();
-    if found == expected {
-        Ok(())
-    } else {
-        Err(Error::shape(what, expected, found))
-    }
+/// Token ids as a tensor `[tokens]`, for an adapter's embedding.
+pub fn ids_tensor(ids: &[u32], device: &Device) -> Tensor<1, Int> {
+    let ids: Vec<i32> = ids.iter().map(|id| *id as i32).collect();
+    let len = ids.len();
+    Tensor::from_data(TensorData::new(ids, [len]), device)
 }

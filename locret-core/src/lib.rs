@@ -9,50 +9,47 @@
 //! - [`KvCachePolicy`] and [`Scorer`]: what stays. Policies own nothing; `locret-policies` has
 //!   Locret's retaining heads and the methods it is compared with.
 //! - [`CausalLm`] and [`ModelSpec`]: what a model must offer; `locret-models` has Llama and Phi-3.
-//! - [`SequenceCache`]: owns keys, values, positions and scores, rotates, attends, evicts, and
-//!   counts the bytes.
+//! - [`Compute`]: where things are computed, with the CPU kernels ([`Host`]) or with Burn's operations
+//!   ([`Ops`]); [`Rows`]: what goes in and comes out, wherever it lies.
+//! - [`SequenceCache`]: owns keys, values, positions and scores of one sequence, and counts the bytes.
+//! - [`Pass`]: one step of one or several sequences through a model; [`Probe`] watches it.
 //! - [`KvStore`]: how units are kept in memory.
-//! - [`Session`]: reads prompts, generates text, reports.
+//! - [`Session`]: reads prompts, generates text, reports; [`plan`] says before what that will take.
 //!
-//! It names no policy, no model and no backend of Burn. Where a device's tensors lie in host memory
-//! the [`kernels`] compute; elsewhere Burn's operations do.
+//! It names no policy, no model and no backend of Burn.
 #![deny(missing_docs)]
 
-mod attention;
-mod budget;
-mod cache;
-mod error;
-mod evict;
+mod compute;
+mod contract;
+mod engine;
 mod host;
-#[doc(hidden)]
-pub use locret_kernels as kernels;
-mod model;
-mod policy;
-mod quantized;
-mod rope;
-mod sample;
-mod session;
-mod spec;
-mod store;
-mod units;
+mod stores;
 
 #[cfg(feature = "conformance")]
 pub mod conformance;
 
-pub use budget::{Budget, DecodeEviction, Guard};
-pub use cache::{CacheOptions, Kernels, Peak, SequenceCache, ids_tensor};
-pub use error::{Error, Result};
-pub use evict::Evict;
-pub use host::{from_f32, into_f32, is_host_device};
-pub use model::CausalLm;
-pub use policy::{
-    Keep, KvCachePolicy, Needs, Observation, Observe, Phase, Positions, Queries, Scorer, Step,
-    Verdict,
+pub use compute::{
+    Activations, Attention, Compute, Host, Kernels, Matrix, Ops, Perceptron, Rotation, Rows,
+    TableRows, Weight, compute,
 };
-pub use quantized::{QuantLayout, Quantization, QuantizedStore};
-pub use rope::{LongRopeSwitch, RopeConfig, RopeScaling};
-pub use sample::{Sampler, Sampling, argmax};
-pub use session::{ChunkDone, Generate, OnChunk, Prefill, Report, Session, TokenScore, Tokens};
-pub use spec::{LayerSpec, ModelSpec};
-pub use store::{Dense, Fold, KvDtype, KvStore, Placement, TurnKeys};
-pub use units::{LayerInput, LayerUnits, Observed, Qkv, Scores, Selection};
+pub use contract::{
+    Budget, CausalLm, DecodeEviction, Error, Evict, Guard, Held, Keep, KvCachePolicy, LayerSpec,
+    LayerUnits, ModelSpec, Needs, Observation, Observe, Observed, Phase, Positions, Qkv, Queries,
+    Result, Scorer, Scores, Selection, Step, Verdict,
+};
+pub use engine::{
+    Births, CacheOptions, ChunkDone, Decided, Generate, LongRopeSwitch, OnChunk, Pass, Peak, Plan,
+    Prefill, Probe, Report, RopeConfig, RopeScaling, Sampler, Sampling, SequenceCache,
+    SequenceStep, Session, TokenScore, Tokens, argmax, forward, plan,
+};
+pub use host::{from_f32, ids_tensor, into_f32, is_host_device};
+#[doc(hidden)]
+pub use locret_kernels as kernels;
+pub use locret_kernels::{
+    dtype::DType,
+    rope::RopeTable,
+    tiles::{Floats, KvTiles},
+};
+pub use stores::{
+    Dense, Fold, Growth, KvStore, Placement, QuantLayout, Quantization, QuantizedStore, TurnKeys,
+};

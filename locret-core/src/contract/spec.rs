@@ -1,12 +1,13 @@
 //! What the engine has to know of a model.
 
-use crate::{Error, Result, rope::RopeConfig};
+use crate::{Error, Result, RopeConfig};
 
 /// The dimensions of a decoder-only model, and how it encodes positions.
 ///
-/// This and one call of [`SequenceCache::attend`](crate::SequenceCache::attend) per layer are all
-/// that an adapter shares with the engine.
+/// This and one call of [`Pass::attend`](crate::Pass::attend) per layer are all that an adapter shares
+/// with the engine.
 #[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
 pub struct ModelSpec {
     /// Decoder layers.
     pub layers: usize,
@@ -26,9 +27,77 @@ pub struct ModelSpec {
     pub max_positions: Option<usize>,
     /// Rotary position embedding.
     pub rope: RopeConfig,
+    /// Whether the adapter hands along what each layer makes q, k and v from
+    /// ([`Qkv::made_from`](crate::Qkv::made_from)).
+    pub layer_input: bool,
 }
 
 impl ModelSpec {
+    /// A model of `layers` layers of `heads` query heads in groups that share one of `kv_heads` KV heads,
+    /// with features `hidden` of the hidden state and `vocab` tokens.
+    ///
+    /// Heads have `hidden / heads` features, all of them rotated with a base of 10,000, and logits of
+    /// attention are scaled by `1 / √head_dim`; see [`with_head_dim`](Self::with_head_dim),
+    /// [`with_rope`](Self::with_rope), [`with_softmax_scale`](Self::with_softmax_scale).
+    pub fn new(layers: usize, heads: usize, kv_heads: usize, hidden: usize, vocab: usize) -> Self {
+        let spec = Self {
+            layers,
+            heads,
+            kv_heads,
+            head_dim: 0,
+            hidden,
+            vocab,
+            softmax_scale: 1.0,
+            max_positions: None,
+            rope: RopeConfig::plain(10_000.0, 0),
+            layer_input: false,
+        };
+        spec.with_head_dim(hidden / heads.max(1))
+    }
+
+    /// Heads of another number of features than `hidden / heads`. All of them are rotated; logits are
+    /// scaled by `1 / √head_dim`.
+    pub fn with_head_dim(self, head_dim: usize) -> Self {
+        Self {
+            head_dim,
+            softmax_scale: (1.0 / (head_dim as f64).sqrt()) as f32,
+            rope: RopeConfig {
+                rotary_dim: head_dim,
+                ..self.rope
+            },
+            ..self
+        }
+    }
+
+    /// Another rotary embedding.
+    pub fn with_rope(self, rope: RopeConfig) -> Self {
+        Self { rope, ..self }
+    }
+
+    /// Another factor on `q · k`.
+    pub fn with_softmax_scale(self, softmax_scale: f32) -> Self {
+        Self {
+            softmax_scale,
+            ..self
+        }
+    }
+
+    /// The length that the model was trained for.
+    pub fn with_max_positions(self, tokens: Option<usize>) -> Self {
+        Self {
+            max_positions: tokens,
+            ..self
+        }
+    }
+
+    /// The adapter hands each layer's input along; see [`layer_input`](Self::layer_input).
+    pub fn with_layer_input(self) -> Self {
+        Self {
+            layer_input: true,
+            ..self
+        }
+    }
+
     /// Checks that the dimensions are possible.
     ///
     /// # Errors

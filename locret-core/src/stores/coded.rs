@@ -1,17 +1,22 @@
 //! A store that keeps keys and values as small integers.
 
-use crate::{
-    Error, Fold, LayerSpec, Result, host,
-    kernels::{
-        select::compact_rows,
-        tiles::{Floats, KvTiles},
-    },
-    store::{KvStore, Placement, check_append, check_folds, check_retain},
+use super::{
+    Fold, Growth, KvStore, Placement, check_append, check_folds, check_retain, folded,
+    growth::{self, CodedGrowth, RESERVE},
+    saved,
 };
-use burn::tensor::{Device, Tensor};
+use crate::{Error, LayerSpec, Result, Rows};
+use burn::tensor::Device;
 use half::f16;
+use locret_kernels::{
+    select::compact_rows,
+    tiles::{Floats, KvTiles},
+};
 use serde::{Deserialize, Serialize};
-use std::ops::Range;
+use std::{
+    io::{Read, Write},
+    ops::Range,
+};
 
 /// How a [`QuantizedStore`] keeps its units.
 ///
@@ -113,14 +118,13 @@ impl Quantization {
 /// within a chunk is exact and what the policy drops at once is never quantised. Codes, steps and
 /// lows of a unit are made once and never again: dropping others moves them, bit for bit.
 ///
-/// All of it lies in host memory; elsewhere than on a host device, keys and values are uploaded
-/// when they are asked for.
+/// All of it lies in host memory: where something else than the CPU kernels attends, keys and values
+/// are uploaded when they are asked for.
 #[derive(Debug, Clone)]
 pub struct QuantizedStore {
     heads: Vec<Head>,
     shape: Shape,
     device: Device,
-    on_host: bool,
 }
 
 /// Sizes that all heads share.
@@ -151,10 +155,6 @@ struct Part {
     tail: Vec<f32>,
 }
 
-/// How many units a buffer of codes or scales grows by when single tokens come. Units that are not
-/// quantised take as much as many that are, and stay as many: room for one more is enough.
-const RESERVE: usize = 64;
-
 impl QuantizedStore {
     /// An empty store.
     ///
@@ -168,8 +168,7 @@ impl QuantizedStore {
                 dim: layer.head_dim,
                 config,
             },
-            device: place.device.clone(),
-            on_host: place.host,
+            device: place.compute.device().clone(),
         })
     }
 
@@ -190,10 +189,10 @@ impl QuantizedStore {
         self.heads[head].coded(self.shape)
     }
 
-    fn tensor(&self, rows: usize, fill: impl FnOnce(&mut [f32])) -> Tensor<2> {
+    fn rows(&self, rows: usize, fill: impl FnOnce(&mut [f32])) -> Result<Rows> {
         let mut values = vec![0.0; rows * self.shape.dim];
         fill(&mut values);
-        host::from_f32(values, [rows, self.shape.dim], &self.device)
+        Rows::new(values, self.shape.dim, &self.device)
     }
 }
 
@@ -221,6 +220,14 @@ impl Shape {
     /// Steps and lows of a unit.
     fn row_scales(self) -> usize {
         2 * self.dim.div_ceil(self.width())
+    }
+
+    /// All that decides what a saved store means.
+    fn saved_name(self) -> String {
+        let Quantization {
+            group, residual, ..
+        } = self.config;
+        format!("{} g{group} r{residual}", self.config.name())
     }
 
     fn kivi(self) -> bool {
@@ -496,6 +503,40 @@ impl Head {
         self.values.scales[unit * scales..][..scales].copy_from_slice(&made);
     }
 
+    fn read(shape: Shape, from: &mut dyn Read) -> Result<Self> {
+        let width = shape.row_bytes().max(shape.row_scales()).max(shape.dim);
+        let coded = saved::read_count(from, width)?;
+        let tail = saved::read_count(from, width)?;
+        let runs = saved::read_count(from, 2 * shape.dim)?;
+        let runs: Vec<u32> = saved::read(from, runs)?;
+        let possible = 1..=u32::try_from(shape.config.group).unwrap_or(u32::MAX);
+        let members: u64 = runs.iter().map(|run| u64::from(*run)).sum();
+        let due = if shape.kivi() { coded as u64 } else { 0 };
+        if members != due || !runs.iter().all(|run| possible.contains(run)) {
+            return Err(Error::Snapshot(format!(
+                "groups of {members} keys, {due} in groups of {} at most are due",
+                shape.config.group
+            )));
+        }
+        let by_row = coded * shape.row_scales();
+        let of_keys = match shape.kivi() {
+            true => runs.len() * 2 * shape.dim,
+            false => by_row,
+        };
+        let mut part = |scales| -> Result<Part> {
+            Ok(Part {
+                codes: saved::read(from, coded * shape.row_bytes())?,
+                scales: saved::read(from, scales)?,
+                tail: saved::read(from, tail * shape.dim)?,
+            })
+        };
+        Ok(Self {
+            keys: part(of_keys)?,
+            values: part(by_row)?,
+            runs,
+        })
+    }
+
     fn bytes(&self) -> usize {
         let part = |part: &Part| {
             part.codes.capacity() + 2 * part.scales.capacity() + 4 * part.tail.capacity()
@@ -521,7 +562,7 @@ fn split(range: Range<usize>, coded: usize) -> (Range<usize>, Range<usize>) {
 /// Room for `units` more rows: exactly for a chunk, in steps for single tokens.
 fn reserve<T>(buffer: &mut Vec<T>, units: usize, row: usize) {
     if buffer.capacity() - buffer.len() < units * row {
-        buffer.reserve_exact(if units == 1 { RESERVE } else { units } * row);
+        buffer.reserve_exact(growth::room(units) * row);
     }
 }
 
@@ -537,10 +578,10 @@ impl KvStore for QuantizedStore {
         self.shape.config.name()
     }
 
-    fn append(&mut self, keys: Tensor<2>, values: Tensor<2>) -> Result<()> {
+    fn append(&mut self, keys: &Rows, values: &Rows) -> Result<()> {
         let (g, d) = (self.heads.len(), self.shape.dim);
-        let t = check_append(&keys, &values, g, d)?;
-        let (keys, values) = (host::into_f32(keys)?, host::into_f32(values)?);
+        let t = check_append(keys, values, g, d)?;
+        let (keys, values) = (keys.values()?, values.values()?);
         for (index, head) in self.heads.iter_mut().enumerate() {
             for (to, from) in [
                 (&mut head.keys.tail, &keys),
@@ -581,7 +622,7 @@ impl KvStore for QuantizedStore {
             head.values(shape, unit as usize..unit as usize + 1, &mut out);
             out
         };
-        for (unit, value) in crate::store::folded(folds, |unit| value(head, unit)) {
+        for (unit, value) in folded(folds, |unit| value(head, unit)) {
             head.set_value(shape, unit as usize, &value);
         }
         Ok(())
@@ -599,25 +640,53 @@ impl KvStore for QuantizedStore {
         self.heads.iter().map(Head::bytes).sum()
     }
 
-    fn keys(&self, head: usize) -> Result<Tensor<2>> {
-        let (head, shape) = (&self.heads[head], self.shape);
-        let n = head.len(shape);
-        Ok(self.tensor(n, |out| head.keys(shape, 0..n, out)))
+    fn growth(&self) -> Box<dyn Growth> {
+        let Shape { dim, config } = self.shape;
+        Box::new(CodedGrowth::new(self.heads.len(), dim, config))
     }
 
-    fn values(&self, head: usize) -> Result<Tensor<2>> {
+    fn keys(&self, head: usize) -> Result<Rows> {
         let (head, shape) = (&self.heads[head], self.shape);
         let n = head.len(shape);
-        Ok(self.tensor(n, |out| head.values(shape, 0..n, out)))
+        self.rows(n, |out| head.keys(shape, 0..n, out))
+    }
+
+    fn values(&self, head: usize) -> Result<Rows> {
+        let (head, shape) = (&self.heads[head], self.shape);
+        let n = head.len(shape);
+        self.rows(n, |out| head.values(shape, 0..n, out))
     }
 
     fn tiles(&self, head: usize) -> Option<Box<dyn KvTiles + '_>> {
-        self.on_host.then(|| {
-            Box::new(Tiles {
-                head: &self.heads[head],
-                shape: self.shape,
-            }) as Box<dyn KvTiles + '_>
-        })
+        Some(Box::new(Tiles {
+            head: &self.heads[head],
+            shape: self.shape,
+        }))
+    }
+
+    fn write(&self, to: &mut dyn Write) -> Result<()> {
+        let shape = self.shape;
+        saved::write_header(to, &shape.saved_name(), self.heads.len(), shape.dim)?;
+        for head in &self.heads {
+            saved::write_count(to, head.coded(shape))?;
+            saved::write_count(to, head.len(shape) - head.coded(shape))?;
+            saved::write_count(to, head.runs.len())?;
+            saved::write(to, &head.runs)?;
+            for part in [&head.keys, &head.values] {
+                saved::write(to, &part.codes)?;
+                saved::write(to, &part.scales)?;
+                saved::write(to, &part.tail)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn read(&mut self, from: &mut dyn Read) -> Result<()> {
+        let shape = self.shape;
+        saved::read_header(from, &shape.saved_name(), self.heads.len(), shape.dim)?;
+        let heads = (0..self.heads.len()).map(|_| Head::read(shape, from));
+        self.heads = heads.collect::<Result<_>>()?;
+        Ok(())
     }
 
     fn fork(&self) -> Box<dyn KvStore> {
@@ -675,7 +744,7 @@ impl KvTiles for Tiles<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::KvDtype;
+    use crate::{DType, compute};
     use proptest::prelude::*;
 
     fn numbers(n: usize, seed: u64) -> Vec<f32> {
@@ -699,9 +768,8 @@ mod tests {
             head_dim: dim,
         };
         let place = Placement {
-            device: Device::default(),
-            dtype: KvDtype::F32,
-            host: true,
+            compute: compute(&Device::default()),
+            dtype: DType::F32,
         };
         QuantizedStore::new(&layer, &place, config).unwrap()
     }
@@ -711,10 +779,8 @@ mod tests {
         let (g, d) = (store.heads.len(), store.shape.dim);
         let given = [seed, seed ^ 0xff].map(|seed| numbers(tokens * g * d, seed));
         let device = Device::default();
-        let [k, v] = given
-            .clone()
-            .map(|x| host::from_f32(x, [tokens, g * d], &device));
-        store.append(k, v).unwrap();
+        let [k, v] = given.clone().map(|x| Rows::new(x, g * d, &device).unwrap());
+        store.append(&k, &v).unwrap();
         let of = |x: &Vec<f32>, head: usize| -> Vec<f32> {
             let rows = x.chunks(g * d).map(|row| &row[head * d..(head + 1) * d]);
             rows.flatten().copied().collect()
@@ -723,7 +789,7 @@ mod tests {
     }
 
     fn read(store: &QuantizedStore, head: usize) -> [Vec<f32>; 2] {
-        [store.keys(head), store.values(head)].map(|x| host::into_f32(x.unwrap()).unwrap())
+        [store.keys(head), store.values(head)].map(|x| x.unwrap().into_values().unwrap())
     }
 
     fn any_config() -> impl Strategy<Value = Quantization> {
@@ -757,8 +823,8 @@ mod tests {
             let given = numbers(2 * tokens * dim, seed).iter().map(|x| x * scale + scale).collect::<Vec<_>>();
             let (k, v) = given.split_at(tokens * dim);
             let device = Device::default();
-            let tensor = |x: &[f32]| host::from_f32(x.to_vec(), [tokens, dim], &device);
-            store.append(tensor(k), tensor(v)).unwrap();
+            let rows = |x: &[f32]| Rows::new(x.to_vec(), dim, &device).unwrap();
+            store.append(&rows(k), &rows(v)).unwrap();
             prop_assert_eq!(read(&store, 0), [k.to_vec(), v.to_vec()]);
             store.settle().unwrap();
             let coded = store.quantized(0);
@@ -957,8 +1023,8 @@ mod tests {
             0.0,
             0.0,
         ];
-        let tensor = || host::from_f32(rows.clone(), [4, 4], &device);
-        store.append(tensor(), tensor()).unwrap();
+        let rows = Rows::new(rows, 4, &device).unwrap();
+        store.append(&rows, &rows).unwrap();
         store.settle().unwrap();
         let [keys, values] = read(&store, 0);
         assert!(keys[..4].iter().all(|x| x.is_nan()));

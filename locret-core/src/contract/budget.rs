@@ -1,10 +1,23 @@
 //! How much may stay.
 
 use crate::{Error, LayerSpec, Result};
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize, de};
+use std::{fmt, str::FromStr};
 
 /// How many units each KV head of each layer may keep.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+///
+/// As text: `256` is a number of units, `0.25` or `25%` a share, `64MiB`, `64MB` or `512B` a number
+/// of bytes. A file may also say `{ units = 256 }`, `{ ratio = 0.25 }` or `{ bytes = 4_000_000 }`.
+///
+/// ```
+/// use locret_core::Budget;
+///
+/// assert_eq!("256".parse::<Budget>()?, Budget::Units(256));
+/// assert_eq!("12.5%".parse::<Budget>()?, Budget::Ratio(0.125));
+/// assert_eq!("64MiB".parse::<Budget>()?, Budget::Bytes(64 << 20));
+/// # Ok::<(), locret_core::Error>(())
+/// ```
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Budget {
     /// This many units.
@@ -49,6 +62,109 @@ impl Budget {
             )),
             _ => Ok(()),
         }
+    }
+}
+
+/// What a unit of bytes stands for. Longer names come first: all of them end in `B`.
+const BYTES: [(&str, f64); 8] = [
+    ("KiB", 1024.0),
+    ("MiB", 1_048_576.0),
+    ("GiB", 1_073_741_824.0),
+    ("kB", 1e3),
+    ("KB", 1e3),
+    ("MB", 1e6),
+    ("GB", 1e9),
+    ("B", 1.0),
+];
+
+impl FromStr for Budget {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self> {
+        let wrong = || {
+            let forms = "units (256), a share (0.25 or 25%) or bytes (64MiB)";
+            Error::setting("budget", forms, format!("{text:?}"))
+        };
+        let number = |text: &str| text.trim().parse::<f64>().map_err(|_| wrong());
+        let text = text.trim();
+        if let Ok(units) = text.parse() {
+            return Ok(Self::Units(units));
+        }
+        if let Some(percent) = text.strip_suffix('%') {
+            return Ok(Self::Ratio(number(percent)? / 100.0));
+        }
+        for (unit, size) in BYTES {
+            if let Some(count) = text.strip_suffix(unit) {
+                let bytes = number(count)? * size;
+                // Up to here every whole number of bytes is exact.
+                let fits = (0.0..9e15).contains(&bytes);
+                return fits
+                    .then_some(Self::Bytes(bytes as usize))
+                    .ok_or_else(wrong);
+            }
+        }
+        match number(text)? {
+            share if share > 0.0 && share <= 1.0 => Ok(Self::Ratio(share)),
+            _ => Err(wrong()),
+        }
+    }
+}
+
+/// The form that [`FromStr`] reads.
+impl fmt::Display for Budget {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Units(units) => write!(f, "{units}"),
+            // With a point or an exponent, which tells a share of 1.0 from one unit.
+            Self::Ratio(share) => write!(f, "{share:?}"),
+            Self::Bytes(bytes) => write!(f, "{bytes}B"),
+        }
+    }
+}
+
+impl<'de> Deserialize<'de> for Budget {
+    fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
+        from.deserialize_any(Reader)
+    }
+}
+
+/// A budget that names its kind.
+#[derive(Deserialize)]
+#[serde(rename_all = "snake_case", remote = "Budget")]
+enum Named {
+    Units(usize),
+    Ratio(f64),
+    Bytes(usize),
+}
+
+struct Reader;
+
+impl<'de> de::Visitor<'de> for Reader {
+    type Value = Budget;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(
+            "a number of units, a text such as \"25%\" or \"64MiB\", or one of `units`, `ratio` and \
+             `bytes` with its value",
+        )
+    }
+
+    fn visit_u64<E: de::Error>(self, units: u64) -> Result<Budget, E> {
+        usize::try_from(units).map(Budget::Units).map_err(E::custom)
+    }
+
+    fn visit_i64<E: de::Error>(self, units: i64) -> Result<Budget, E> {
+        usize::try_from(units)
+            .map(Budget::Units)
+            .map_err(|_| E::invalid_value(de::Unexpected::Signed(units), &self))
+    }
+
+    fn visit_str<E: de::Error>(self, text: &str) -> Result<Budget, E> {
+        text.parse().map_err(E::custom)
+    }
+
+    fn visit_map<A: de::MapAccess<'de>>(self, map: A) -> Result<Budget, A::Error> {
+        Named::deserialize(de::value::MapAccessDeserializer::new(map))
     }
 }
 
@@ -99,6 +215,38 @@ pub enum DecodeEviction {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn budgets_are_read_as_they_are_written() {
+        for (text, budget) in [
+            ("256", Budget::Units(256)),
+            ("0.25", Budget::Ratio(0.25)),
+            ("1.0", Budget::Ratio(1.0)),
+            ("12.5%", Budget::Ratio(0.125)),
+            (" 25 % ", Budget::Ratio(0.25)),
+            ("4MiB", Budget::Bytes(4 << 20)),
+            ("64MB", Budget::Bytes(64_000_000)),
+            ("1.5 KiB", Budget::Bytes(1536)),
+            ("3kB", Budget::Bytes(3000)),
+            ("3 KB", Budget::Bytes(3000)),
+            ("2GiB", Budget::Bytes(2 << 30)),
+            ("0.5GB", Budget::Bytes(500_000_000)),
+            ("512B", Budget::Bytes(512)),
+        ] {
+            assert_eq!(text.parse::<Budget>().unwrap(), budget, "{text}");
+            assert_eq!(budget.to_string().parse::<Budget>().unwrap(), budget);
+        }
+        for share in [0.07, 1e-7, 1.0 / 3.0] {
+            let budget = Budget::Ratio(share);
+            assert_eq!(budget.to_string().parse::<Budget>().unwrap(), budget);
+        }
+        for bad in [
+            "", "-1", "x", "1.5", "0.0", "GiB", "-1MiB", "NaN B", "%", "nan", "9e15B",
+        ] {
+            let error = bad.parse::<Budget>().unwrap_err().to_string();
+            assert!(error.contains(&format!("{bad:?}")), "{error}");
+        }
+    }
 
     #[test]
     fn a_pyramid_has_the_same_sum_as_a_block() {

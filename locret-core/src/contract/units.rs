@@ -1,142 +1,90 @@
 //! What a policy is shown of a layer, and what it answers with.
 
 use crate::{
-    Error, LayerSpec, Observation, Result, host, kernels::elementwise::copied, store::KvStore,
+    Compute, Error, KvStore, LayerSpec, Observation, Result, RopeTable, Rotation, Rows, host,
 };
-use burn::tensor::{Device, Tensor};
-use std::sync::OnceLock;
+use burn::tensor::Tensor;
 
 /// Queries, keys and values of new tokens in one layer, **before** rotation.
 ///
-/// Token-major, as projections produce them: no head axis, no batch axis (a cache holds one
-/// sequence).
+/// Token-major, as projections produce them: no head axis, no batch axis. Tokens of several sequences
+/// stand one below the other.
 #[derive(Debug, Clone)]
 pub struct Qkv {
     /// `[tokens, heads * head_dim]`
-    pub q: Tensor<2>,
+    pub q: Rows,
     /// `[tokens, kv_heads * head_dim]`
-    pub k: Tensor<2>,
+    pub k: Rows,
     /// `[tokens, kv_heads * head_dim]`
-    pub v: Tensor<2>,
+    pub v: Rows,
+    input: Option<Rows>,
 }
 
 impl Qkv {
+    /// Queries, keys and values: tensors, or [`Rows`].
+    pub fn new(q: impl Into<Rows>, k: impl Into<Rows>, v: impl Into<Rows>) -> Self {
+        Self {
+            q: q.into(),
+            k: k.into(),
+            v: v.into(),
+            input: None,
+        }
+    }
+
+    /// Hands along what they are made from, `[tokens, hidden]`: the hidden state after the normalisation
+    /// before attention. For adapters that say so in [`ModelSpec::layer_input`].
+    ///
+    /// [`ModelSpec::layer_input`]: crate::ModelSpec::layer_input
+    pub fn made_from(self, input: impl Into<Rows>) -> Self {
+        Self {
+            input: Some(input.into()),
+            ..self
+        }
+    }
+
     /// The number of tokens.
     pub fn tokens(&self) -> usize {
-        self.q.dims()[0]
+        self.q.rows()
     }
 
-    fn copied(values: &[Vec<f32>; 3], tokens: usize, device: &Device) -> Self {
-        let [q, k, v] = [0, 1, 2].map(|i| {
-            let width = values[i].len() / tokens.max(1);
-            host::from_f32(copied(&values[i]), [tokens, width], device)
-        });
-        Self { q, k, v }
+    /// What [`made_from`](Self::made_from) was told.
+    pub(crate) fn take_input(&mut self) -> Option<Rows> {
+        self.input.take()
     }
 
-    pub(crate) fn check(&self, layer: &LayerSpec) -> Result<usize> {
-        let t = self.tokens();
-        host::expect_dims("q", &self.q, [t, layer.heads * layer.head_dim])?;
-        host::expect_dims("k", &self.k, [t, layer.kv_heads * layer.head_dim])?;
-        host::expect_dims("v", &self.v, [t, layer.kv_heads * layer.head_dim])?;
-        Ok(t)
-    }
-}
-
-/// Queries, keys and values of new tokens, kept for a policy while attention goes on with its own.
-#[derive(Debug)]
-pub(crate) enum KeptQkv {
-    Tensors(Qkv),
-    /// In host memory; tensors are made if they are asked for.
-    Host {
-        values: [Vec<f32>; 3],
+    /// Checks that these are `tokens` tokens of a layer, with their input if it is due.
+    pub(crate) fn check(
+        &self,
+        layer: &LayerSpec,
         tokens: usize,
-        device: Device,
-        tensors: OnceLock<Qkv>,
-    },
-}
-
-impl KeptQkv {
-    /// Keeps `qkv` and hands out the same again, which then has no other owner where it lies in host
-    /// memory.
-    pub(crate) fn keep(qkv: Qkv, on_host: bool) -> Result<(Self, Qkv)> {
-        if !on_host {
-            return Ok((Self::Tensors(qkv.clone()), qkv));
-        }
-        let (tokens, device) = (qkv.tokens(), qkv.q.device());
-        let values = [
-            host::into_f32(qkv.q)?,
-            host::into_f32(qkv.k)?,
-            host::into_f32(qkv.v)?,
-        ];
-        let again = Qkv::copied(&values, tokens, &device);
-        let kept = Self::Host {
-            values,
-            tokens,
-            device,
-            tensors: OnceLock::new(),
-        };
-        Ok((kept, again))
-    }
-}
-
-/// What a layer makes queries, keys and values of new tokens from, `[tokens, hidden]`: the hidden state
-/// after the normalisation before attention.
-#[derive(Debug, Clone, Copy)]
-pub enum LayerInput<'a> {
-    /// In host memory, row-major.
-    Host(&'a [f32]),
-    /// On a device.
-    Tensor(&'a Tensor<2>),
-}
-
-impl<'a> From<&'a [f32]> for LayerInput<'a> {
-    fn from(values: &'a [f32]) -> Self {
-        Self::Host(values)
-    }
-}
-
-impl<'a> From<&'a Tensor<2>> for LayerInput<'a> {
-    fn from(tensor: &'a Tensor<2>) -> Self {
-        Self::Tensor(tensor)
-    }
-}
-
-impl LayerInput<'_> {
-    pub(crate) fn check(&self, tokens: usize, hidden: usize) -> Result<()> {
+        hidden: Option<usize>,
+    ) -> Result<()> {
+        self.q.expect("q", [tokens, layer.heads * layer.head_dim])?;
+        self.k
+            .expect("k", [tokens, layer.kv_heads * layer.head_dim])?;
+        self.v
+            .expect("v", [tokens, layer.kv_heads * layer.head_dim])?;
         let what = "the input of a layer";
-        match self {
-            Self::Host(values) if values.len() != tokens * hidden => {
-                Err(Error::shape(what, [tokens * hidden], [values.len()]))
+        match (&self.input, hidden) {
+            (Some(input), Some(hidden)) => input.expect(what, [tokens, hidden]),
+            (None, Some(hidden)) => Err(Error::shape(what, [tokens, hidden], "none")),
+            (Some(input), None) => {
+                let expected = "none, as `ModelSpec::layer_input` does not say so";
+                Err(Error::shape(what, expected, input.shape()))
             }
-            Self::Host(_) => Ok(()),
-            Self::Tensor(tensor) => host::expect_dims(what, tensor, [tokens, hidden]),
+            (None, None) => Ok(()),
         }
     }
-}
 
-/// A [`LayerInput`], kept for a verdict that comes later.
-#[derive(Debug)]
-pub(crate) enum KeptInput {
-    Host(Vec<f32>),
-    Tensor(Tensor<2>),
-}
-
-impl From<LayerInput<'_>> for KeptInput {
-    fn from(input: LayerInput<'_>) -> Self {
-        match input {
-            LayerInput::Host(values) => Self::Host(copied(values)),
-            LayerInput::Tensor(tensor) => Self::Tensor(tensor.clone()),
-        }
-    }
-}
-
-impl<'a> From<&'a KeptInput> for LayerInput<'a> {
-    fn from(input: &'a KeptInput) -> Self {
-        match input {
-            KeptInput::Host(values) => Self::Host(values),
-            KeptInput::Tensor(tensor) => Self::Tensor(tensor),
-        }
+    /// Those of some tokens.
+    pub(crate) fn slice(&self, tokens: std::ops::Range<usize>) -> Result<Self> {
+        let input = self.input.as_ref();
+        Ok(Self {
+            q: self.q.slice(tokens.clone())?,
+            k: self.k.slice(tokens.clone())?,
+            v: self.v.slice(tokens.clone())?,
+            input: input.map(|input| input.slice(tokens)).transpose()?,
+        })
     }
 }
 
@@ -196,10 +144,10 @@ pub struct LayerUnits<'a> {
     pub(crate) incoming: usize,
     pub(crate) heads: &'a [HeadMeta],
     pub(crate) store: &'a dyn KvStore,
-    pub(crate) rotation: Option<&'a crate::kernels::rope::RopeTable>,
-    pub(crate) qkv: Option<&'a KeptQkv>,
-    pub(crate) input: Option<LayerInput<'a>>,
-    pub(crate) device: &'a Device,
+    pub(crate) rotation: Option<&'a RopeTable>,
+    pub(crate) compute: &'a dyn Compute,
+    pub(crate) qkv: Option<&'a Qkv>,
+    pub(crate) input: Option<&'a Rows>,
     pub(crate) surprisal: Option<&'a [f32]>,
     pub(crate) observed: Option<&'a Observed>,
 }
@@ -255,18 +203,23 @@ impl<'a> LayerUnits<'a> {
         &self.heads[head].scores
     }
 
+    /// What computes, for scores of one's own.
+    pub fn compute(&self) -> &'a dyn Compute {
+        self.compute
+    }
+
     /// The keys of `head`, `[units, head_dim]`, rotated as attention saw them in this step.
     ///
     /// # Errors
     /// If the store cannot hand them out.
-    pub fn keys(&self, head: usize) -> Result<Tensor<2>> {
+    pub fn keys(&self, head: usize) -> Result<Rows> {
         let keys = self.store.keys(head)?;
         match self.rotation {
-            None => Ok(keys),
             Some(table) => {
-                let on_host = self.store.tiles(head).is_some();
-                crate::attention::rotate_contiguous(keys, self.layer.head_dim, table, on_host)
+                let by = Rotation::contiguous(table, self.layer.head_dim);
+                self.compute.rotate(keys, &by)
             }
+            None => Ok(keys),
         }
     }
 
@@ -274,7 +227,7 @@ impl<'a> LayerUnits<'a> {
     ///
     /// # Errors
     /// If the store cannot hand them out.
-    pub fn values(&self, head: usize) -> Result<Tensor<2>> {
+    pub fn values(&self, head: usize) -> Result<Rows> {
         self.store.values(head)
     }
 
@@ -284,51 +237,16 @@ impl<'a> LayerUnits<'a> {
     /// [`Needs::qkv`]: crate::Needs::qkv
     /// [`Phase::Turn`]: crate::Phase::Turn
     pub fn qkv(&self) -> Option<&'a Qkv> {
-        self.qkv.map(|kept| match kept {
-            KeptQkv::Tensors(qkv) => qkv,
-            KeptQkv::Host {
-                values,
-                tokens,
-                device,
-                tensors,
-            } => tensors.get_or_init(|| Qkv::copied(values, *tokens, device)),
-        })
-    }
-
-    /// What [`qkv`](Self::qkv) has, as it lies in host memory, without a copy: queries `[tokens, heads *
-    /// head_dim]`, keys and values `[tokens, kv_heads * head_dim]`, row-major. `None` where there is no
-    /// [`qkv`](Self::qkv), and where the model does not run on the CPU kernels.
-    pub fn host_qkv(&self) -> Option<[&'a [f32]; 3]> {
-        match self.qkv? {
-            KeptQkv::Tensors(_) => None,
-            KeptQkv::Host { values, .. } => Some(values.each_ref().map(Vec::as_slice)),
-        }
+        self.qkv
     }
 
     /// What the layer made the new tokens' queries, keys and values from, `[tokens, hidden]`, if
-    /// [`Needs::input`] asked for it and the adapter hands it out
-    /// ([`SequenceCache::attend_from`](crate::SequenceCache::attend_from)). `None` in
-    /// [`Phase::Turn`], where no token is new.
+    /// [`Needs::input`] asked for it. `None` in [`Phase::Turn`], where no token is new.
     ///
     /// [`Needs::input`]: crate::Needs::input
     /// [`Phase::Turn`]: crate::Phase::Turn
-    pub fn input(&self) -> Option<Tensor<2>> {
-        Some(match self.input? {
-            LayerInput::Tensor(tensor) => tensor.clone(),
-            LayerInput::Host(values) => {
-                let shape = [self.incoming, values.len() / self.incoming.max(1)];
-                host::from_f32(copied(values), shape, self.device)
-            }
-        })
-    }
-
-    /// What [`input`](Self::input) has, as it lies in host memory, row-major, without a copy. `None`
-    /// where there is no [`input`](Self::input), and where the adapter has it as a tensor.
-    pub fn host_input(&self) -> Option<&'a [f32]> {
-        match self.input? {
-            LayerInput::Host(values) => Some(values),
-            LayerInput::Tensor(_) => None,
-        }
+    pub fn input(&self) -> Option<&'a Rows> {
+        self.input
     }
 
     /// `-ln p(token | tokens before it)` of each new token, if [`Needs::surprisal`] asked for it.
@@ -400,16 +318,6 @@ impl Scores {
     /// As [`Scores::per_head`].
     pub fn shared(scores: Vec<f32>, kv_heads: usize) -> Result<Self> {
         Self::per_head(vec![scores; kv_heads])
-    }
-
-    /// From a tensor `[kv_heads, units]`.
-    ///
-    /// # Errors
-    /// As [`Scores::per_head`], and [`Error::Device`].
-    pub fn from_tensor(scores: Tensor<2>) -> Result<Self> {
-        let [_, units] = scores.dims();
-        let flat = host::into_f32(scores)?;
-        Self::per_head(flat.chunks(units.max(1)).map(<[f32]>::to_vec).collect())
     }
 
     /// The scores of one KV head.

@@ -74,8 +74,10 @@ pub enum Error {
     /// The device failed while it computed or handed back data.
     #[error("the device failed: {0}")]
     Device(String),
-    /// An earlier step failed half-way, so that the layers no longer agree.
-    #[error("this cache was left in the middle of a step by an earlier error and cannot be used")]
+    /// A pass was given up half-way, so that the layers no longer agree.
+    #[error(
+        "this cache was left in the middle of a pass, by an error or on purpose, and cannot be used"
+    )]
     Unusable,
     /// A model adapter failed.
     #[error("the model failed: {0}")]

@@ -1,10 +1,10 @@
 //! Reading prompts and generating text on one cache.
 
+use super::probe::EachChunk;
 use crate::{
-    CacheOptions, CausalLm, Error, KvCachePolicy, Peak, Phase, Result, Sampler, Sampling,
-    SequenceCache, host,
+    CacheOptions, CausalLm, ChunkDone, Error, KvCachePolicy, OnChunk, Pass, Peak, Phase, Probe,
+    Result, Rows, Sampler, Sampling, SequenceCache, forward,
 };
-use burn::tensor::Tensor;
 use serde::{Deserialize, Serialize};
 use std::{
     fmt,
@@ -15,6 +15,7 @@ use std::{
 /// How a prompt is read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
+#[non_exhaustive]
 pub struct Prefill {
     /// Tokens that go through the model together, `B`. The cache peaks at `budget + chunk`.
     pub chunk: usize,
@@ -33,6 +34,11 @@ impl Default for Prefill {
 }
 
 impl Prefill {
+    /// In chunks of `chunk` tokens, the last `local` ones apart.
+    pub const fn new(chunk: usize, local: usize) -> Self {
+        Self { chunk, local }
+    }
+
     /// Checks the settings.
     ///
     /// # Errors
@@ -45,26 +51,9 @@ impl Prefill {
     }
 }
 
-/// What happened to the cache when a chunk had been read.
-#[derive(Debug)]
-pub struct ChunkDone<'a> {
-    /// Which chunk of this prompt, from 0; the tail counts as chunks of its own.
-    pub index: usize,
-    /// Tokens of this prompt that have been read.
-    pub done: usize,
-    /// Tokens of this prompt.
-    pub tokens: usize,
-    /// Which kind of step it was.
-    pub phase: Phase,
-    /// The cache after eviction.
-    pub cache: &'a SequenceCache,
-}
-
-/// Called after every chunk; returning an error stops the work.
-pub type OnChunk<'a> = &'a mut dyn FnMut(&ChunkDone<'_>) -> Result<()>;
-
 /// Times and memory of a session.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
+#[non_exhaustive]
 pub struct Report {
     /// Tokens read as prompts.
     pub prefill_tokens: usize,
@@ -121,7 +110,7 @@ fn rate(tokens: usize, time: Duration) -> f64 {
 /// use locret_core::{Generate, Prefill, Session};
 ///
 /// let mut session = Session::new(model, policy)?;
-/// session.prefill(ids, &Prefill { chunk: 512, local: 32 })?;
+/// session.prefill(ids, &Prefill::new(512, 32))?;
 /// for token in session.generate(Generate::greedy(100).stop_at([end]))? {
 ///     println!("{}", token?);
 /// }
@@ -170,7 +159,7 @@ impl Session {
         policy: Arc<dyn KvCachePolicy>,
         options: CacheOptions,
     ) -> Result<Self> {
-        let cache = SequenceCache::new(model.spec(), policy, model.device(), options)?;
+        let cache = SequenceCache::new(model.spec(), policy, model.compute(), options)?;
         Ok(Self {
             model,
             cache,
@@ -203,7 +192,7 @@ impl Session {
         &self.cache
     }
 
-    /// The cache, to record more about it.
+    /// The cache, to give it another policy.
     pub fn cache_mut(&mut self) -> &mut SequenceCache {
         &mut self.cache
     }
@@ -258,6 +247,19 @@ impl Session {
         prefill: &Prefill,
         on_chunk: OnChunk<'_>,
     ) -> Result<()> {
+        self.prefill_watched(ids, prefill, &mut EachChunk(on_chunk))
+    }
+
+    /// As [`prefill_with`](Self::prefill_with), watched by a probe.
+    ///
+    /// # Errors
+    /// As [`prefill`](Self::prefill), and those of the probe.
+    pub fn prefill_watched(
+        &mut self,
+        ids: &[u32],
+        prefill: &Prefill,
+        probe: &mut dyn Probe,
+    ) -> Result<()> {
         prefill.validate()?;
         self.cache.policy().validate(self.cache.spec(), prefill)?;
         if ids.is_empty() {
@@ -272,7 +274,8 @@ impl Session {
             .collect();
         let total = self.cache.seen() + ids.len();
         if !self.cache.is_empty() {
-            self.cache.turn(total)?;
+            let turn = self.cache.step(Phase::Turn, 0, total).watched(&mut *probe);
+            Pass::new([turn])?.finish(None)?;
         }
         self.midway = true;
         let body = ids.len() - prefill.local.min(ids.len());
@@ -285,7 +288,7 @@ impl Session {
         let mut done = 0;
         for (index, (phase, chunk)) in steps.enumerate() {
             let wants_logits = done + chunk.len() == ids.len();
-            self.forward(phase, chunk, total, wants_logits)?;
+            self.feed(phase, chunk, total, wants_logits, Some(&mut *probe))?;
             // `history` has the pending token already.
             let fresh = usize::from(self.pending.take().is_some());
             self.history.extend_from_slice(&chunk[fresh..]);
@@ -293,7 +296,7 @@ impl Session {
             self.times.prefill_tokens += chunk.len();
             self.times.prefill_time += started.elapsed();
             self.times.prefill_peak = self.cache.peak();
-            on_chunk(&ChunkDone {
+            probe.chunk(&ChunkDone {
                 index,
                 done,
                 tokens: ids.len(),
@@ -310,7 +313,7 @@ impl Session {
     ///
     /// # Errors
     /// [`Error::EmptyPrompt`] if no prompt was read to its end before, [`Error::Setting`] for
-    /// impossible sampling settings, [`Error::Unusable`] after an error in the middle of a step.
+    /// impossible sampling settings, [`Error::Unusable`] after an error in the middle of a pass.
     pub fn generate(&mut self, generate: Generate) -> Result<Tokens<'_>> {
         self.ready()?;
         Ok(Tokens {
@@ -318,11 +321,12 @@ impl Session {
             left: generate.max_new,
             stop: generate.stop,
             session: self,
+            probe: None,
         })
     }
 
     /// Feeds `ids` as if they had been generated, and returns `-ln p` of each of them given what
-    /// came before. The cache goes on from there; nothing is evicted that decoding would keep.
+    /// came before. The cache goes on from there, and has evicted nothing ([`Phase::Forced`]).
     ///
     /// # Errors
     /// [`Error::EmptyPrompt`] if no prompt was read to its end before, and as
@@ -330,7 +334,7 @@ impl Session {
     pub fn score(&mut self, ids: &[u32]) -> Result<Vec<TokenScore>> {
         self.check_ids(ids)?;
         self.ready()?;
-        self.feed_pending()?;
+        self.feed_pending(None)?;
         let first = self.logits.clone().ok_or(Error::EmptyPrompt)?;
         if ids.is_empty() {
             return Ok(Vec::new());
@@ -340,9 +344,9 @@ impl Session {
         let total = self.cache.seen() + ids.len();
         let mut at = 0;
         for chunk in ids.chunks(SCORE_BLOCK) {
-            let hidden = self.step(Phase::Tail, chunk, total)?;
+            let hidden = self.step(Phase::Forced, chunk, total, None)?;
             self.history.extend_from_slice(chunk);
-            let logits = host::into_f32(self.model.logits(hidden)?)?;
+            let logits = self.model.logits(hidden)?.into_values()?;
             for (i, row) in logits.chunks(vocab).enumerate() {
                 if let Some(next) = ids.get(at + i + 1) {
                     scores.push(TokenScore::of(row, *next)?);
@@ -356,7 +360,7 @@ impl Session {
 
     /// Whether there is something to go on from.
     fn ready(&self) -> Result<()> {
-        self.cache.ready()?;
+        self.cache.usable()?;
         if self.midway || (self.logits.is_none() && self.pending.is_none()) {
             return Err(Error::EmptyPrompt);
         }
@@ -375,10 +379,10 @@ impl Session {
         }
     }
 
-    fn feed_pending(&mut self) -> Result<()> {
+    fn feed_pending(&mut self, probe: Option<&mut dyn Probe>) -> Result<()> {
         if let Some(id) = self.pending {
             let total = self.cache.seen() + 1;
-            self.forward(Phase::Decode, &[id], total, true)?;
+            self.feed(Phase::Decode, &[id], total, true, probe)?;
             self.pending = None;
             self.times.decode_tokens += 1;
         }
@@ -386,62 +390,77 @@ impl Session {
     }
 
     /// Puts `ids` through the model and the cache; keeps the last logits if they are wanted.
-    fn forward(&mut self, phase: Phase, ids: &[u32], total: usize, logits: bool) -> Result<()> {
-        let hidden = self.step(phase, ids, total)?;
+    fn feed(
+        &mut self,
+        phase: Phase,
+        ids: &[u32],
+        total: usize,
+        logits: bool,
+        probe: Option<&mut dyn Probe>,
+    ) -> Result<()> {
+        let hidden = self.step(phase, ids, total, probe)?;
         // Where surprisal is needed, the last logits are there already.
         if !self.cache.policy().needs().surprisal {
             // Those of an earlier token must not be taken for this one's.
             self.logits = None;
             if logits {
-                let last = hidden.narrow(0, ids.len() - 1, 1);
-                self.logits = Some(host::into_f32(self.model.logits(last)?)?);
+                let last = hidden.slice(ids.len() - 1..ids.len())?;
+                self.logits = Some(self.model.logits(last)?.into_values()?);
             }
         }
         Ok(())
     }
 
-    fn step(&mut self, phase: Phase, ids: &[u32], total: usize) -> Result<Tensor<2>> {
-        self.cache.begin(phase, ids.len(), total)?;
-        let hidden = self.model.hidden(ids, &mut self.cache)?;
-        host::expect_dims(
-            "hidden states",
-            &hidden,
-            [ids.len(), self.cache.spec().hidden],
-        )?;
-        let surprisal = if self.cache.policy().needs().surprisal {
-            Some(self.surprisal(ids, &hidden)?)
-        } else {
-            None
+    fn step(
+        &mut self,
+        phase: Phase,
+        ids: &[u32],
+        total: usize,
+        probe: Option<&mut dyn Probe>,
+    ) -> Result<Rows> {
+        let needed = self.cache.policy().needs().surprisal;
+        let step = self.cache.step(phase, ids.len(), total);
+        let mut pass = Pass::new([match probe {
+            Some(probe) => step.watched(probe),
+            None => step,
+        }])?;
+        let hidden = forward(&*self.model, ids, &mut pass)?;
+        let surprisal = match needed {
+            true => Some(surprisal(&*self.model, &mut self.logits, ids, &hidden)?),
+            false => None,
         };
-        self.cache.finish(surprisal.as_deref())?;
+        pass.finish(surprisal.as_deref())?;
         Ok(hidden)
     }
+}
 
-    /// `-ln p` of each of `ids`; the first one's comes from the logits that the step before left.
-    fn surprisal(&mut self, ids: &[u32], hidden: &Tensor<2>) -> Result<Vec<f32>> {
-        let vocab = self.cache.spec().vocab;
-        let mut all = Vec::with_capacity(ids.len());
-        all.push(match &self.logits {
-            Some(logits) => TokenScore::of(logits, ids[0])?.nll,
-            None => f32::NAN,
-        });
-        let mut at = 0;
-        while at < ids.len() {
-            let rows = SCORE_BLOCK.min(ids.len() - at);
-            let block = hidden.clone().narrow(0, at, rows);
-            let logits = host::into_f32(self.model.logits(block)?)?;
-            for (i, row) in logits.chunks(vocab).enumerate() {
-                if let Some(next) = ids.get(at + i + 1) {
-                    all.push(TokenScore::of(row, *next)?.nll);
-                }
-            }
-            at += rows;
-            if at == ids.len() {
-                self.logits = Some(logits[logits.len() - vocab..].to_vec());
+/// `-ln p` of each of `ids`; the first one's comes from the `last` logits that the step before left, and
+/// those of this step take their place.
+fn surprisal(
+    model: &dyn CausalLm,
+    last: &mut Option<Vec<f32>>,
+    ids: &[u32],
+    hidden: &Rows,
+) -> Result<Vec<f32>> {
+    let vocab = model.spec().vocab;
+    let mut all = Vec::with_capacity(ids.len());
+    all.push(match last {
+        Some(logits) => TokenScore::of(logits, ids[0])?.nll,
+        None => f32::NAN,
+    });
+    for at in (0..ids.len()).step_by(SCORE_BLOCK) {
+        let end = ids.len().min(at + SCORE_BLOCK);
+        let logits = model.logits(hidden.slice(at..end)?)?.into_values()?;
+        for (i, row) in logits.chunks(vocab).enumerate() {
+            if let Some(next) = ids.get(at + i + 1) {
+                all.push(TokenScore::of(row, *next)?.nll);
             }
         }
-        Ok(all)
+        if end == ids.len() {
+            *last = Some(logits[logits.len() - vocab..].to_vec());
+        }
     }
+    Ok(all)
 }
 
 /// Rows of logits that are held at once, where those of many tokens are needed.
@@ -462,7 +481,7 @@ impl TokenScore {
     /// # Errors
     /// [`Error::NotFinite`] for a NaN; [`Error::UnknownToken`].
     pub fn of(logits: &[f32], token: u32) -> Result<Self> {
-        let best = crate::sample::argmax(logits).ok_or_else(|| Error::NotFinite {
+        let best = crate::argmax(logits).ok_or_else(|| Error::NotFinite {
             what: "a logit",
             at: "a prediction".into(),
         })?;
@@ -482,6 +501,7 @@ impl TokenScore {
 
 /// What to generate.
 #[derive(Debug, Clone, Default)]
+#[non_exhaustive]
 pub struct Generate {
     /// At most this many tokens.
     pub max_new: usize,
@@ -514,18 +534,38 @@ impl Generate {
 }
 
 /// Generated tokens as they come. Dropping this stops; the session can go on.
-#[derive(Debug)]
 pub struct Tokens<'a> {
     session: &'a mut Session,
     sampler: Sampler,
     left: usize,
     stop: Vec<u32>,
+    probe: Option<&'a mut (dyn Probe + 'a)>,
 }
 
-impl Tokens<'_> {
+impl fmt::Debug for Tokens<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Tokens")
+            .field("session", &self.session)
+            .field("left", &self.left)
+            .finish_non_exhaustive()
+    }
+}
+
+impl<'a> Tokens<'a> {
+    /// The same, watched.
+    pub fn watched(self, probe: &'a mut (dyn Probe + 'a)) -> Self {
+        Self {
+            probe: Some(probe),
+            ..self
+        }
+    }
+
     fn draw(&mut self) -> Result<u32> {
         let started = Instant::now();
-        self.session.feed_pending()?;
+        match &mut self.probe {
+            Some(probe) => self.session.feed_pending(Some(&mut **probe))?,
+            None => self.session.feed_pending(None)?,
+        }
         let logits = self.session.logits.as_deref().ok_or(Error::EmptyPrompt)?;
         let id = self.sampler.sample(logits, &self.session.history)?;
         self.session.pending = Some(id);

@@ -4,7 +4,7 @@
 //! ([`Positions`](crate::Positions)). All variants rotate halves (dimension `i` with
 //! `i + rotary_dim / 2`), as the published safetensors of Llama and Phi-3 expect.
 
-use crate::{Error, Result, kernels::rope::RopeTable};
+use crate::{Error, Result, RopeTable};
 use serde::{Deserialize, Serialize};
 use std::{ops::Range, sync::Arc};
 
@@ -246,19 +246,20 @@ impl Rope {
         }
     }
 
+    /// Whether a sequence of `length` tokens has other frequencies than now.
+    pub(crate) fn changes(&self, length: usize) -> bool {
+        self.config.is_long(length) != self.long_context
+    }
+
     /// Chooses the frequencies for a sequence of `length` tokens. True if they changed.
     pub(crate) fn set_length(&mut self, length: usize) -> bool {
-        let long_context = self.config.is_long(length);
-        if long_context == self.long_context {
-            return false;
+        let changes = self.changes(length);
+        if changes {
+            self.long_context = !self.long_context;
+            (self.inv_freq, self.factor) = self.config.frequencies(self.long_context);
+            self.contiguous = Arc::new(RopeTable::new(&self.inv_freq, self.factor, 0..0));
         }
-        *self = Self {
-            long_context,
-            ..Self::new(&self.config)
-        };
-        (self.inv_freq, self.factor) = self.config.frequencies(long_context);
-        self.contiguous = Arc::new(RopeTable::new(&self.inv_freq, self.factor, 0..0));
-        true
+        changes
     }
 
     /// A table whose row 0 is position `range.start`.

@@ -1,18 +1,18 @@
 //! The policy that most methods are: keep the best-scored units.
 
+use super::budget::pyramid;
 use crate::{
-    Error, LayerSpec, ModelSpec, Prefill, Result,
-    budget::{Budget, DecodeEviction, Guard, pyramid},
-    kernels::select,
-    policy::{Keep, KvCachePolicy, Needs, Phase, Positions, Scorer, Step, Verdict},
-    units::{LayerUnits, Scores, Selection},
+    Budget, Compute, DecodeEviction, Error, Guard, Held, Keep, KvCachePolicy, LayerSpec,
+    LayerUnits, ModelSpec, Needs, Phase, Positions, Prefill, Result, Scorer, Scores, Selection,
+    Step, Verdict,
 };
 use std::{borrow::Cow, ops::Range};
 
 /// Keeps, in each KV head, the `budget` units that a [`Scorer`] ranks highest, in sequence order.
 ///
 /// Equal scores keep the earlier unit. Nothing is dropped while a head holds no more than its
-/// budget, nor in the tail of a prompt ([`Phase::Tail`]).
+/// budget, nor in the tail of a prompt ([`Phase::Tail`]), nor in text that is only scored
+/// ([`Phase::Forced`]).
 #[derive(Debug, Clone)]
 pub struct Evict<S> {
     scorer: S,
@@ -133,7 +133,9 @@ impl<S: Scorer> Evict<S> {
         let slack = match (at.phase, self.decode) {
             (Phase::Turn | Phase::Prefill { .. }, _) => 0,
             (Phase::Decode, DecodeEviction::Every(n)) => n - 1,
-            (Phase::Tail, _) | (Phase::Decode, DecodeEviction::Off) => return false,
+            (Phase::Tail | Phase::Forced, _) | (Phase::Decode, DecodeEviction::Off) => {
+                return false;
+            }
         };
         if self.ada.is_some() {
             let held: usize = (0..units.kv_heads()).map(|head| units.len(head)).sum();
@@ -167,11 +169,12 @@ impl<S: Scorer> Evict<S> {
         for head in 0..heads {
             let scores = max_pool(scores.head(head), self.pool);
             let own = self.own(budget).max((sinks + newest).min(budget));
-            kept.push(best(&scores, units.len(head), own, sinks, newest)?);
+            let at = protected_of(&scores, units.len(head), own, sinks, newest)?;
+            kept.push(units.compute().select(&scores, own, &at)?);
             ranked.push(scores);
         }
         if self.ada.is_some() {
-            share(&ranked, &mut kept, heads * budget)?;
+            share(units.compute(), &ranked, &mut kept, heads * budget)?;
         }
         Selection::new(kept)
     }
@@ -247,6 +250,18 @@ impl<S: Scorer> KvCachePolicy for Evict<S> {
         Some(budget + (layer.kv_heads - 1) * (budget - self.own(budget)))
     }
 
+    fn held(&self, layer: &LayerSpec, total: usize) -> Option<Held> {
+        let units = layer.kv_heads * self.units(layer, total);
+        Some(match self.scorer.keeps_newest() {
+            true => Held::newest(units),
+            false => Held::scattered(units),
+        })
+    }
+
+    fn evicts_while_decoding(&self) -> bool {
+        self.decode != DecodeEviction::Off
+    }
+
     fn step(&self, at: &Step, units: &LayerUnits<'_>) -> Result<Verdict> {
         let evict = self.evicts_now(at, units, self.units(&at.layer, at.total));
         if !evict && !self.scorer.carries() {
@@ -281,7 +296,12 @@ fn max_pool(scores: &[f32], width: usize) -> Cow<'_, [f32]> {
 }
 
 /// Adds to what each head keeps the best of the others, over all heads, up to `total` units.
-fn share(scores: &[Cow<'_, [f32]>], kept: &mut [Vec<u32>], total: usize) -> Result<()> {
+fn share(
+    compute: &dyn Compute,
+    scores: &[Cow<'_, [f32]>],
+    kept: &mut [Vec<u32>],
+    total: usize,
+) -> Result<()> {
     let mut rest = Vec::new();
     let mut rest_scores = Vec::new();
     for (head, (scores, kept)) in scores.iter().zip(&*kept).enumerate() {
@@ -294,7 +314,7 @@ fn share(scores: &[Cow<'_, [f32]>], kept: &mut [Vec<u32>], total: usize) -> Resu
         }
     }
     let taken: usize = kept.iter().map(Vec::len).sum();
-    let chosen = top_k(&rest_scores, total.saturating_sub(taken), &[])?;
+    let chosen = compute.select(&rest_scores, total.saturating_sub(taken), &[])?;
     for (head, unit) in chosen.into_iter().map(|i| rest[i as usize]) {
         kept[head].push(unit);
     }
@@ -302,26 +322,19 @@ fn share(scores: &[Cow<'_, [f32]>], kept: &mut [Vec<u32>], total: usize) -> Resu
     Ok(())
 }
 
-/// The `budget` best of `len` units, the first `sinks` and the last `newest` of them for certain.
-fn best(
+/// What is protected of `len` units: the first `sinks` and the last `newest` of them.
+fn protected_of(
     scores: &[f32],
     len: usize,
     budget: usize,
     sinks: usize,
     newest: usize,
-) -> Result<Vec<u32>> {
+) -> Result<[Range<usize>; 2]> {
     if scores.len() != len {
         return Err(Error::shape("scores of a KV head", [len], [scores.len()]));
     }
     // A ratio budget can be smaller than what is protected: the newest units then win.
     let newest = newest.min(budget).min(len);
     let sinks = sinks.min(budget - newest).min(len - newest);
-    top_k(scores, budget, &[0..sinks, len - newest..len])
-}
-
-fn top_k(scores: &[f32], k: usize, protected: &[Range<usize>]) -> Result<Vec<u32>> {
-    select::top_k(scores, k, protected).map_err(|unit| Error::NotFinite {
-        what: "a score",
-        at: format!("unit {unit}"),
-    })
+    Ok([0..sinks, len - newest..len])
 }

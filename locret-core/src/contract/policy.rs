@@ -5,9 +5,8 @@
 //! sequence can be forked or saved without asking it, and any policy works with any store.
 
 use crate::{
-    LayerSpec, ModelSpec, Prefill, Result,
-    store::{Dense, Fold, KvStore, Placement},
-    units::{LayerUnits, Scores, Selection},
+    Dense, Error, Fold, KvStore, LayerSpec, LayerUnits, ModelSpec, Placement, Prefill, Result,
+    Scores, Selection,
 };
 use serde::{Deserialize, Serialize};
 use std::{fmt::Debug, sync::Arc};
@@ -30,7 +29,7 @@ use std::{fmt::Debug, sync::Arc};
 ///     }
 ///
 ///     fn step(&self, at: &Step, units: &LayerUnits<'_>) -> Result<Verdict> {
-///         if at.phase == Phase::Tail || units.longest() <= 1000 {
+///         if !at.phase.evicts() || units.longest() <= 1000 {
 ///             return Ok(Verdict::keep_all());
 ///         }
 ///         let every_other = |head| (0..units.len(head) as u32).step_by(2).collect();
@@ -73,7 +72,7 @@ pub trait KvCachePolicy: Debug + Send + Sync {
     /// # Errors
     /// If the store cannot be made for these dimensions.
     fn store(&self, layer: &LayerSpec, place: &Placement) -> Result<Box<dyn KvStore>> {
-        Ok(Dense::boxed(layer, place))
+        Dense::boxed(layer, place)
     }
 
     /// The most units that a head of `layer` keeps after a chunk of a prompt, when the sequence
@@ -82,11 +81,32 @@ pub trait KvCachePolicy: Debug + Send + Sync {
         None
     }
 
+    /// What all heads of `layer` together keep after a chunk of a prompt, for plans: fewer units than
+    /// `kv_heads` times [`limit`](Self::limit) where heads share a budget.
+    fn held(&self, layer: &LayerSpec, total: usize) -> Option<Held> {
+        Some(Held::scattered(layer.kv_heads * self.limit(layer, total)?))
+    }
+
+    /// Whether units are dropped while text is generated.
+    fn evicts_while_decoding(&self) -> bool {
+        false
+    }
+
     /// Says what stays. Called once for each layer of each step, after attention.
     ///
     /// # Errors
     /// Any; the sequence is then unusable.
     fn step(&self, at: &Step, units: &LayerUnits<'_>) -> Result<Verdict>;
+
+    /// Says what stays in all layers at once, in a policy whose verdicts are due after the last layer
+    /// ([`Needs::all_layers`], [`Needs::surprisal`]): one verdict for each layer.
+    ///
+    /// # Errors
+    /// Any; the sequence is then unusable.
+    fn steps(&self, at: &[Step], units: &[LayerUnits<'_>]) -> Result<Vec<Verdict>> {
+        let layers = at.iter().zip(units);
+        layers.map(|(at, units)| self.step(at, units)).collect()
+    }
 }
 
 #[deny(clippy::missing_trait_methods)]
@@ -119,8 +139,49 @@ impl<P: KvCachePolicy + ?Sized> KvCachePolicy for Arc<P> {
         (**self).limit(layer, total)
     }
 
+    fn held(&self, layer: &LayerSpec, total: usize) -> Option<Held> {
+        (**self).held(layer, total)
+    }
+
+    fn evicts_while_decoding(&self) -> bool {
+        (**self).evicts_while_decoding()
+    }
+
     fn step(&self, at: &Step, units: &LayerUnits<'_>) -> Result<Verdict> {
         (**self).step(at, units)
+    }
+
+    fn steps(&self, at: &[Step], units: &[LayerUnits<'_>]) -> Result<Vec<Verdict>> {
+        (**self).steps(at, units)
+    }
+}
+
+/// What a policy keeps of a layer; see [`KvCachePolicy::held`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Held {
+    /// Units of all KV heads.
+    pub units: usize,
+    /// Whether they are the newest ones (and some at the beginning): stores of codes then free whole
+    /// groups.
+    pub newest: bool,
+}
+
+impl Held {
+    /// So many units, from anywhere.
+    pub fn scattered(units: usize) -> Self {
+        Self {
+            units,
+            newest: false,
+        }
+    }
+
+    /// So many of the newest units.
+    pub fn newest(units: usize) -> Self {
+        Self {
+            units,
+            newest: true,
+        }
     }
 }
 
@@ -139,7 +200,7 @@ impl<P: KvCachePolicy + ?Sized> KvCachePolicy for Arc<P> {
 ///     }
 ///
 ///     fn score(&self, _at: &Step, units: &LayerUnits<'_>) -> Result<Scores> {
-///         units.score_heads(|head| Ok(-units.keys(head)?.square().sum_dim(1).sqrt()))
+///         units.score_heads(|head| Ok(-units.keys(head)?.into_tensor().square().sum_dim(1).sqrt()))
 ///     }
 /// }
 ///
@@ -163,6 +224,11 @@ pub trait Scorer: Debug + Send + Sync {
         false
     }
 
+    /// Whether newer units always score higher, for plans ([`Held::newest`]).
+    fn keeps_newest(&self) -> bool {
+        false
+    }
+
     /// Checks against a model before anything is computed.
     ///
     /// # Errors
@@ -180,16 +246,19 @@ pub trait Scorer: Debug + Send + Sync {
 
 /// What the engine computes for a policy beside attention itself.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
 pub struct Needs {
     /// Queries, keys and values of new tokens before rotation ([`LayerUnits::qkv`]).
     pub qkv: bool,
-    /// What the layer makes queries, keys and values from ([`LayerUnits::input`]). Only adapters that
-    /// have a [`CausalLm::qkv_weight`](crate::CausalLm::qkv_weight) hand it out.
+    /// What the layer makes queries, keys and values from ([`LayerUnits::input`]). Not every adapter
+    /// hands it along ([`ModelSpec::layer_input`]): a cache of another one refuses the policy.
     pub input: bool,
     /// The surprisal of each token ([`LayerUnits::surprisal`]). It is known only after the last
-    /// layer, so every layer's verdict is then asked for after the whole chunk, and all layers
-    /// hold `budget + chunk` units at once.
+    /// layer, so that [`all_layers`](Self::all_layers) is meant, too.
     pub surprisal: bool,
+    /// Every layer's verdict is asked for after the last layer
+    /// ([`KvCachePolicy::steps`]), and all layers hold `budget + chunk` units at once.
+    pub all_layers: bool,
     /// Attention paid by chosen queries ([`LayerUnits::observed`]); one more pass over the keys
     /// for those queries.
     pub observe: Option<Observe>,
@@ -201,8 +270,73 @@ impl Needs {
         qkv: false,
         input: false,
         surprisal: false,
+        all_layers: false,
         observe: None,
     };
+
+    /// Queries, keys and values before rotation, too.
+    pub const fn qkv(self) -> Self {
+        Self { qkv: true, ..self }
+    }
+
+    /// The input of layers, too.
+    pub const fn input(self) -> Self {
+        Self {
+            input: true,
+            ..self
+        }
+    }
+
+    /// The surprisal of tokens, too.
+    pub const fn surprisal(self) -> Self {
+        Self {
+            surprisal: true,
+            ..self
+        }
+    }
+
+    /// All layers at once.
+    pub const fn all_layers(self) -> Self {
+        Self {
+            all_layers: true,
+            ..self
+        }
+    }
+
+    /// Attention of these queries, too.
+    pub const fn observe(self, queries: Queries, what: Observation) -> Self {
+        Self {
+            observe: Some(Observe { queries, what }),
+            ..self
+        }
+    }
+
+    /// Whether verdicts come after the last layer.
+    pub(crate) fn later(self) -> bool {
+        self.surprisal || self.all_layers
+    }
+
+    /// What either needs.
+    pub(crate) fn and(self, other: Self) -> Result<Self> {
+        let observe = match (self.observe, other.observe) {
+            (Some(own), Some(other)) if own != other => {
+                let expected = format!("{own:?}, as the policy");
+                return Err(Error::setting(
+                    "observed attention",
+                    expected,
+                    format!("{other:?}"),
+                ));
+            }
+            (own, other) => own.or(other),
+        };
+        Ok(Self {
+            qkv: self.qkv || other.qkv,
+            input: self.input || other.input,
+            surprisal: self.surprisal || other.surprisal,
+            all_layers: self.all_layers || other.all_layers,
+            observe,
+        })
+    }
 }
 
 /// Which attention to observe.
@@ -216,6 +350,7 @@ pub struct Observe {
 
 /// Queries of a step.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Queries {
     /// Every new token's.
     All,
@@ -235,6 +370,7 @@ impl Queries {
 
 /// What to gather of observed attention.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Observation {
     /// Per query head, the sum over queries of softmax weights.
     Weights,
@@ -245,6 +381,7 @@ pub enum Observation {
 /// Which positions keys and queries are rotated at once units are gone.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
+#[non_exhaustive]
 pub enum Positions {
     /// Every unit keeps the position that it had in the sequence. Keys are rotated once.
     #[default]
@@ -257,6 +394,7 @@ pub enum Positions {
 
 /// Where in the work a verdict is asked for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Phase {
     /// A further prompt begins on a cache that is not empty. The cache can be brought back to its
     /// budget before the first chunk. No token is new: [`LayerUnits::qkv`],
@@ -269,12 +407,24 @@ pub enum Phase {
     },
     /// The prompt's last `local` tokens, which the published procedure reads without eviction.
     Tail,
+    /// Text that is forced on the model: to score it, or to see what it attends to. Policies keep
+    /// everything, as in the tail.
+    Forced,
     /// A generated token.
     Decode,
 }
 
+impl Phase {
+    /// Whether units are dropped in this phase by the published procedures: when a prompt begins and
+    /// after its chunks, not in its tail, in text that is forced, or in what is generated.
+    pub fn evicts(self) -> bool {
+        matches!(self, Self::Turn | Self::Prefill { .. })
+    }
+}
+
 /// Where a step stands in the sequence.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Step {
     /// The layer.
     pub layer: LayerSpec,
@@ -287,6 +437,19 @@ pub struct Step {
     /// Tokens that the sequence will have at the end of the prompt that is being read (while
     /// decoding: has now).
     pub total: usize,
+}
+
+impl Step {
+    /// A step of `incoming` new tokens after `seen` ones, in a sequence that will have `total`.
+    pub fn new(layer: LayerSpec, phase: Phase, seen: usize, incoming: usize, total: usize) -> Self {
+        Self {
+            layer,
+            phase,
+            seen,
+            incoming,
+            total,
+        }
+    }
 }
 
 /// A policy's answer.

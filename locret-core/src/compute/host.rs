@@ -1,0 +1,411 @@
+//! The CPU kernels on host memory.
+
+use super::{
+    Attention, Compute, Matrix, Perceptron, Rotation, Rows, Weight,
+    pool::{Buffer, Pool},
+};
+use crate::{
+    DType, Error, KvStore, LayerSpec, Observation, Observe, Observed, Result, stores::HostStore,
+};
+use burn::tensor::Device;
+use half::{bf16, f16};
+use locret_kernels::{
+    attention::{self, AttnShape},
+    awake::awake,
+    elementwise, linear, observe,
+    perceptron::perceptron,
+    rope,
+    tiles::{DenseTiles, KvTiles},
+};
+use serde::{Deserialize, Serialize};
+use std::{borrow::Cow, sync::Arc};
+
+/// How few tokens at once (a decoded one) meet matrices in blocks of packed integers; other
+/// matrices, and more than eight tokens, are computed exactly in any case.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Activations {
+    /// In single precision: the numbers that the blocks stand for, and no others.
+    #[default]
+    Exact,
+    /// Rounded to eight bits in blocks of 32, as engines that read GGUF files commonly do. Where
+    /// activations have outliers it shows: logits of SmolLM2-135M are off by some 5 % of their
+    /// spread (`locret-models/tests/smollm2.rs` bounds it).
+    Bytes,
+}
+
+/// Computes with the CPU kernels, on the threads of the rayon pool that it is called in.
+#[derive(Debug, Clone)]
+pub struct Host {
+    device: Device,
+    activations: Activations,
+    pool: Arc<Pool>,
+}
+
+impl Host {
+    /// Tensors that are asked for are made on `device`.
+    pub fn new(device: &Device) -> Self {
+        Self {
+            device: device.clone(),
+            activations: Activations::default(),
+            pool: Arc::default(),
+        }
+    }
+
+    /// Chooses how few tokens meet packed weights.
+    pub fn with_activations(self, activations: Activations) -> Self {
+        Self {
+            activations,
+            ..self
+        }
+    }
+
+    fn out(&self, rows: usize, width: usize) -> Buffer {
+        self.pool.take(rows * width)
+    }
+
+    fn done(&self, buffer: Buffer, shape: [usize; 2]) -> Rows {
+        Rows::host(shape, buffer, &self.device)
+    }
+
+    fn norm_shape(x: &Rows, gain: &Rows) -> Result<[usize; 2]> {
+        gain.expect("gain of a norm", [1, x.width()])?;
+        Ok(x.shape())
+    }
+}
+
+impl Compute for Host {
+    fn name(&self) -> &'static str {
+        "host"
+    }
+
+    fn device(&self) -> &Device {
+        &self.device
+    }
+
+    fn during(&self, work: &mut (dyn FnMut() + Send)) {
+        let _open = self.pool.open();
+        awake(work);
+    }
+
+    fn rows(&self, values: Vec<f32>, width: usize) -> Result<Rows> {
+        Rows::new(values, width, &self.device)
+    }
+
+    fn matrix(&self, parts: Vec<Weight>) -> Result<Arc<dyn Matrix>> {
+        let columns = parts.first().map_or(0, |part| part.columns);
+        if let Some(other) = parts.iter().find(|part| part.columns != columns) {
+            return Err(Error::shape("columns of a matrix", columns, other.columns));
+        }
+        Ok(Arc::new(HostMatrix {
+            parts: parts.into_iter().map(weight).collect::<Result<_>>()?,
+            columns,
+            host: self.clone(),
+        }))
+    }
+
+    fn computes_with(&self, dtype: DType) -> bool {
+        linear::computes_with(dtype)
+    }
+
+    fn perceptron(&self, first: Weight, second: Vec<f32>) -> Result<Arc<dyn Perceptron>> {
+        let (inner, found) = (first.rows, second.len());
+        if inner == 0 || first.columns == 0 || !found.is_multiple_of(inner) {
+            let expected = format!("rows of {inner}");
+            return Err(Error::shape(
+                "a perceptron's second matrix",
+                expected,
+                found,
+            ));
+        }
+        Ok(Arc::new(HostPerceptron {
+            outputs: second.len() / inner,
+            first: weight(first)?,
+            second,
+        }))
+    }
+
+    fn norm(&self, x: &Rows, gain: &Rows, epsilon: f32) -> Result<Rows> {
+        let shape = Self::norm_shape(x, gain)?;
+        let mut out = self.out(shape[0], shape[1]);
+        elementwise::rms_norm(&x.values()?, &gain.values()?, epsilon, &mut out.values);
+        Ok(self.done(out, shape))
+    }
+
+    fn add_norm(&self, x: &mut Rows, y: &Rows, gain: &Rows, epsilon: f32) -> Result<Rows> {
+        let shape = Self::norm_shape(x, gain)?;
+        y.expect("rows to be added", shape)?;
+        let mut out = self.out(shape[0], shape[1]);
+        let (y, gain) = (y.values()?, gain.values()?);
+        elementwise::add_rms_norm(x.values_mut()?, &y, &gain, epsilon, &mut out.values);
+        Ok(self.done(out, shape))
+    }
+
+    fn gate(&self, gate_up: &Rows) -> Result<Rows> {
+        let [rows, width] = super::gated(gate_up)?;
+        let mut out = self.out(rows, width);
+        elementwise::swiglu_fused(&gate_up.values()?, width, &mut out.values);
+        Ok(self.done(out, [rows, width]))
+    }
+
+    fn rotate(&self, mut x: Rows, by: &Rotation<'_>) -> Result<Rows> {
+        by.check(x.shape())?;
+        let [tokens, width] = x.shape();
+        if tokens == 0 {
+            return Ok(x);
+        }
+        let heads = width / by.head_dim;
+        let groups = by.groups();
+        let turn = |values: &mut [f32], inverse: bool| {
+            // The row of a head's numbers: that of its token, in its group.
+            let row = |at: usize| by.row(at / heads, at % heads * groups / heads);
+            rope::rotate(values, by.head_dim, by.head_dim, by.table, row, inverse);
+        };
+        if !by.inverse {
+            turn(x.values_mut()?, false);
+            return Ok(x);
+        }
+        let given = x.values_mut()?;
+        let mut first = elementwise::copied(given);
+        turn(&mut first, true);
+        let mut again = elementwise::copied(&first);
+        turn(&mut again, false);
+        for (missing, again) in given.iter_mut().zip(again) {
+            *missing -= again;
+        }
+        turn(given, true);
+        elementwise::add(given, &first);
+        Ok(x)
+    }
+
+    fn attend(&self, q: Rows, over: &Attention<'_>) -> Result<Rows> {
+        let shape = over.check(&q)?;
+        let content = Content::of(over)?;
+        let heads = content.heads(over)?;
+        let heads: Vec<&dyn KvTiles> = heads.iter().map(|head| &**head).collect();
+        let mut out = self.out(q.rows(), q.width());
+        let rotation = over.rotation;
+        attention::attend(&q.values()?, &heads, shape, rotation, &mut out.values);
+        Ok(self.done(out, q.shape()))
+    }
+
+    fn observe(&self, q: &Rows, over: &Attention<'_>, what: Observe) -> Result<Observed> {
+        let shape = over.check(q)?;
+        let content = Content::of(over)?;
+        let heads = content.heads(over)?;
+        let heads: Vec<&dyn KvTiles> = heads.iter().map(|head| &**head).collect();
+        let queries = what.queries.count(q.rows());
+        let chosen: Vec<usize> = (q.rows() - queries..q.rows()).collect();
+        let q = q.values()?;
+        let per_head = match what.what {
+            Observation::Weights => {
+                observe::observe_weights(&q, &heads, shape, over.rotation, &chosen)
+            }
+            Observation::MaxLogits => {
+                observe::observe_max_logits(&q, &heads, shape, over.rotation, &chosen)
+            }
+        };
+        Ok(Observed {
+            per_head,
+            queries,
+            what: what.what,
+        })
+    }
+
+    fn store(&self, layer: &LayerSpec, dtype: DType) -> Result<Box<dyn KvStore>> {
+        Ok(match dtype {
+            DType::F32 => Box::new(HostStore::<f32>::new(layer, &self.device)),
+            DType::F16 => Box::new(HostStore::<f16>::new(layer, &self.device)),
+            DType::BF16 => Box::new(HostStore::<bf16>::new(layer, &self.device)),
+            other => return Err(super::no_store(other)),
+        })
+    }
+}
+
+impl Attention<'_> {
+    /// Checks the queries against the layer.
+    pub(super) fn check(&self, q: &Rows) -> Result<AttnShape> {
+        let (layer, tokens) = (&self.layer, q.rows());
+        q.expect("q", [tokens, layer.heads * layer.head_dim])?;
+        for head in 0..layer.kv_heads {
+            let units = self.store.len(head);
+            if units < tokens {
+                let expected = format!("at least {tokens}");
+                return Err(Error::shape("units to attend to", expected, units));
+            }
+            if let Some(table) = self.rotation
+                && table.len() < units
+            {
+                return Err(Error::shape("rotation table", [units], [table.len()]));
+            }
+        }
+        Ok(AttnShape {
+            tokens,
+            heads: layer.heads,
+            kv_heads: layer.kv_heads,
+            head_dim: layer.head_dim,
+            scale: self.scale,
+        })
+    }
+}
+
+/// Keys and values of a store that has no tiles.
+struct Content(Vec<[Rows; 2]>);
+
+impl Content {
+    fn of(over: &Attention<'_>) -> Result<Self> {
+        let heads = 0..over.layer.kv_heads;
+        if heads.clone().all(|head| over.store.tiles(head).is_some()) {
+            return Ok(Self(Vec::new()));
+        }
+        let read = |head| Ok([over.store.keys(head)?, over.store.values(head)?]);
+        Ok(Self(heads.map(read).collect::<Result<_>>()?))
+    }
+
+    fn heads<'a>(&'a self, over: &Attention<'a>) -> Result<Vec<Box<dyn KvTiles + 'a>>> {
+        if self.0.is_empty() {
+            let heads = 0..over.layer.kv_heads;
+            return Ok(heads.filter_map(|head| over.store.tiles(head)).collect());
+        }
+        let tiles = |[keys, values]: &'a [Rows; 2]| -> Result<Box<dyn KvTiles + 'a>> {
+            Ok(match (keys.values()?, values.values()?) {
+                (Cow::Borrowed(keys), Cow::Borrowed(values)) => {
+                    Box::new(DenseTiles::new(keys, values, over.layer.head_dim))
+                }
+                (keys, values) => Box::new(Brought {
+                    keys: keys.into_owned(),
+                    values: values.into_owned(),
+                    dim: over.layer.head_dim,
+                }),
+            })
+        };
+        self.0.iter().map(tiles).collect()
+    }
+}
+
+/// One head's units, brought from a device.
+struct Brought {
+    keys: Vec<f32>,
+    values: Vec<f32>,
+    dim: usize,
+}
+
+impl KvTiles for Brought {
+    fn len(&self) -> usize {
+        self.keys.len() / self.dim
+    }
+
+    fn keys<'a>(&'a self, range: std::ops::Range<usize>, _scratch: &'a mut [f32]) -> &'a [f32] {
+        &self.keys[range.start * self.dim..range.end * self.dim]
+    }
+
+    fn values<'a>(&'a self, range: std::ops::Range<usize>, _scratch: &'a mut [f32]) -> &'a [f32] {
+        &self.values[range.start * self.dim..range.end * self.dim]
+    }
+}
+
+fn weight(part: Weight) -> Result<linear::Weight<'static>> {
+    let Weight {
+        dtype,
+        rows,
+        columns,
+        bytes,
+    } = part;
+    if !linear::computes_with(dtype) {
+        return Err(super::no_matrix("the CPU kernels", dtype));
+    }
+    linear::Weight::shared(dtype, rows, columns, bytes).map_err(|e| Error::Shape {
+        what: "a matrix of weights",
+        expected: format!("[{rows}, {columns}] of {dtype}"),
+        found: e.to_string(),
+    })
+}
+
+/// Matrices of the same columns, one below the other.
+#[derive(Debug)]
+struct HostMatrix {
+    parts: Vec<linear::Weight<'static>>,
+    columns: usize,
+    host: Host,
+}
+
+impl Matrix for HostMatrix {
+    fn shape(&self) -> [usize; 2] {
+        [
+            self.parts.iter().map(|part| part.rows()).sum(),
+            self.columns,
+        ]
+    }
+
+    fn apply_parts(&self, x: &Rows, widths: &[usize]) -> Result<Vec<Rows>> {
+        super::check_product(self.shape(), x, widths)?;
+        let tokens = x.rows();
+        let weights: Vec<&linear::Weight<'_>> = self.parts.iter().collect();
+        let buffers = widths.iter().map(|width| self.host.out(tokens, *width));
+        let mut buffers: Vec<Buffer> = buffers.collect();
+        let mut outs: Vec<&mut [f32]> = buffers.iter_mut().map(|b| &mut b.values[..]).collect();
+        let x = x.values()?;
+        match self.host.activations {
+            Activations::Exact => linear::matmul_between(&[&x], &weights, &mut outs),
+            Activations::Bytes => linear::matmul_rounded(&[&x], &weights, &mut outs),
+        }
+        let outs = buffers.into_iter().zip(widths);
+        Ok(outs
+            .map(|(buffer, width)| self.host.done(buffer, [tokens, *width]))
+            .collect())
+    }
+
+    fn rows(&self, ids: &[u32]) -> Result<Rows> {
+        let mut out = self.host.out(ids.len(), self.columns);
+        for (id, out) in ids.iter().zip(out.values.chunks_exact_mut(self.columns)) {
+            let mut row = *id as usize;
+            let part = self.parts.iter().find(|part| {
+                let here = row < part.rows();
+                row -= if here { 0 } else { part.rows() };
+                here
+            });
+            let Some(part) = part else {
+                return Err(super::no_row(*id, self.shape()));
+            };
+            part.row(row, out);
+        }
+        Ok(self.host.done(out, [ids.len(), self.columns]))
+    }
+
+    fn values(&self) -> Result<Vec<f32>> {
+        let mut out = vec![0.0; self.shape()[0] * self.columns];
+        let rows = self
+            .parts
+            .iter()
+            .flat_map(|part| (0..part.rows()).map(move |row| (part, row)));
+        for ((part, row), out) in rows.zip(out.chunks_exact_mut(self.columns.max(1))) {
+            part.row(row, out);
+        }
+        Ok(out)
+    }
+}
+
+#[derive(Debug)]
+struct HostPerceptron {
+    first: linear::Weight<'static>,
+    second: Vec<f32>,
+    outputs: usize,
+}
+
+impl Perceptron for HostPerceptron {
+    fn shape(&self) -> [usize; 3] {
+        [self.first.columns(), self.first.rows(), self.outputs]
+    }
+
+    fn apply(&self, parts: &[&Rows]) -> Result<Vec<f32>> {
+        let tokens = super::check_parts(self.shape(), parts)?;
+        let parts: Vec<Cow<'_, [f32]>> = parts
+            .iter()
+            .map(|part| part.values())
+            .collect::<Result<_>>()?;
+        let parts: Vec<&[f32]> = parts.iter().map(|part| &**part).collect();
+        let mut out = vec![0.0; tokens * self.outputs];
+        perceptron(&parts, &self.first, &self.second, &mut out);
+        Ok(out)
+    }
+}

@@ -1,0 +1,21 @@
+//! What a policy, a model and the engine promise each other.
+
+mod budget;
+mod error;
+mod evict;
+mod model;
+mod policy;
+mod spec;
+mod units;
+
+pub use budget::{Budget, DecodeEviction, Guard};
+pub use error::{Error, Result};
+pub use evict::Evict;
+pub use model::CausalLm;
+pub use policy::{
+    Held, Keep, KvCachePolicy, Needs, Observation, Observe, Phase, Positions, Queries, Scorer,
+    Step, Verdict,
+};
+pub use spec::{LayerSpec, ModelSpec};
+pub(crate) use units::HeadMeta;
+pub use units::{LayerUnits, Observed, Qkv, Scores, Selection};

@@ -1,0 +1,459 @@
+//! The cache of one sequence: it owns keys, values, positions and scores, and carries out what the
+//! policy says.
+
+use super::{
+    pass::{Pass, SequenceStep},
+    probe::Probe,
+    rope::Rope,
+};
+use crate::{
+    Compute, DType, Error, Keep, Kernels, KvCachePolicy, KvStore, ModelSpec, Needs, Phase,
+    Placement, Positions, Result, Rotation, TableRows, Verdict, contract::HeadMeta, stores,
+};
+use std::sync::Arc;
+
+/// How a cache keeps its units and computes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct CacheOptions {
+    /// The type of dense keys and values: 32 or 16 bits.
+    pub dtype: DType,
+    /// Which implementation computes attention: the model's, or Burn's operations.
+    pub kernels: Kernels,
+}
+
+/// The bounded key-value cache of one sequence.
+///
+/// A model computes on it through a [`Pass`]. Everything is done by [`Session`](crate::Session), or by
+/// whoever drives a model by hand with [`step`](Self::step) and [`forward`](crate::forward).
+#[derive(Debug)]
+pub struct SequenceCache {
+    pub(super) spec: ModelSpec,
+    pub(super) policy: Arc<dyn KvCachePolicy>,
+    pub(super) place: Placement,
+    pub(super) needs: Needs,
+    pub(super) positions: Positions,
+    pub(super) rope: Rope,
+    pub(super) layers: Vec<LayerCache>,
+    pub(super) seen: usize,
+    /// A pass was begun and not finished: the layers may not agree.
+    pub(super) midway: bool,
+    peak: Peak,
+    /// What the scores are called that the units have, if they have any of a known kind.
+    scored_by: Option<String>,
+}
+
+/// One layer's part.
+#[derive(Debug)]
+pub(super) struct LayerCache {
+    pub(super) store: Box<dyn KvStore>,
+    pub(super) heads: Vec<HeadMeta>,
+    /// Compact positions only: the stored keys are rotated at `0..n`.
+    pub(super) rotated: bool,
+    pub(super) bytes: usize,
+}
+
+/// The most that a cache held at any moment.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Peak {
+    /// Units in one head of one layer.
+    pub units_per_head: usize,
+    /// Units over all heads and layers.
+    pub units: usize,
+    /// Bytes of keys and values over all layers.
+    pub bytes: usize,
+}
+
+impl SequenceCache {
+    /// An empty cache for a model of shape `spec` that `compute` computes.
+    ///
+    /// # Errors
+    /// [`Error::Setting`] for an impossible spec, [`Error::NotSupported`] for a policy that needs what
+    /// the model's adapter does not hand along, and whatever the policy's store says.
+    pub fn new(
+        spec: &ModelSpec,
+        policy: Arc<dyn KvCachePolicy>,
+        compute: &Arc<dyn Compute>,
+        options: CacheOptions,
+    ) -> Result<Self> {
+        spec.validate()?;
+        let needs = needs(spec, &*policy, Needs::NOTHING)?;
+        let place = Placement {
+            compute: match options.kernels {
+                Kernels::Auto => compute.clone(),
+                kernels => kernels.on(compute.device()),
+            },
+            dtype: options.dtype,
+        };
+        let layers = (0..spec.layers)
+            .map(|index| {
+                let store = policy.store(&spec.layer(index), &place)?;
+                Ok(LayerCache {
+                    bytes: store.bytes(),
+                    store,
+                    heads: vec![HeadMeta::default(); spec.kv_heads],
+                    rotated: false,
+                })
+            })
+            .collect::<Result<_>>()?;
+        Ok(Self {
+            rope: Rope::new(&spec.rope),
+            spec: spec.clone(),
+            needs,
+            positions: policy.positions(),
+            policy,
+            place,
+            layers,
+            seen: 0,
+            midway: false,
+            peak: Peak::default(),
+            scored_by: None,
+        })
+    }
+
+    /// A second cache with the same content, from which both go on independently.
+    ///
+    /// # Errors
+    /// [`Error::Unusable`] after a pass that was not finished.
+    pub fn fork(&self) -> Result<Self> {
+        self.usable()?;
+        Ok(Self {
+            spec: self.spec.clone(),
+            policy: self.policy.clone(),
+            place: self.place.clone(),
+            needs: self.needs,
+            positions: self.positions,
+            rope: self.rope.clone(),
+            layers: self
+                .layers
+                .iter()
+                .map(|layer| LayerCache {
+                    store: layer.store.fork(),
+                    heads: layer.heads.clone(),
+                    rotated: layer.rotated,
+                    bytes: layer.bytes,
+                })
+                .collect(),
+            seen: self.seen,
+            midway: false,
+            peak: self.peak,
+            scored_by: self.scored_by.clone(),
+        })
+    }
+
+    /// Whether all layers agree.
+    pub(crate) fn usable(&self) -> Result<()> {
+        match self.midway {
+            true => Err(Error::Unusable),
+            false => Ok(()),
+        }
+    }
+
+    /// The model's shape.
+    pub fn spec(&self) -> &ModelSpec {
+        &self.spec
+    }
+
+    /// The policy.
+    pub fn policy(&self) -> &Arc<dyn KvCachePolicy> {
+        &self.policy
+    }
+
+    /// From here on another policy decides; units and their scores stay as they are, in the store
+    /// that the first policy chose.
+    ///
+    /// This is how a text is read once and then continued under several policies: fork, and give
+    /// each fork its own.
+    ///
+    /// # Errors
+    /// [`Error::Unusable`] after a pass that was not finished; [`Error::NotSupported`] as
+    /// [`new`](Self::new); [`Error::Setting`] if the policy wants other
+    /// positions than those that the cache was read with, or needs scores
+    /// ([`KvCachePolicy::carries`]) that the units don't have: what is made as a unit is born cannot
+    /// be made up for once a text is read. The cache is then as it was.
+    pub fn set_policy(&mut self, policy: Arc<dyn KvCachePolicy>) -> Result<()> {
+        self.usable()?;
+        if policy.positions() != self.positions {
+            return Err(Error::setting(
+                "positions of a policy",
+                format!("{:?}, as the cache was read", self.positions),
+                format!("{:?}", policy.positions()),
+            ));
+        }
+        if let Some(kind) = policy.carries()
+            && self.units() > 0
+            && self.scored_by.as_ref() != Some(&kind)
+        {
+            return Err(Error::setting(
+                "policy of a cache that holds units",
+                match &self.scored_by {
+                    Some(own) => format!("one that carries no scores, or those of {own}"),
+                    None => "one that carries no scores, as the units have none".into(),
+                },
+                format!("{} with scores of {kind}", policy.name()),
+            ));
+        }
+        self.needs = needs(&self.spec, &*policy, Needs::NOTHING)?;
+        self.policy = policy;
+        Ok(())
+    }
+
+    /// Tokens that the sequence has, evicted ones included.
+    pub fn seen(&self) -> usize {
+        self.seen
+    }
+
+    /// Units that a KV head of a layer holds.
+    pub fn len(&self, layer: usize, head: usize) -> usize {
+        self.layers[layer].heads[head].positions.len()
+    }
+
+    /// Whether no token has been read.
+    pub fn is_empty(&self) -> bool {
+        self.seen == 0
+    }
+
+    /// Original positions of the units that a KV head of a layer holds, ascending.
+    pub fn positions(&self, layer: usize, head: usize) -> &[u32] {
+        &self.layers[layer].heads[head].positions
+    }
+
+    /// Scores that are carried with the units of a KV head of a layer; empty if there are none.
+    pub fn scores(&self, layer: usize, head: usize) -> &[f32] {
+        &self.layers[layer].heads[head].scores
+    }
+
+    /// The store of a layer.
+    pub fn store(&self, layer: usize) -> &dyn KvStore {
+        &*self.layers[layer].store
+    }
+
+    /// Bytes of keys and values now.
+    pub fn bytes(&self) -> usize {
+        self.layers.iter().map(|l| l.bytes).sum()
+    }
+
+    /// Bytes of positions and scores now.
+    pub fn metadata_bytes(&self) -> usize {
+        let heads = self.layers.iter().flat_map(|l| &l.heads);
+        heads
+            .map(|h| 4 * (h.positions.capacity() + h.scores.capacity()))
+            .sum()
+    }
+
+    /// Units over all heads and layers now.
+    pub fn units(&self) -> usize {
+        let heads = self.layers.iter().flat_map(|l| &l.heads);
+        heads.map(|h| h.positions.len()).sum()
+    }
+
+    /// The most that was held at any moment so far.
+    pub fn peak(&self) -> Peak {
+        self.peak
+    }
+
+    /// One step of this sequence, for a [`Pass`]: `tokens` new ones, in a sequence that will have
+    /// `total` tokens at the end of what is being read.
+    pub fn step(&mut self, phase: Phase, tokens: usize, total: usize) -> SequenceStep<'_> {
+        SequenceStep::new(self, phase, tokens, total)
+    }
+
+    /// Asks the policy, without any new token, to bring the cache back to what it keeps at the
+    /// beginning of a further prompt, after which the sequence will have `total` tokens.
+    ///
+    /// # Errors
+    /// The policy's, and [`Error::Unusable`].
+    pub fn turn(&mut self, total: usize) -> Result<()> {
+        Pass::new([self.step(Phase::Turn, 0, total)])?.finish(None)
+    }
+
+    /// What the policy and a probe need of a step.
+    pub(super) fn needs_with(&self, probe: &dyn Probe) -> Result<Needs> {
+        let all = needs(&self.spec, &*self.policy, probe.needs())?;
+        match all.later() == self.needs.later() {
+            true => Ok(all),
+            false => Err(Error::setting(
+                "needs of a probe",
+                "verdicts when the policy gives them",
+                "those of all layers at once",
+            )),
+        }
+    }
+
+    /// The pass is over, and all layers agree.
+    pub(super) fn end(&mut self, incoming: usize) {
+        self.seen += incoming;
+        let mut heads = self.layers.iter().flat_map(|l| &l.heads);
+        let scored = heads.any(|h| !h.scores.is_empty());
+        self.scored_by = self.policy.carries().filter(|_| scored);
+        self.midway = false;
+    }
+
+    pub(super) fn apply(&mut self, layer: usize, verdict: Verdict) -> Result<()> {
+        let policy = &self.policy;
+        let broken = |message: String| Error::Policy {
+            policy: policy.name(),
+            message,
+        };
+        let d = self.spec.head_dim;
+        let this = &mut self.layers[layer];
+        let heads = this.heads.len();
+        if let Some(scores) = &verdict.scores
+            && scores.heads().len() != heads
+        {
+            return Err(broken(format!(
+                "scores for {} KV heads of {heads}",
+                scores.heads().len()
+            )));
+        }
+        let mut scores = verdict.scores.map(|s| s.into_inner().into_iter());
+        for head in &mut this.heads {
+            head.scores = scores.as_mut().and_then(Iterator::next).unwrap_or_default();
+            let (found, expected) = (head.scores.len(), head.positions.len());
+            if found != 0 && found != expected {
+                return Err(broken(format!("{found} scores for {expected} units")));
+            }
+        }
+        let (selection, folds) = match verdict.keep {
+            Keep::All => (None, Vec::new()),
+            Keep::Slots(kept) => (Some(kept), Vec::new()),
+            Keep::Merged { kept, folds } => (Some(kept), folds),
+        };
+        if !folds.is_empty() && folds.len() != heads {
+            return Err(broken(format!(
+                "folds for {} KV heads of {heads}",
+                folds.len()
+            )));
+        }
+        for (head, folds) in folds.iter().enumerate().filter(|(_, f)| !f.is_empty()) {
+            this.store.fold_values(head, folds)?;
+        }
+        if let Some(selection) = selection {
+            let kept = selection.heads();
+            stores::check_retain(kept, this.heads.iter().map(|h| h.positions.len()))
+                .map_err(|e| broken(e.to_string()))?;
+            let changed = kept
+                .iter()
+                .zip(&this.heads)
+                .any(|(k, h)| k.len() < h.positions.len());
+            if changed {
+                if this.rotated {
+                    let table = self.rope.contiguous(this.longest());
+                    this.turn(
+                        &*self.place.compute,
+                        &Rotation::contiguous(&table, d).undone(),
+                    )?;
+                }
+                this.store.retain(kept)?;
+                for (head, kept) in this.heads.iter_mut().zip(kept) {
+                    gather(&mut head.positions, kept);
+                    gather(&mut head.scores, kept);
+                }
+            }
+        }
+        this.store.settle()?;
+        this.bytes = this.store.bytes();
+        Ok(())
+    }
+
+    pub(super) fn note_peak(&mut self, layer: usize) {
+        let longest = self.layers[layer].longest();
+        self.peak.units_per_head = self.peak.units_per_head.max(longest);
+        self.peak.units = self.peak.units.max(self.units());
+        self.peak.bytes = self.peak.bytes.max(self.bytes());
+    }
+
+    /// Whether a sequence of `total` tokens needs the kept keys rotated with other factors than now, and
+    /// the stores can do that.
+    ///
+    /// # Errors
+    /// [`Error::NotSupported`] if they cannot.
+    pub(super) fn check_length(&self, total: usize) -> Result<()> {
+        if self.seen == 0 || self.positions != Positions::Original || !self.rope.changes(total) {
+            return Ok(());
+        }
+        match self.layers.iter().find(|layer| !layer.store.turns_keys()) {
+            None => Ok(()),
+            Some(layer) => Err(Error::NotSupported {
+                operation: "a sequence that outgrows the original context of LongRoPE in a later \
+                            prompt (announce its length, or always use the long factors)",
+                implementer: layer.store.name(),
+            }),
+        }
+    }
+
+    /// LongRoPE: chooses the factors for a sequence of `total` tokens, and turns the keys that
+    /// are already rotated with the other ones.
+    pub(super) fn set_length(&mut self, total: usize) -> Result<()> {
+        let before = self.rope.clone();
+        if !self.rope.set_length(total) || self.seen == 0 {
+            return Ok(());
+        }
+        let (head_dim, compute) = (self.spec.head_dim, &*self.place.compute);
+        let (old, new) = match self.positions {
+            Positions::Original => (before.range(0..self.seen), self.rope.range(0..self.seen)),
+            Positions::Compact => {
+                // Rotated at compact positions: back to un-rotated, with the old factors.
+                for layer in self.layers.iter_mut().filter(|layer| layer.rotated) {
+                    let table = before.range(0..layer.longest());
+                    layer.turn(compute, &Rotation::contiguous(&table, head_dim).undone())?;
+                }
+                return Ok(());
+            }
+        };
+        for layer in &mut self.layers {
+            let heads = &layer.heads;
+            layer.store.turn_keys(&|head, keys| {
+                let by = |table| Rotation {
+                    table,
+                    head_dim,
+                    rows: TableRows::Each(&heads[head].positions),
+                    inverse: false,
+                };
+                let keys = compute.rotate(keys, &by(&old).undone())?;
+                compute.rotate(keys, &by(&new))
+            })?;
+        }
+        Ok(())
+    }
+}
+
+/// What the engine has to compute for a policy and a probe, if the model's adapter can give it.
+fn needs(spec: &ModelSpec, policy: &dyn KvCachePolicy, probe: Needs) -> Result<Needs> {
+    let needs = policy.needs().and(probe)?;
+    if needs.input && !spec.layer_input {
+        return Err(Error::NotSupported {
+            operation: "handing along the input of layers (`ModelSpec::layer_input`)",
+            implementer: format!("the model's adapter, and {} needs it,", policy.name()),
+        });
+    }
+    Ok(needs)
+}
+
+impl LayerCache {
+    /// The most units that a head holds.
+    pub(super) fn longest(&self) -> usize {
+        let lens = self.heads.iter().map(|head| head.positions.len());
+        lens.max().unwrap_or(0)
+    }
+
+    /// Rotates the stored keys at compact positions, or back. Leaves them alone where the store
+    /// would lose precision.
+    pub(super) fn turn(&mut self, compute: &dyn Compute, by: &Rotation<'_>) -> Result<()> {
+        if self.store.turns_keys() {
+            self.store.turn_keys(&|_, keys| compute.rotate(keys, by))?;
+            self.rotated = !by.inverse;
+        }
+        Ok(())
+    }
+}
+
+/// Keeps the listed elements, in place.
+fn gather<T: Copy>(values: &mut Vec<T>, kept: &[u32]) {
+    if values.is_empty() {
+        return;
+    }
+    for (to, from) in kept.iter().enumerate() {
+        values[to] = values[*from as usize];
+    }
+    values.truncate(kept.len());
+}

@@ -1,0 +1,17 @@
+//! What carries out the contract: caches, passes over them, and sessions on top.
+
+mod cache;
+mod pass;
+mod plan;
+mod probe;
+mod rope;
+mod sample;
+mod session;
+
+pub use cache::{CacheOptions, Peak, SequenceCache};
+pub use pass::{Pass, SequenceStep, forward};
+pub use plan::{Plan, plan};
+pub use probe::{Births, ChunkDone, Decided, OnChunk, Probe};
+pub use rope::{LongRopeSwitch, RopeConfig, RopeScaling};
+pub use sample::{Sampler, Sampling, argmax};
+pub use session::{Generate, Prefill, Report, Session, TokenScore, Tokens};

@@ -1,0 +1,435 @@
+//! One step through a model, of one or several sequences: a value, from its beginning to its end.
+
+use super::{
+    cache::SequenceCache,
+    probe::{Decided, Probe},
+};
+use crate::{
+    Attention, CausalLm, Error, LayerUnits, ModelSpec, Needs, Observed, Phase, Positions, Qkv,
+    Result, RopeTable, Rotation, Rows, Step, TableRows,
+};
+use std::{fmt, time::Instant};
+
+/// What a model computes on: the new tokens of one or several sequences, and their caches.
+///
+/// The engine makes it, hands it to [`CausalLm::hidden`], and [finishes](Self::finish) it. Rows of
+/// several sequences stand one below the other, in the order of the steps. In between an adapter can do
+/// one thing: [`attend`](Self::attend). Where tokens stand and what stays of them is none of its
+/// business:
+///
+/// ```compile_fail,E0599
+/// fn adapter(pass: &mut locret_core::Pass<'_>) -> usize {
+///     pass.seen() // A position.
+/// }
+/// ```
+///
+/// ```compile_fail,E0616
+/// fn adapter(pass: &mut locret_core::Pass<'_>) -> String {
+///     pass.steps[0].cache.policy().name() // A policy.
+/// }
+/// ```
+///
+/// A pass that is dropped before it is finished leaves layers that do not agree: from then on its
+/// caches say [`Error::Unusable`].
+///
+/// ```no_run
+/// # fn demo(model: &dyn locret_core::CausalLm, caches: &mut [locret_core::SequenceCache], ids: &[u32])
+/// # -> locret_core::Result<()> {
+/// use locret_core::{Pass, Phase, forward};
+///
+/// // One more token of each sequence, in one pass.
+/// let steps = caches.iter_mut().map(|cache| {
+///     let total = cache.seen() + 1;
+///     cache.step(Phase::Decode, 1, total)
+/// });
+/// let mut pass = Pass::new(steps)?;
+/// let hidden = forward(model, ids, &mut pass)?;
+/// pass.finish(None)?;
+/// let logits = model.logits(hidden)?;
+/// # Ok(()) }
+/// ```
+#[derive(Debug)]
+pub struct Pass<'a> {
+    steps: Vec<SequenceStep<'a>>,
+    /// The layer that is due.
+    next: usize,
+}
+
+/// One sequence's part in a [`Pass`].
+pub struct SequenceStep<'a> {
+    cache: &'a mut SequenceCache,
+    phase: Phase,
+    incoming: usize,
+    total: usize,
+    probe: Option<&'a mut (dyn Probe + 'a)>,
+    needs: Needs,
+    /// Original positions only: row `i` is new token `i`.
+    table: Option<RopeTable>,
+    /// By layer, what verdicts that come after the last one are based on.
+    pending: Vec<Pending>,
+}
+
+/// What a policy asked for of one layer.
+#[derive(Debug, Default)]
+struct Pending {
+    qkv: Option<Qkv>,
+    input: Option<Rows>,
+    observed: Option<Observed>,
+}
+
+impl fmt::Debug for SequenceStep<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("SequenceStep")
+            .field("phase", &self.phase)
+            .field("incoming", &self.incoming)
+            .field("total", &self.total)
+            .finish_non_exhaustive()
+    }
+}
+
+impl<'a> Pass<'a> {
+    /// A pass over these steps of different sequences.
+    ///
+    /// # Errors
+    /// [`Error::Unusable`] for a cache that an earlier pass left half-way; [`Error::NotSupported`] if a
+    /// sequence outgrows LongRoPE's original context and the store cannot turn its keys;
+    /// [`Error::Setting`] for no steps, caches of different models, or a probe that needs what is not to
+    /// be had. The caches are then as they were.
+    pub fn new(steps: impl IntoIterator<Item = SequenceStep<'a>>) -> Result<Self> {
+        let mut steps: Vec<_> = steps.into_iter().collect();
+        let Some(first) = steps.first() else {
+            return Err(Error::setting("steps of a pass", "at least one", 0));
+        };
+        let spec = &first.cache.spec;
+        if steps.iter().any(|step| step.cache.spec != *spec) {
+            let expected = "caches of the same model";
+            return Err(Error::setting(
+                "steps of a pass",
+                expected,
+                "different ones",
+            ));
+        }
+        let turning = |step: &SequenceStep<'_>| step.phase == Phase::Turn;
+        if steps.iter().any(|step| turning(step) && step.incoming > 0)
+            || steps.iter().any(turning) && !steps.iter().all(turning)
+        {
+            let expected = "no new tokens where a further prompt begins, in no step";
+            return Err(Error::setting("steps of a pass", expected, "some"));
+        }
+        for step in &mut steps {
+            step.cache.usable()?;
+            step.total = step.total.max(step.cache.seen + step.incoming);
+            step.cache.check_length(step.total)?;
+            step.needs = match &step.probe {
+                Some(probe) => step.cache.needs_with(&**probe)?,
+                None => step.cache.needs,
+            };
+        }
+        for step in &mut steps {
+            step.begin()?;
+        }
+        Ok(Self { steps, next: 0 })
+    }
+
+    /// Attention of one layer: appends the new units, attends over what is kept, and evicts.
+    ///
+    /// Returns `[tokens, heads * head_dim]`, before the output projection.
+    ///
+    /// # Errors
+    /// [`Error::Shape`], [`Error::LayerOrder`], the policy's and the device's errors. The caches are
+    /// unusable afterwards.
+    pub fn attend(&mut self, layer: usize, qkv: Qkv) -> Result<Rows> {
+        let spec = self.spec();
+        if layer != self.next || layer >= spec.layers {
+            return Err(Error::LayerOrder {
+                expected: self.next,
+                found: layer,
+                layers: spec.layers,
+            });
+        }
+        let hidden = spec.layer_input.then_some(spec.hidden);
+        qkv.check(&spec.layer(layer), self.tokens(), hidden)?;
+        self.next += 1;
+        if let [only] = &mut self.steps[..] {
+            return only.attend(layer, qkv);
+        }
+        let mut first = 0;
+        let mut out = Vec::with_capacity(self.steps.len());
+        for step in &mut self.steps {
+            let own = first..first + step.incoming;
+            first = own.end;
+            out.push(step.attend(layer, qkv.slice(own)?)?);
+        }
+        Rows::below(out)
+    }
+
+    /// Ends the pass. `surprisal` has one value for each new token if a policy needs it: see
+    /// [`LayerUnits::surprisal`].
+    ///
+    /// # Errors
+    /// [`Error::LayerOrder`] if layers were left out, [`Error::Shape`] for a missing or wrong
+    /// `surprisal`, the policies' errors. The caches are unusable then.
+    pub fn finish(mut self, surprisal: Option<&[f32]>) -> Result<()> {
+        let (layers, tokens) = (self.spec().layers, self.tokens());
+        let turning = self.steps.iter().all(|step| step.phase == Phase::Turn);
+        if !turning && self.next != layers {
+            return Err(Error::LayerOrder {
+                expected: self.next,
+                found: layers,
+                layers,
+            });
+        }
+        let needed = self.steps.iter().any(|step| step.needs.surprisal);
+        if needed && !turning || surprisal.is_some() {
+            let found = surprisal.map_or(0, <[f32]>::len);
+            if found != tokens {
+                return Err(Error::shape("surprisal", [tokens], [found]));
+            }
+        }
+        let mut first = 0;
+        for step in &mut self.steps {
+            let own = first..first + step.incoming;
+            first = own.end;
+            step.finish(surprisal.map(|all| &all[own]))?;
+        }
+        Ok(())
+    }
+
+    pub(crate) fn spec(&self) -> &ModelSpec {
+        // There is a first one: `new` has seen to it.
+        &self.steps[0].cache.spec
+    }
+
+    /// New tokens of all sequences.
+    pub(crate) fn tokens(&self) -> usize {
+        self.steps.iter().map(|step| step.incoming).sum()
+    }
+}
+
+impl<'a> SequenceStep<'a> {
+    pub(super) fn new(
+        cache: &'a mut SequenceCache,
+        phase: Phase,
+        incoming: usize,
+        total: usize,
+    ) -> Self {
+        Self {
+            needs: cache.needs,
+            cache,
+            phase,
+            incoming,
+            total,
+            probe: None,
+            table: None,
+            pending: Vec::new(),
+        }
+    }
+
+    /// The same step, watched.
+    pub fn watched(self, probe: &'a mut (dyn Probe + 'a)) -> Self {
+        Self {
+            probe: Some(probe),
+            ..self
+        }
+    }
+
+    fn begin(&mut self) -> Result<()> {
+        let (cache, incoming) = (&mut *self.cache, self.incoming);
+        // Before the keys are turned: a failure there leaves layers that no longer agree.
+        cache.midway = true;
+        cache.set_length(self.total)?;
+        if cache.positions == Positions::Original && incoming > 0 {
+            self.table = Some(cache.rope.range(cache.seen..cache.seen + incoming));
+        }
+        Ok(())
+    }
+
+    fn attend(&mut self, layer: usize, mut qkv: Qkv) -> Result<Rows> {
+        let (needs, cache) = (self.needs, &mut *self.cache);
+        let (spec, compute) = (cache.spec.layer(layer), cache.place.compute.clone());
+        let input = qkv.take_input().filter(|_| needs.input);
+        let kept = needs.qkv.then(|| qkv.clone());
+        let (Qkv { q, k, v, .. }, t) = (qkv, self.incoming);
+        let this = &mut cache.layers[layer];
+
+        let lens: Vec<usize> = this.heads.iter().map(|h| h.positions.len()).collect();
+        let mut rotation = None;
+        let by = |table, first| Rotation {
+            table,
+            head_dim: spec.head_dim,
+            rows: TableRows::From(first),
+            inverse: false,
+        };
+        let (q, k) = match &self.table {
+            Some(table) => {
+                let by = by(table, &[0]);
+                (compute.rotate(q, &by)?, compute.rotate(k, &by)?)
+            }
+            None => {
+                let longest = this.longest() + t;
+                let table = cache.rope.contiguous(longest);
+                // Single tokens meet keys that are rotated once and for all; chunks are followed by
+                // evictions, after which every key stands elsewhere.
+                let decoding = self.phase == Phase::Decode;
+                if this.rotated != decoding {
+                    let turn = Rotation::contiguous(&table, spec.head_dim);
+                    let turn = if decoding { turn } else { turn.undone() };
+                    this.turn(&*compute, &turn)?;
+                }
+                let by = by(&table, &lens);
+                let q = compute.rotate(q, &by)?;
+                let k = if this.rotated {
+                    compute.rotate(k, &by)?
+                } else {
+                    k
+                };
+                rotation = (!this.rotated).then(|| table.clone());
+                (q, k)
+            }
+        };
+        this.store.append(&k, &v)?;
+        drop((k, v));
+        let first = cache.seen as u32;
+        for head in &mut this.heads {
+            head.positions.extend(first..first + t as u32);
+        }
+        let over = Attention {
+            layer: spec,
+            store: &*this.store,
+            scale: cache.spec.softmax_scale,
+            rotation: rotation.as_deref(),
+        };
+        let observed = match needs.observe {
+            Some(what) => Some(compute.observe(&q, &over, what)?),
+            None => None,
+        };
+        let out = compute.attend(q, &over)?;
+        this.bytes = this.store.bytes();
+        cache.note_peak(layer);
+        self.pending.push(Pending {
+            qkv: kept,
+            input,
+            observed,
+        });
+        if !needs.later() {
+            self.decide(layer, None)?;
+        }
+        Ok(out)
+    }
+
+    /// Asks for the verdicts on the layers that are pending, from `first` on, and carries them out.
+    fn decide(&mut self, first: usize, surprisal: Option<&[f32]>) -> Result<()> {
+        let (pending, cache) = (std::mem::take(&mut self.pending), &mut *self.cache);
+        let compute = cache.place.compute.clone();
+        let layers = first..first + pending.len();
+        let tables: Vec<_> = layers
+            .clone()
+            .map(|layer| {
+                let this = &cache.layers[layer];
+                let (wanted, longest) = (!this.rotated, this.longest());
+                let compact = cache.positions == Positions::Compact;
+                (compact && wanted).then(|| cache.rope.contiguous(longest))
+            })
+            .collect();
+        let (seen, incoming) = (cache.seen, self.incoming);
+        let at = |layer| {
+            Step::new(
+                cache.spec.layer(layer),
+                self.phase,
+                seen,
+                incoming,
+                self.total,
+            )
+        };
+        let steps: Vec<Step> = layers.clone().map(at).collect();
+        let shown = steps.iter().zip(&pending).zip(&tables);
+        let units: Vec<LayerUnits<'_>> = shown
+            .map(|((step, pending), table)| {
+                let this = &cache.layers[step.layer.index];
+                LayerUnits {
+                    layer: step.layer,
+                    incoming,
+                    heads: &this.heads,
+                    store: &*this.store,
+                    rotation: table.as_deref(),
+                    compute: &*compute,
+                    qkv: pending.qkv.as_ref(),
+                    input: pending.input.as_ref(),
+                    surprisal,
+                    observed: pending.observed.as_ref(),
+                }
+            })
+            .collect();
+        let begun = Instant::now();
+        let verdicts = match (self.needs.later(), &steps[..], &units[..]) {
+            (false, [step], [units]) => vec![cache.policy.step(step, units)?],
+            _ => cache.policy.steps(&steps, &units)?,
+        };
+        let took = begun.elapsed() / verdicts.len().max(1) as u32;
+        if verdicts.len() != steps.len() {
+            let found = format!("{} verdicts on {} layers", verdicts.len(), steps.len());
+            return Err(Error::policy(cache.policy.name(), found));
+        }
+        if let Some(probe) = &mut self.probe {
+            for ((step, units), verdict) in steps.iter().zip(&units).zip(&verdicts) {
+                probe.decided(&Decided {
+                    step,
+                    units,
+                    verdict,
+                    took,
+                })?;
+            }
+        }
+        drop(units);
+        drop(pending);
+        for (layer, verdict) in layers.zip(verdicts) {
+            cache.apply(layer, verdict)?;
+        }
+        Ok(())
+    }
+
+    fn finish(&mut self, surprisal: Option<&[f32]>) -> Result<()> {
+        let layers = self.cache.layers.len();
+        let turning = self.phase == Phase::Turn;
+        if self.needs.later() {
+            if turning {
+                self.pending.resize_with(layers, Pending::default);
+            }
+            self.decide(0, surprisal.filter(|_| self.needs.surprisal && !turning))?;
+        } else if turning {
+            for layer in 0..layers {
+                self.pending.push(Pending::default());
+                self.decide(layer, None)?;
+            }
+        }
+        self.cache.end(self.incoming);
+        Ok(())
+    }
+}
+
+/// Puts `ids`, the new tokens of all steps of a pass, through a model, with what computes for it at its
+/// best. Returns hidden states `[tokens, hidden]`; the pass is not finished yet.
+///
+/// # Errors
+/// [`Error::Setting`] for a pass over another model's caches, [`Error::Shape`] for another number of ids
+/// or hidden states than the pass has tokens; the model's.
+pub fn forward(model: &dyn CausalLm, ids: &[u32], pass: &mut Pass<'_>) -> Result<Rows> {
+    let (spec, tokens) = (model.spec(), pass.tokens());
+    if pass.spec() != spec {
+        return Err(Error::setting(
+            "a pass",
+            "caches of this model",
+            "another one's",
+        ));
+    }
+    if ids.len() != tokens {
+        return Err(Error::shape("ids", [tokens], [ids.len()]));
+    }
+    let mut hidden = None;
+    model
+        .compute()
+        .during(&mut || hidden = Some(model.hidden(ids, pass)));
+    let hidden = hidden.ok_or_else(|| Error::Model("nothing was computed".into()))??;
+    hidden.expect("hidden states", [tokens, spec.hidden])?;
+    Ok(hidden)
+}

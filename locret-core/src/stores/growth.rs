@@ -1,0 +1,229 @@
+//! How stores grow and shrink: by rules that a store and a plan of it share.
+
+use super::{QuantLayout, Quantization};
+
+/// What one layer's store will take, without any unit in it: the same steps, and only their bytes.
+///
+/// Heads are taken to be cut back alike. A plan drives this as a cache drives a [`KvStore`]: appends,
+/// cuts back, settles.
+///
+/// [`KvStore`]: crate::KvStore
+pub trait Growth {
+    /// So many new units in every head.
+    fn append(&mut self, units: usize);
+
+    /// So many units stay in every head, if there are more: the newest ones, or some from anywhere.
+    fn retain(&mut self, units: usize, newest: bool);
+
+    /// The step is over.
+    fn settle(&mut self) {}
+
+    /// Units that a head holds.
+    fn units(&self) -> usize;
+
+    /// As [`KvStore::bytes`](crate::KvStore::bytes).
+    fn bytes(&self) -> usize;
+}
+
+/// Units that a buffer grows by when single tokens are appended.
+pub(super) const RESERVE: usize = 64;
+
+/// Rows to make room for when `new` do not fit: exactly these for a chunk, so that memory is what the
+/// bound says; more for a single token, so that decoding does not copy the cache for every one.
+pub(super) fn room(new: usize) -> usize {
+    if new == 1 { RESERVE } else { new }
+}
+
+/// Rows of a buffer, and how many there is room for.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Buffer {
+    pub(super) rows: usize,
+    pub(super) capacity: usize,
+}
+
+impl Buffer {
+    fn append(&mut self, new: usize) {
+        if self.capacity - self.rows < new {
+            self.capacity = self.rows + room(new);
+        }
+        self.rows += new;
+    }
+
+    /// Keeps so many rows. True if what is not needed is handed back: dropping one unit for each
+    /// generated token must not copy the cache each time, it stays in the reserve where there is one.
+    pub(super) fn retain(&mut self, kept: usize) -> bool {
+        let dropped = self.rows - kept;
+        let spare = self.capacity - self.rows;
+        self.rows = kept;
+        let shrinks = dropped > 1 || spare == 0 || spare + dropped > RESERVE;
+        if shrinks {
+            self.capacity = kept;
+        }
+        shrinks
+    }
+}
+
+/// Of a dense store in host memory.
+#[derive(Debug)]
+pub(super) struct DenseGrowth {
+    buffer: Buffer,
+    /// Bytes of a unit of all heads.
+    unit: usize,
+}
+
+impl DenseGrowth {
+    pub(super) fn new(heads: usize, dim: usize, value: usize) -> Self {
+        Self {
+            buffer: Buffer::default(),
+            unit: heads * 2 * dim * value,
+        }
+    }
+}
+
+impl Growth for DenseGrowth {
+    fn append(&mut self, units: usize) {
+        self.buffer.append(units);
+    }
+
+    fn retain(&mut self, units: usize, _newest: bool) {
+        if units < self.buffer.rows {
+            self.buffer.retain(units);
+        }
+    }
+
+    fn units(&self) -> usize {
+        self.buffer.rows
+    }
+
+    fn bytes(&self) -> usize {
+        self.buffer.capacity * self.unit
+    }
+}
+
+/// Of a dense store of tensors, which have no reserve.
+#[derive(Debug)]
+pub(super) struct TensorGrowth {
+    units: usize,
+    unit: usize,
+}
+
+impl TensorGrowth {
+    pub(super) fn new(heads: usize, dim: usize, value: usize) -> Self {
+        Self {
+            units: 0,
+            unit: heads * 2 * dim * value,
+        }
+    }
+}
+
+impl Growth for TensorGrowth {
+    fn append(&mut self, units: usize) {
+        self.units += units;
+    }
+
+    fn retain(&mut self, units: usize, _newest: bool) {
+        self.units = self.units.min(units);
+    }
+
+    fn units(&self) -> usize {
+        self.units
+    }
+
+    fn bytes(&self) -> usize {
+        self.units * self.unit
+    }
+}
+
+/// Of a store of codes: an estimate, since it depends on the text which units are dropped. Unless it is
+/// the oldest, they are taken to go by lot, older and newer ones alike.
+#[derive(Debug)]
+pub(super) struct CodedGrowth {
+    config: Quantization,
+    /// Units that are codes, and those that are numbers.
+    coded: Buffer,
+    tail: Buffer,
+    /// Groups of tokens that have a member left, where keys are scaled by group.
+    groups: f64,
+    /// Bytes of a unit of all heads as codes and as numbers, and of what a group shares.
+    coded_bytes: usize,
+    tail_bytes: usize,
+    group_bytes: usize,
+}
+
+impl CodedGrowth {
+    pub(super) fn new(heads: usize, dim: usize, config: Quantization) -> Self {
+        let codes = 2 * (dim * usize::from(config.bits)).div_ceil(8);
+        // Two 16-bit numbers for each group.
+        let by_token = 4 * dim.div_ceil(config.group.clamp(1, dim));
+        let (unit, group) = match config.layout {
+            QuantLayout::PerToken => (codes + 2 * by_token, 0),
+            QuantLayout::Kivi => (codes + by_token, 4 * dim),
+        };
+        Self {
+            config,
+            coded: Buffer::default(),
+            tail: Buffer::default(),
+            groups: 0.0,
+            coded_bytes: heads * unit,
+            tail_bytes: heads * 2 * dim * 4,
+            group_bytes: heads * group,
+        }
+    }
+}
+
+impl Growth for CodedGrowth {
+    fn append(&mut self, units: usize) {
+        // Room for exactly these: units that are numbers take as much as many that are codes.
+        let needed = self.tail.rows + units;
+        self.tail.capacity = self.tail.capacity.max(needed);
+        self.tail.rows = needed;
+    }
+
+    fn retain(&mut self, units: usize, newest: bool) {
+        let (len, before) = (self.units(), self.coded.rows as f64);
+        if units >= len {
+            return;
+        }
+        if newest {
+            self.coded.rows = self.coded.rows.saturating_sub(len - units);
+            self.groups = self.coded.rows.div_ceil(self.config.group.max(1)) as f64;
+        } else {
+            let left = units as f64 / len as f64;
+            self.coded.rows = (before * left).round() as usize;
+            // The share of groups of which at least one member is left.
+            let members = before / self.groups.max(1.0);
+            self.groups *= 1.0 - (1.0 - left).powf(members);
+        }
+        self.tail.rows = units - self.coded.rows;
+        let reserve = if len - units > 1 { 0 } else { RESERVE };
+        if self.coded.capacity > self.coded.rows + reserve {
+            self.coded.capacity = self.coded.rows;
+        }
+    }
+
+    fn settle(&mut self) {
+        let group = self.config.group.max(1);
+        let mut units = self.tail.rows.saturating_sub(self.config.residual);
+        if self.config.layout == QuantLayout::Kivi {
+            units -= units % group;
+        }
+        if units > 0 {
+            self.coded.append(units);
+            self.tail.rows -= units;
+            self.groups += units as f64 / group as f64;
+        }
+        if self.tail.capacity > self.tail.rows + 1 {
+            self.tail.capacity = self.tail.rows;
+        }
+    }
+
+    fn units(&self) -> usize {
+        self.coded.rows + self.tail.rows
+    }
+
+    fn bytes(&self) -> usize {
+        self.coded.capacity * self.coded_bytes
+            + (self.groups * self.group_bytes as f64) as usize
+            + self.tail.capacity * self.tail_bytes
+    }
+}
