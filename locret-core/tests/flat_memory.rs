@@ -80,15 +80,14 @@ fn the_heap_is_flat_while_reading_and_almost_still_while_decoding() {
     let spec = small_spec(6, 2, 64);
     let model = Arc::new(RandomModel::new(spec.clone(), 1, &device).unwrap());
 
-    for positions in [Positions::Original, Positions::Compact] {
+    // Each way once before it counts: threads keep some scratch memory from when they are first needed,
+    // and which chunk that is in is up to them.
+    for (round, positions) in (0..4).zip([Positions::Original, Positions::Compact].repeat(2)) {
         let policy = Evict::new(Newest, Budget::Units(64)).with_positions(positions);
         let mut session =
             Session::with_options(model.clone(), Arc::new(policy), CacheOptions::default())
                 .unwrap();
-        let prefill = Prefill {
-            chunk: 64,
-            local: 0,
-        };
+        let prefill = Prefill::new(64, 0);
         let mut live = Vec::new();
         live.reserve_exact(200);
         let ids = text(64 * 128);
@@ -98,12 +97,12 @@ fn the_heap_is_flat_while_reading_and_almost_still_while_decoding() {
                 Ok(())
             })
             .unwrap();
-        // The list of all tokens grows by 4 bytes each, and threads keep some scratch memory from
-        // when they are first needed; a cache that keeps everything would take all of this.
+        // The list of all tokens grows by 4 bytes each; a cache that keeps everything would take all of
+        // this.
         let allowed = spec.full_cache_bytes(ids.len(), 4) / 16;
         let (first, last) = (live[8], live[live.len() - 1]);
         assert!(
-            last <= first + allowed,
+            round < 2 || last <= first + allowed,
             "{positions:?}: {first} bytes after 9 chunks, {last} after {}",
             live.len()
         );

@@ -2,11 +2,10 @@
 
 use super::{ConformanceError, Promise, policy::Everything, record::Recording};
 use crate::{
-    Budget, CacheOptions, CausalLm, Error, Evict, Generate, KvCachePolicy, LayerUnits, Needs,
-    Phase, Positions, Prefill, Result, Scorer, Scores, SequenceCache, Session, Step, Verdict,
-    into_f32,
+    Budget, CacheOptions, CausalLm, Error, Evict, Generate, KvCachePolicy, LayerUnits, Needs, Pass,
+    Phase, Positions, Prefill, Result, Rows, Scorer, Scores, SequenceCache, Session, Step, Verdict,
+    forward,
 };
-use burn::tensor::Tensor;
 use std::sync::Arc;
 
 /// How a model adapter is checked.
@@ -149,15 +148,25 @@ impl Checking<'_> {
     }
 
     fn cache(&self, policy: impl KvCachePolicy + 'static) -> Result<SequenceCache> {
-        let (spec, device) = (self.model.spec(), self.model.device());
-        SequenceCache::new(spec, Arc::new(policy), device, self.check.options)
+        let (spec, compute) = (self.model.spec(), self.model.compute());
+        SequenceCache::new(spec, Arc::new(policy), compute, self.check.options)
     }
 
     /// One step of a sequence that will have `total` tokens.
-    fn step(&self, cache: &mut SequenceCache, ids: &[u32], total: usize) -> Result<Tensor<2>> {
-        cache.begin(Phase::Prefill { last: false }, ids.len(), total)?;
-        let hidden = self.model.hidden(ids, cache)?;
-        cache.finish(None)?;
+    fn step(&self, cache: &mut SequenceCache, ids: &[u32], total: usize) -> Result<Rows> {
+        self.pass(Phase::Prefill { last: false }, cache, ids, total)
+    }
+
+    fn pass(
+        &self,
+        phase: Phase,
+        cache: &mut SequenceCache,
+        ids: &[u32],
+        total: usize,
+    ) -> Result<Rows> {
+        let mut pass = Pass::new([cache.step(phase, ids.len(), total)])?;
+        let hidden = forward(&*self.model, ids, &mut pass)?;
+        pass.finish(None)?;
         Ok(hidden)
     }
 
@@ -167,7 +176,7 @@ impl Checking<'_> {
             let mut cache = self.cache(Everything::PLAIN)?;
             let mut all = Vec::new();
             for part in self.ids.chunks(chunk) {
-                all.extend(into_f32(self.step(&mut cache, part, self.ids.len())?)?);
+                all.extend(self.step(&mut cache, part, self.ids.len())?.into_values()?);
             }
             Ok(all)
         };
@@ -215,11 +224,11 @@ impl Checking<'_> {
                 Err(self.broken(Promise::Shapes, case, found))
             }
         };
-        due("hidden states", hidden.dims(), [t, spec.hidden])?;
+        due("hidden states", hidden.shape(), [t, spec.hidden])?;
         let logits = self.model.logits(hidden.clone());
         let logits = logits.map_err(|e| self.failed(case, e))?;
-        due("logits", logits.dims(), [t, spec.vocab])?;
-        let numbers = |x| into_f32(x).map_err(|e| self.failed(case, e));
+        due("logits", logits.shape(), [t, spec.vocab])?;
+        let numbers = |x: Rows| x.into_values().map_err(|e| self.failed(case, e));
         let (hidden, logits) = (numbers(hidden)?, numbers(logits)?);
         for (what, numbers) in [("hidden states", &hidden), ("logits", &logits)] {
             if let Some(at) = numbers.iter().position(|x| !x.is_finite()) {
@@ -245,11 +254,10 @@ impl Checking<'_> {
         let run = || -> Result<Vec<f32>> {
             let mut cache = self.cache(Everything::PLAIN)?;
             let (head, tail) = self.ids.split_at(t - 3);
-            let mut all = into_f32(self.step(&mut cache, head, t)?)?;
+            let mut all = self.step(&mut cache, head, t)?.into_values()?;
             for id in tail {
-                cache.begin(Phase::Decode, 1, t)?;
-                all.extend(into_f32(self.model.hidden(&[*id], &mut cache)?)?);
-                cache.finish(None)?;
+                let hidden = self.pass(Phase::Decode, &mut cache, &[*id], t)?;
+                all.extend(hidden.into_values()?);
             }
             Ok(all)
         };
@@ -265,11 +273,10 @@ impl Checking<'_> {
             let hidden = self.step(&mut cache, self.ids, self.ids.len())?;
             let mut apart = Vec::new();
             for row in 0..self.ids.len() {
-                apart.extend(into_f32(
-                    self.model.logits(hidden.clone().narrow(0, row, 1))?,
-                )?);
+                let logits = self.model.logits(hidden.slice(row..row + 1)?)?;
+                apart.extend(logits.into_values()?);
             }
-            Ok((apart, into_f32(self.model.logits(hidden)?)?))
+            Ok((apart, self.model.logits(hidden)?.into_values()?))
         };
         let (apart, together) = run().map_err(|e| self.failed(case, e))?;
         self.same(Promise::RowWise, case, &apart, &together)
@@ -289,7 +296,7 @@ impl Checking<'_> {
             for at in (0..t).step_by(5) {
                 let end = t.min(at + 5);
                 for (i, ids) in [self.ids, &other].into_iter().enumerate() {
-                    found[i].extend(into_f32(self.step(&mut caches[i], &ids[at..end], t)?)?);
+                    found[i].extend(self.step(&mut caches[i], &ids[at..end], t)?.into_values()?);
                 }
             }
             Ok(found)
@@ -306,9 +313,9 @@ impl Checking<'_> {
         let recording = Arc::new(Recording::new(Arc::new(Everything::PLAIN)));
         let case = "verdicts of one pass";
         let run = || -> Result<()> {
-            let (spec, device) = (self.model.spec(), self.model.device());
+            let (spec, compute) = (self.model.spec(), self.model.compute());
             let mut cache =
-                SequenceCache::new(spec, recording.clone(), device, self.check.options)?;
+                SequenceCache::new(spec, recording.clone(), compute, self.check.options)?;
             self.step(&mut cache, self.ids, self.ids.len()).map(drop)
         };
         run().map_err(|e| self.failed(case, e))?;
@@ -320,18 +327,13 @@ impl Checking<'_> {
         }
         for layer in [0, layers - 1] {
             let case = format!("a policy that fails in layer {layer}");
-            let mut cache = self
-                .cache(Failing(layer))
-                .and_then(|mut cache| {
-                    cache.begin(
-                        Phase::Prefill { last: true },
-                        self.ids.len(),
-                        self.ids.len(),
-                    )?;
-                    Ok(cache)
-                })
-                .map_err(|e| self.failed(&case, e))?;
-            if self.model.hidden(self.ids, &mut cache).is_ok() {
+            let cache = self.cache(Failing(layer));
+            let mut cache = cache.map_err(|e| self.failed(&case, e))?;
+            let t = self.ids.len();
+            if self
+                .pass(Phase::Prefill { last: true }, &mut cache, self.ids, t)
+                .is_ok()
+            {
                 let found = "hidden states instead of the error";
                 return Err(self.broken(Promise::Layers, &case, found));
             }
@@ -346,20 +348,26 @@ impl Checking<'_> {
         let (hidden, features) = (spec.hidden, spec.layer(0).qkv_features());
         let everything = Everything {
             positions: Positions::Original,
-            needs: Needs {
-                qkv: true,
-                input: true,
-                ..Needs::NOTHING
-            },
+            needs: Needs::NOTHING.qkv().input(),
         };
         let recording = Arc::new(Recording::new(Arc::new(everything)));
+        let case = "a pass that asks for the input of layers";
+        if !spec.layer_input {
+            let weight = |layer| model.qkv_weight(layer).map_err(|e| self.failed(case, e));
+            for layer in 0..spec.layers {
+                if weight(layer)?.is_some() {
+                    let found = "a matrix, but no input goes with q, k and v";
+                    return Err(self.broken(Promise::Projection, case, found));
+                }
+            }
+            return Ok(());
+        }
         let run = || -> Result<Vec<Option<Vec<f32>>>> {
             let mut cache =
-                SequenceCache::new(spec, recording.clone(), model.device(), self.check.options)?;
+                SequenceCache::new(spec, recording.clone(), model.compute(), self.check.options)?;
             self.step(&mut cache, self.ids, t)?;
             (0..spec.layers).map(|l| model.qkv_weight(l)).collect()
         };
-        let case = "a pass that asks for the input of layers";
         let weights = run().map_err(|e| self.failed(case, e))?;
         for (weight, decision) in weights.iter().zip(recording.decisions()) {
             let Some(weight) = weight else { continue };
@@ -373,7 +381,7 @@ impl Checking<'_> {
                 ));
             }
             let (Some(input), Some([q, k, v])) = (&decision.seen.input, &decision.seen.qkv) else {
-                return broken("a matrix, but the layer calls `attend`".into());
+                return broken("a matrix, but the layer hands no input along".into());
             };
             let mut expected = Vec::with_capacity(t * features);
             for x in input.chunks_exact(hidden) {
@@ -406,16 +414,13 @@ impl Checking<'_> {
         let case = "the same tokens at two places";
         let everything = Everything {
             positions: Positions::Original,
-            needs: Needs {
-                qkv: true,
-                ..Needs::NOTHING
-            },
+            needs: Needs::NOTHING.qkv(),
         };
         let recording = Arc::new(Recording::new(Arc::new(everything)));
         let run = || -> Result<()> {
-            let (spec, device) = (self.model.spec(), self.model.device());
+            let (spec, compute) = (self.model.spec(), self.model.compute());
             let mut cache =
-                SequenceCache::new(spec, recording.clone(), device, self.check.options)?;
+                SequenceCache::new(spec, recording.clone(), compute, self.check.options)?;
             self.step(&mut cache, self.ids, 2 * t)?;
             self.step(&mut cache, self.ids, 2 * t).map(drop)
         };
@@ -433,8 +438,11 @@ impl Checking<'_> {
         let case = "the text again after everything was forgotten";
         let run = || -> Result<[Vec<f32>; 2]> {
             let mut cache = self.cache(Nothing)?;
-            let first = into_f32(self.step(&mut cache, self.ids, 2 * t)?)?;
-            Ok([first, into_f32(self.step(&mut cache, self.ids, 2 * t)?)?])
+            let first = self.step(&mut cache, self.ids, 2 * t)?.into_values()?;
+            Ok([
+                first,
+                self.step(&mut cache, self.ids, 2 * t)?.into_values()?,
+            ])
         };
         let [first, second] = run().map_err(|e| self.failed(case, e))?;
         self.same(Promise::PositionFree, case, &second, &first)?;
@@ -456,10 +464,7 @@ impl Checking<'_> {
                 let evict = Evict::new(Newest, Budget::Units(BUDGET)).with_positions(positions);
                 let mut session =
                     Session::with_options(self.model.clone(), Arc::new(evict), self.check.options)?;
-                let prefill = Prefill {
-                    chunk: CHUNK,
-                    local: 0,
-                };
+                let prefill = Prefill::new(CHUNK, 0);
                 session.prefill(&[self.ids, self.ids].concat(), &prefill)?;
                 for token in session.generate(Generate::greedy(3))? {
                     token?;

@@ -2,9 +2,10 @@
 
 use super::Dice;
 use crate::{
-    CausalLm, Error, ModelSpec, Qkv, Result, RopeConfig, SequenceCache, from_f32, ids_tensor,
+    CausalLm, Compute, Error, ModelSpec, Pass, Qkv, Result, Rows, compute, from_f32, ids_tensor,
 };
 use burn::tensor::{Device, Tensor};
+use std::sync::Arc;
 
 /// A small decoder with random weights: embedding, and in each layer RMS normalisation without a
 /// gain, attention, and an MLP with `tanh`; then normalisation and a head of its own.
@@ -13,7 +14,7 @@ use burn::tensor::{Device, Tensor};
 #[derive(Debug)]
 pub struct RandomModel {
     pub(super) spec: ModelSpec,
-    device: Device,
+    compute: Arc<dyn Compute>,
     pub(super) embedding: Matrix,
     pub(super) layers: Vec<Layer>,
     pub(super) head: Matrix,
@@ -57,21 +58,14 @@ pub(super) const EPSILON: f32 = 1e-6;
 /// Dimensions of a small model: 2 layers, a hidden state of 24 features, 61 tokens, plain rotary
 /// embedding of all features.
 pub fn small_spec(heads: usize, kv_heads: usize, head_dim: usize) -> ModelSpec {
-    ModelSpec {
-        layers: 2,
-        heads,
-        kv_heads,
-        head_dim,
-        hidden: 24,
-        vocab: 61,
-        softmax_scale: 1.0 / (head_dim as f32).sqrt(),
-        max_positions: None,
-        rope: RopeConfig::plain(10_000.0, head_dim),
-    }
+    ModelSpec::new(2, heads, kv_heads, 24, 61)
+        .with_head_dim(head_dim)
+        .with_layer_input()
 }
 
 impl RandomModel {
-    /// A model of these dimensions; the same seed gives the same weights.
+    /// A model of these dimensions; the same seed gives the same weights. It hands the input of layers
+    /// along, whatever `spec` says.
     ///
     /// # Errors
     /// As [`ModelSpec::validate`].
@@ -94,8 +88,8 @@ impl RandomModel {
             .collect();
         let head = Matrix::random(&mut dice, h, spec.vocab, 2.0 * root(h), device);
         Ok(Self {
-            spec,
-            device: device.clone(),
+            spec: spec.with_layer_input(),
+            compute: compute(device),
             embedding,
             layers,
             head,
@@ -113,11 +107,11 @@ impl CausalLm for RandomModel {
         &self.spec
     }
 
-    fn device(&self) -> &Device {
-        &self.device
+    fn compute(&self) -> &Arc<dyn Compute> {
+        &self.compute
     }
 
-    fn hidden(&self, ids: &[u32], cache: &mut SequenceCache) -> Result<Tensor<2>> {
+    fn hidden(&self, ids: &[u32], pass: &mut Pass<'_>) -> Result<Rows> {
         let vocab = self.spec.vocab;
         if let Some(index) = ids.iter().position(|id| *id as usize >= vocab) {
             return Err(Error::UnknownToken {
@@ -126,25 +120,22 @@ impl CausalLm for RandomModel {
                 vocab,
             });
         }
-        let ids = ids_tensor(ids, &self.device);
+        let ids = ids_tensor(ids, self.compute.device());
         let mut x = self.embedding.tensor.clone().select(0, ids);
         for (index, layer) in self.layers.iter().enumerate() {
             let inner = normalised(x.clone());
-            let qkv = Qkv {
-                q: inner.clone().matmul(layer.q.tensor.clone()),
-                k: inner.clone().matmul(layer.k.tensor.clone()),
-                v: inner.clone().matmul(layer.v.tensor.clone()),
-            };
-            let attended = cache.attend_from(index, &inner, qkv)?;
+            let project = |matrix: &Matrix| inner.clone().matmul(matrix.tensor.clone());
+            let qkv = Qkv::new(project(&layer.q), project(&layer.k), project(&layer.v));
+            let attended = pass.attend(index, qkv.made_from(inner))?.into_tensor();
             x = x + attended.matmul(layer.out.tensor.clone());
             let up = normalised(x.clone()).matmul(layer.up.tensor.clone());
             x = x + up.tanh().matmul(layer.down.tensor.clone());
         }
-        Ok(normalised(x))
+        Ok(normalised(x).into())
     }
 
-    fn logits(&self, hidden: Tensor<2>) -> Result<Tensor<2>> {
-        Ok(hidden.matmul(self.head.tensor.clone()))
+    fn logits(&self, hidden: Rows) -> Result<Rows> {
+        Ok(hidden.into_tensor().matmul(self.head.tensor.clone()).into())
     }
 
     fn qkv_weight(&self, layer: usize) -> Result<Option<Vec<f32>>> {

@@ -2,7 +2,7 @@
 
 use super::model::{EPSILON, Matrix, RandomModel};
 use crate::{
-    Fold, ModelSpec, Observation, Observe, Positions, RopeConfig, RopeScaling, rope::LongRopeSwitch,
+    Fold, LongRopeSwitch, ModelSpec, Observation, Observe, Positions, RopeConfig, RopeScaling,
 };
 
 /// A [`RandomModel`] in plain loops, in `f64`.

@@ -4,10 +4,10 @@ use super::{
     ConformanceError, Dice, Promise,
     model::{RandomModel, small_spec},
     oracle::{Oracle, OraclePass},
-    record::{Decision, Pass, Recording, Tap},
+    record::{Decision, Recording, Tap, Tapped},
 };
 use crate::{
-    CacheOptions, CausalLm, DecodeEviction, Error, Generate, Kernels, KvCachePolicy, KvDtype,
+    CacheOptions, CausalLm, DType, DecodeEviction, Error, Generate, Kernels, KvCachePolicy,
     LayerUnits, LongRopeSwitch, ModelSpec, Needs, Peak, Phase, Positions, Prefill, Result,
     RopeConfig, RopeScaling, Sampling, SequenceCache, Session, Step, Verdict,
 };
@@ -42,14 +42,12 @@ pub struct PolicyCheck {
     /// local tails, budget, turns and generated tokens are drawn from it.
     pub seeds: Range<u64>,
     /// Types of dense stores to go through.
-    pub dtypes: Vec<KvDtype>,
+    pub dtypes: Vec<DType>,
     /// Implementations of attention to go through.
     pub kernels: Vec<Kernels>,
     /// Whether a head always keeps as many units as [`KvCachePolicy::limit`] says. False for
     /// policies that keep fewer, or distribute a budget over heads.
     pub fills_budget: bool,
-    /// Whether the policy evicts while decoding when [`Case::decode`] says so.
-    pub evicts_while_decoding: bool,
     /// Whether the policy's store is a dense one, so that bytes can be counted exactly and keys
     /// can be turned in place.
     pub dense: bool,
@@ -67,10 +65,9 @@ impl Default for PolicyCheck {
     fn default() -> Self {
         Self {
             seeds: 0..24,
-            dtypes: vec![KvDtype::F32, KvDtype::F16, KvDtype::Bf16],
+            dtypes: vec![DType::F32, DType::F16, DType::BF16],
             kernels: vec![Kernels::Auto, Kernels::Operations],
             fills_budget: true,
-            evicts_while_decoding: true,
             dense: true,
             tolerance: 1e-4,
             store_tolerance: 0.0,
@@ -97,7 +94,7 @@ pub fn check_policy(
     let mut ran = false;
     for seed in check.seeds.clone() {
         for positions in [Positions::Original, Positions::Compact] {
-            let plan = Plan::new(check, seed, positions);
+            let mut plan = Plan::new(check, seed, positions);
             let model = RandomModel::new(plan.spec.clone(), seed, device);
             let model = Arc::new(model.map_err(|e| plan.failed("the model", e))?);
             let policy = make(&plan.case(&*model));
@@ -105,6 +102,9 @@ pub fn check_policy(
                 continue;
             }
             ran = true;
+            if !policy.evicts_while_decoding() {
+                plan.decode = DecodeEviction::Off;
+            }
             let check = Checking {
                 check,
                 plan: &plan,
@@ -197,7 +197,7 @@ impl Plan {
         };
         spec.rope = rope(&mut dice, spec.head_dim);
         // Only a store that keeps what it is given can follow a switch of factors.
-        let turnable = check.dense && options.dtype == KvDtype::F32;
+        let turnable = check.dense && options.dtype == DType::F32;
         if !turnable && let RopeScaling::LongRope { switch, .. } = &mut spec.rope.scaling {
             *switch = LongRopeSwitch::AlwaysLong;
         }
@@ -226,15 +226,11 @@ impl Plan {
             options,
             positions,
             budget,
-            decode: if check.evicts_while_decoding {
-                dice.pick(&[
-                    DecodeEviction::Off,
-                    DecodeEviction::Every(1),
-                    DecodeEviction::Every(3),
-                ])
-            } else {
-                DecodeEviction::Off
-            },
+            decode: dice.pick(&[
+                DecodeEviction::Off,
+                DecodeEviction::Every(1),
+                DecodeEviction::Every(3),
+            ]),
             turns,
             // A switch of factors at original positions needs it.
             turning: dice.chance(0.5) || positions == Positions::Original,
@@ -246,7 +242,7 @@ impl Plan {
         Case {
             model,
             spec: &self.spec,
-            device: model.device(),
+            device: model.compute().device(),
             budget: self.budget,
             positions: self.positions,
             decode: self.decode,
@@ -338,7 +334,7 @@ fn rope(dice: &mut Dice, head_dim: usize) -> RopeConfig {
 
 /// What a conversation left.
 struct Played {
-    passes: Vec<Pass>,
+    passes: Vec<Tapped>,
     recording: Arc<Recording>,
     session: Session,
     /// After each prompt: logits, and the peak so far.
@@ -393,26 +389,23 @@ impl Checking<'_> {
     fn tolerance(&self) -> f64 {
         let tolerance = f64::from(self.check.tolerance);
         match self.plan.options.dtype {
-            KvDtype::F32 => tolerance,
-            KvDtype::F16 => tolerance * 50.0,
-            KvDtype::Bf16 => tolerance * 400.0,
+            DType::F32 => tolerance,
+            DType::F16 => tolerance * 50.0,
+            _ => tolerance * 400.0,
         }
     }
 
     fn store_tolerance(&self) -> f32 {
         let own = match self.plan.options.dtype {
-            KvDtype::F32 => 0.0,
-            KvDtype::F16 => 5e-4,
-            KvDtype::Bf16 => 4e-3,
+            DType::F32 => 0.0,
+            DType::F16 => 5e-4,
+            _ => 4e-3,
         };
         self.check.store_tolerance.max(own)
     }
 
     fn generate(&self, session: &mut Session, turn: &Turn) -> Result<()> {
-        let generate = Generate {
-            max_new: turn.generate,
-            ..Generate::default()
-        };
+        let generate = Generate::greedy(turn.generate);
         let sampling = Sampling {
             temperature: 1.0,
             seed: self.plan.seed,
@@ -668,7 +661,7 @@ impl Checking<'_> {
         let spec = &self.plan.spec;
         let reached = (0..spec.layers).any(|layer| {
             let limit = roomy.limit(&spec.layer(layer), self.plan.turns[0].ids.len());
-            limit.is_none_or(|limit| limit < self.plan.tokens())
+            limit.is_some_and(|limit| limit < self.plan.tokens())
         });
         if reached {
             return Ok(());
@@ -685,7 +678,7 @@ impl Checking<'_> {
                 ),
             ));
         }
-        let lossy = !self.check.dense || self.plan.options.dtype != KvDtype::F32;
+        let lossy = !self.check.dense || self.plan.options.dtype != DType::F32;
         for (index, (a, b)) in roomy.passes.iter().zip(&full.passes).enumerate() {
             // Another text was drawn from logits that differ as much as they may.
             if lossy && a.ids != b.ids {
@@ -790,7 +783,7 @@ impl Walk<'_> {
             return Ok(());
         }
         let spec = &of.plan.spec;
-        let unit = spec.unit_bytes(of.plan.options.dtype.bytes());
+        let unit = spec.unit_bytes(of.plan.options.dtype.block_bytes());
         let exact = self.peak.units * unit;
         /// What the dense store reserves for tokens that come one by one, in units a head.
         const RESERVE: usize = 64;

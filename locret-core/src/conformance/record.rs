@@ -2,12 +2,14 @@
 
 use super::Promise;
 use crate::{
-    CausalLm, Error, Fold, Keep, KvCachePolicy, KvStore, LayerSpec, LayerUnits, ModelSpec, Needs,
-    Observed, Placement, Positions, Prefill, Result, Scores, SequenceCache, Step, TurnKeys,
-    Verdict, into_f32, kernels::tiles::KvTiles,
+    CausalLm, Compute, Error, Fold, Growth, Held, Keep, KvCachePolicy, KvStore, KvTiles, LayerSpec,
+    LayerUnits, ModelSpec, Needs, Observed, Pass, Placement, Positions, Prefill, Result, Rows,
+    Scores, Step, TurnKeys, Verdict,
 };
-use burn::tensor::{Device, Tensor};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::{
+    io::{Read, Write},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
@@ -168,8 +170,31 @@ impl KvCachePolicy for Recording {
         self.inner.limit(layer, total)
     }
 
+    fn held(&self, layer: &LayerSpec, total: usize) -> Option<Held> {
+        self.inner.held(layer, total)
+    }
+
+    fn evicts_while_decoding(&self) -> bool {
+        self.inner.evicts_while_decoding()
+    }
+
     fn step(&self, at: &Step, units: &LayerUnits<'_>) -> Result<Verdict> {
         let verdict = self.inner.step(at, units)?;
+        self.note(at, units, &verdict)?;
+        Ok(verdict)
+    }
+
+    fn steps(&self, at: &[Step], units: &[LayerUnits<'_>]) -> Result<Vec<Verdict>> {
+        let verdicts = self.inner.steps(at, units)?;
+        for ((at, units), verdict) in at.iter().zip(units).zip(&verdicts) {
+            self.note(at, units, verdict)?;
+        }
+        Ok(verdicts)
+    }
+}
+
+impl Recording {
+    fn note(&self, at: &Step, units: &LayerUnits<'_>, verdict: &Verdict) -> Result<()> {
         let heads = 0..units.kv_heads();
         let before: Vec<Vec<u32>> = heads
             .clone()
@@ -202,29 +227,16 @@ impl KvCachePolicy for Recording {
             ..Seen::default()
         };
         if let Some(qkv) = units.qkv() {
-            let flat = |x: &Tensor<2>| into_f32(x.clone());
-            let values = [flat(&qkv.q)?, flat(&qkv.k)?, flat(&qkv.v)?];
-            if units
-                .host_qkv()
-                .is_some_and(|host| host != values.each_ref().map(Vec::as_slice))
-            {
-                let message = "`host_qkv` hands out other values than `qkv`";
-                return Err(crate::Error::policy(self.name(), message));
-            }
-            seen.qkv = Some(values);
+            let flat = |x: &Rows| x.clone().into_values();
+            seen.qkv = Some([flat(&qkv.q)?, flat(&qkv.k)?, flat(&qkv.v)?]);
         }
         if let Some(input) = units.input() {
-            let values = into_f32(input)?;
-            if units.host_input().is_some_and(|host| host != values) {
-                let message = "`host_input` hands out other values than `input`";
-                return Err(crate::Error::policy(self.name(), message));
-            }
-            seen.input = Some(values);
+            seen.input = Some(input.clone().into_values()?);
         }
         if self.units {
             for head in heads {
-                seen.keys.push(into_f32(units.keys(head)?)?);
-                seen.values.push(into_f32(units.values(head)?)?);
+                seen.keys.push(units.keys(head)?.into_values()?);
+                seen.values.push(units.values(head)?.into_values()?);
             }
         }
         lock(&self.log).push(Decision {
@@ -235,7 +247,7 @@ impl KvCachePolicy for Recording {
             scores: verdict.scores.clone(),
             seen,
         });
-        Ok(verdict)
+        Ok(())
     }
 }
 
@@ -263,10 +275,10 @@ struct Shadow {
 const PARTS: [&str; 2] = ["keys", "values"];
 
 impl Watched {
-    fn read(&self, head: usize) -> Result<[Vec<f32>; 2]> {
+    fn content(&self, head: usize) -> Result<[Vec<f32>; 2]> {
         Ok([
-            into_f32(self.inner.keys(head)?)?,
-            into_f32(self.inner.values(head)?)?,
+            self.inner.keys(head)?.into_values()?,
+            self.inner.values(head)?.into_values()?,
         ])
     }
 
@@ -312,14 +324,14 @@ impl KvStore for Watched {
         self.inner.name()
     }
 
-    fn append(&mut self, keys: Tensor<2>, values: Tensor<2>) -> Result<()> {
-        let (t, heads, d) = (keys.dims()[0], self.heads.len(), self.dim);
-        let given = [into_f32(keys.clone())?, into_f32(values.clone())?];
+    fn append(&mut self, keys: &Rows, values: &Rows) -> Result<()> {
+        let (t, heads, d) = (keys.rows(), self.heads.len(), self.dim);
+        let given = [keys.clone().into_values()?, values.clone().into_values()?];
         let all = given.iter().flatten();
         self.largest = all.fold(self.largest, |most, x| most.max(x.abs()));
         self.inner.append(keys, values)?;
         for head in 0..heads {
-            let found = self.read(head)?;
+            let found = self.content(head)?;
             for part in 0..2 {
                 let shadow = &mut self.heads[head];
                 let old = shadow.held[part].len();
@@ -353,7 +365,7 @@ impl KvStore for Watched {
         self.inner.retain(kept)?;
         let d = self.dim;
         for (head, list) in kept.iter().enumerate() {
-            let found = self.read(head)?;
+            let found = self.content(head)?;
             let shadow = &mut self.heads[head];
             let pick = |all: &[f32]| -> Vec<f32> {
                 let rows = list.iter().map(|u| *u as usize * d);
@@ -376,7 +388,7 @@ impl KvStore for Watched {
     fn settle(&mut self) -> Result<()> {
         self.inner.settle()?;
         for head in 0..self.heads.len() {
-            let found = self.read(head)?;
+            let found = self.content(head)?;
             for part in 0..2 {
                 let what = format!("{} of KV head {head} after a step", PARTS[part]);
                 self.near(
@@ -398,7 +410,7 @@ impl KvStore for Watched {
 
     fn fold_values(&mut self, head: usize, folds: &[Fold]) -> Result<()> {
         self.inner.fold_values(head, folds)?;
-        let found = self.read(head)?;
+        let found = self.content(head)?;
         let d = self.dim;
         let due = mixed(&self.heads[head].held[1], d, folds);
         for unit in 0..due.len() / d {
@@ -450,11 +462,15 @@ impl KvStore for Watched {
         self.inner.bytes()
     }
 
-    fn keys(&self, head: usize) -> Result<Tensor<2>> {
+    fn growth(&self) -> Box<dyn Growth> {
+        self.inner.growth()
+    }
+
+    fn keys(&self, head: usize) -> Result<Rows> {
         self.inner.keys(head)
     }
 
-    fn values(&self, head: usize) -> Result<Tensor<2>> {
+    fn values(&self, head: usize) -> Result<Rows> {
         self.inner.values(head)
     }
 
@@ -462,17 +478,35 @@ impl KvStore for Watched {
         self.inner.tiles(head)
     }
 
-    fn turn_keys(&mut self, turn: &TurnKeys<'_>) -> Result<bool> {
-        if !self.turns || !self.inner.turn_keys(turn)? {
-            return Ok(false);
-        }
+    fn turns_keys(&self) -> bool {
+        self.turns && self.inner.turns_keys()
+    }
+
+    fn turn_keys(&mut self, turn: &TurnKeys<'_>) -> Result<()> {
+        self.inner.turn_keys(turn)?;
         for head in 0..self.heads.len() {
-            let [keys, _] = self.read(head)?;
+            let [keys, _] = self.content(head)?;
             let shadow = &mut self.heads[head];
             shadow.given[0].clone_from(&keys);
             shadow.held[0] = keys;
         }
-        Ok(true)
+        Ok(())
+    }
+
+    fn write(&self, to: &mut dyn Write) -> Result<()> {
+        self.inner.write(to)
+    }
+
+    fn read(&mut self, from: &mut dyn Read) -> Result<()> {
+        self.inner.read(from)?;
+        for head in 0..self.heads.len() {
+            let held = self.content(head)?;
+            self.heads[head] = Shadow {
+                given: held.clone(),
+                held,
+            };
+        }
+        Ok(())
     }
 
     fn fork(&self) -> Box<dyn KvStore> {
@@ -489,12 +523,12 @@ impl KvStore for Watched {
 #[derive(Debug)]
 pub struct Tap {
     inner: Arc<dyn CausalLm>,
-    passes: Mutex<Vec<Pass>>,
+    passes: Mutex<Vec<Tapped>>,
 }
 
 /// One pass through a model.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Pass {
+pub struct Tapped {
     /// What went in.
     pub ids: Vec<u32>,
     /// What came out, `[tokens, hidden]`, flat.
@@ -511,7 +545,7 @@ impl Tap {
     }
 
     /// All passes so far, in order.
-    pub fn passes(&self) -> Vec<Pass> {
+    pub fn passes(&self) -> Vec<Tapped> {
         lock(&self.passes).clone()
     }
 }
@@ -522,20 +556,20 @@ impl CausalLm for Tap {
         self.inner.spec()
     }
 
-    fn device(&self) -> &Device {
-        self.inner.device()
+    fn compute(&self) -> &Arc<dyn Compute> {
+        self.inner.compute()
     }
 
-    fn hidden(&self, ids: &[u32], cache: &mut SequenceCache) -> Result<Tensor<2>> {
-        let hidden = self.inner.hidden(ids, cache)?;
-        lock(&self.passes).push(Pass {
+    fn hidden(&self, ids: &[u32], pass: &mut Pass<'_>) -> Result<Rows> {
+        let hidden = self.inner.hidden(ids, pass)?;
+        lock(&self.passes).push(Tapped {
             ids: ids.to_vec(),
-            hidden: into_f32(hidden.clone())?,
+            hidden: hidden.clone().into_values()?,
         });
         Ok(hidden)
     }
 
-    fn logits(&self, hidden: Tensor<2>) -> Result<Tensor<2>> {
+    fn logits(&self, hidden: Rows) -> Result<Rows> {
         self.inner.logits(hidden)
     }
 

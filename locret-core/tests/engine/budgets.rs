@@ -6,21 +6,20 @@ use crate::{
     positions, session, spec, text,
 };
 use locret_core::{
-    Budget, CacheOptions, DecodeEviction, Error, Evict, Guard, Kernels, KvCachePolicy, KvDtype,
+    Budget, CacheOptions, DType, DecodeEviction, Error, Evict, Guard, Kernels, KvCachePolicy,
     Prefill, Session,
 };
 use proptest::prelude::*;
 use std::sync::Arc;
 
-const PREFILL: Prefill = Prefill {
-    chunk: 16,
-    local: 0,
-};
+const PREFILL: Prefill = Prefill::new(16, 0);
 
 proptest! {
     #[test]
     fn bytes_are_rounded_down_to_whole_units(bytes in 0usize..1 << 40, layers in 1usize..100) {
-        let layer = locret_core::ModelSpec { layers, ..spec() }.layer(0);
+        let mut spec = spec();
+        spec.layers = layers;
+        let layer = spec.layer(0);
         let one = layers * layer.kv_heads * 2 * layer.head_dim * 4;
         let units = Budget::Bytes(bytes).units(&layer, 0);
         prop_assert!(units * one <= bytes && bytes < (units + 1) * one);
@@ -39,17 +38,17 @@ fn a_budget_in_bytes_is_what_the_cache_takes() {
     let model = model_of(spec());
     let one = spec().full_cache_bytes(1, 4);
     for (dtype, kernels) in [
-        (KvDtype::F32, Kernels::Auto),
-        (KvDtype::F32, Kernels::Operations),
-        (KvDtype::F16, Kernels::Auto),
-        (KvDtype::Bf16, Kernels::Operations),
+        (DType::F32, Kernels::Auto),
+        (DType::F32, Kernels::Operations),
+        (DType::F16, Kernels::Auto),
+        (DType::BF16, Kernels::Operations),
     ] {
         // Not enough for one unit more.
         let policy = Evict::new(KeyNorm, Budget::Bytes(13 * one - 1));
         let options = CacheOptions { dtype, kernels };
         let mut session = Session::with_options(model.clone(), Arc::new(policy), options).unwrap();
         session.prefill(&text(100), &PREFILL).unwrap();
-        let bytes = 12 * one * dtype.bytes() / 4;
+        let bytes = 12 * one * dtype.block_bytes() / 4;
         assert_eq!(session.cache().bytes(), bytes, "{options:?}");
         assert_eq!(session.report().kv_bytes, bytes);
         assert_eq!(session.cache().units(), 12 * 2 * spec().kv_heads);

@@ -6,17 +6,14 @@ use crate::{
     positions, session, spec, text,
 };
 use locret_core::{
-    Budget, CacheOptions, Error, Evict, Generate, KvCachePolicy, Phase, Positions, Prefill,
+    Births, Budget, CacheOptions, Error, Evict, Generate, KvCachePolicy, Phase, Positions, Prefill,
     Sampling, Session, TokenScore, argmax,
-    conformance::{Oracle, Pass, RandomModel, Tap},
+    conformance::{Oracle, RandomModel, Tap, Tapped},
 };
 use proptest::prelude::*;
 use std::sync::Arc;
 
-const PREFILL: Prefill = Prefill {
-    chunk: 16,
-    local: 4,
-};
+const PREFILL: Prefill = Prefill::new(16, 4);
 
 fn full() -> Everything {
     Everything::default()
@@ -188,7 +185,7 @@ proptest! {
         let expected = naive(&model, &all);
         let mut at = 0;
         for (tokens, chunk, local) in cuts {
-            let prefill = Prefill { chunk, local };
+            let prefill = Prefill::new(chunk, local);
             session.prefill(&all[at..at + tokens], &prefill).unwrap();
             at += tokens;
             assert_close(session.logits().unwrap(), &expected[at - 1], 1e-3);
@@ -261,10 +258,7 @@ fn chunks_are_reported_in_order_and_the_tail_is_not_evicted() {
     let model = model();
     let mut session = session(&model, tight());
     let mut seen = Vec::new();
-    let prefill = Prefill {
-        chunk: 16,
-        local: 20,
-    };
+    let prefill = Prefill::new(16, 20);
     session
         .prefill_with(&text(60), &prefill, &mut |done| {
             assert_eq!(done.tokens, 60);
@@ -300,10 +294,7 @@ fn chunks_are_reported_in_order_and_the_tail_is_not_evicted() {
 fn a_prompt_that_is_all_tail_keeps_everything() {
     let model = model();
     let mut session = session(&model, tight());
-    let prefill = Prefill {
-        chunk: 7,
-        local: 100,
-    };
+    let prefill = Prefill::new(7, 100);
     session.prefill(&text(40), &prefill).unwrap();
     assert_eq!(session.cache().len(0, 1), 40);
     let expected = naive(&model, &text(40)).pop().unwrap();
@@ -337,7 +328,7 @@ fn bad_input_is_refused_and_changes_nothing() {
                 "{error}"
             );
         }
-        let chunk = Prefill { chunk: 0, local: 0 };
+        let chunk = Prefill::new(0, 0);
         let error = session.prefill(&text(20), &chunk).unwrap_err();
         assert!(
             matches!(error, Error::Setting { what: "chunk", .. }),
@@ -446,23 +437,22 @@ fn a_fork_has_the_waiting_token_too() {
 #[test]
 fn scores_at_birth_do_not_depend_on_what_is_evicted() {
     // In the first layer a score depends on the token alone; in the others on what was attended.
-    let model = model_of(locret_core::ModelSpec {
-        layers: 1,
-        ..spec()
-    });
+    let mut one = spec();
+    one.layers = 1;
+    let model = model_of(one);
     let births = |policy: Evict<Birth>, chunk: usize, local: usize| {
         let mut session = session(&model, policy);
-        assert!(session.cache().births().is_none());
-        session.cache_mut().record_births();
+        let mut births = Births::default();
+        let prefill = Prefill::new(chunk, local);
         session
-            .prefill(&text(60), &Prefill { chunk, local })
+            .prefill_watched(&text(60), &prefill, &mut births)
             .unwrap();
-        draw(&mut session, Generate::greedy(3));
+        let tokens = session.generate(Generate::greedy(3)).unwrap();
+        assert_eq!(tokens.watched(&mut births).count(), 3);
         session
-            .prefill(&text(20), &Prefill { chunk, local })
+            .prefill_watched(&text(20), &prefill, &mut births)
             .unwrap();
-        let births = session.cache().births().unwrap().to_vec();
-        (births, session)
+        (births.scores().to_vec(), session)
     };
     let (all, full) = births(Evict::new(Birth, Budget::Units(1000)), 200, 0);
     assert_eq!(all.len(), 1);
@@ -573,14 +563,12 @@ fn sessions_of_one_policy_do_not_know_each_other() {
         c.prefill(&text(80)[20 * i..20 * (i + 1)], &PREFILL)
             .unwrap();
     }
-    let passes: Vec<Pass> = tap.passes();
+    let passes: Vec<Tapped> = tap.passes();
     assert_eq!(passes, alone.passes());
     assert_eq!(positions(&a), positions(&c));
     assert_ne!(positions(&a), positions(&b));
     // A window is one, wherever it is read.
     let mut window = session(&model, Evict::new(Newest, Budget::Units(5)));
-    window
-        .prefill(&text(40), &Prefill { chunk: 8, local: 0 })
-        .unwrap();
+    window.prefill(&text(40), &Prefill::new(8, 0)).unwrap();
     assert_eq!(window.cache().positions(0, 0), [35, 36, 37, 38, 39]);
 }

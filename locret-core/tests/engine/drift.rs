@@ -2,8 +2,8 @@
 
 use crate::{device, policies::Newest};
 use locret_core::{
-    Budget, CacheOptions, DecodeEviction, Evict, Kernels, Phase, Positions, Qkv, SequenceCache,
-    conformance::small_spec, from_f32, into_f32,
+    Budget, CacheOptions, DecodeEviction, Evict, Kernels, Pass, Phase, Positions, Qkv, Rows,
+    SequenceCache, compute, conformance::small_spec,
 };
 use std::sync::Arc;
 
@@ -68,6 +68,7 @@ fn attention(query: &[f32], units: &[(Vec<f32>, Vec<f32>)]) -> Vec<f64> {
 fn a_thousand_evictions_leave_keys_as_they_were() {
     let mut spec = small_spec(1, 1, DIM);
     spec.layers = 1;
+    spec.layer_input = false;
     for kernels in [Kernels::Auto, Kernels::Operations] {
         let policy = Evict::new(Newest, Budget::Units(BUDGET))
             .sinks(SINKS)
@@ -77,7 +78,8 @@ fn a_thousand_evictions_leave_keys_as_they_were() {
             kernels,
             ..CacheOptions::default()
         };
-        let mut cache = SequenceCache::new(&spec, Arc::new(policy), &device(), options).unwrap();
+        let mut cache =
+            SequenceCache::new(&spec, Arc::new(policy), &compute(&device()), options).unwrap();
         let mut units: Vec<(Vec<f32>, Vec<f32>)> = Vec::new();
         let mut worst = 0.0f64;
         for step in 0..=EVICTIONS {
@@ -90,15 +92,11 @@ fn a_thousand_evictions_leave_keys_as_they_were() {
             let pairs = keys.chunks(DIM).zip(values.chunks(DIM));
             units.extend(pairs.map(|(k, v)| (k.to_vec(), v.to_vec())));
             let expected = attention(&queries[(tokens - 1) * DIM..], &units);
-            let tensor = |x| from_f32(x, [tokens, DIM], &device());
-            cache.begin(phase, tokens, 0).unwrap();
-            let qkv = Qkv {
-                q: tensor(queries),
-                k: tensor(keys),
-                v: tensor(values),
-            };
-            let found = into_f32(cache.attend(0, qkv).unwrap()).unwrap();
-            cache.finish(None).unwrap();
+            let rows = |x| Rows::new(x, DIM, &device()).unwrap();
+            let mut pass = Pass::new([cache.step(phase, tokens, 0)]).unwrap();
+            let qkv = Qkv::new(rows(queries), rows(keys), rows(values));
+            let found = pass.attend(0, qkv).unwrap().into_values().unwrap();
+            pass.finish(None).unwrap();
             if step > 0 {
                 units.remove(SINKS);
             }
@@ -113,7 +111,7 @@ fn a_thousand_evictions_leave_keys_as_they_were() {
         );
         assert!(worst < 1e-4, "{kernels:?}: attention is off by {worst}");
         // After an eviction the store holds them un-rotated.
-        let keys = into_f32(cache.store(0).keys(0).unwrap()).unwrap();
+        let keys = cache.store(0).keys(0).unwrap().into_values().unwrap();
         let expected: Vec<f32> = units.iter().flat_map(|unit| unit.0.clone()).collect();
         let off = |(a, b): (&f32, &f32)| (a - b).abs();
         let drift = keys.iter().zip(&expected).map(off).fold(0.0, f32::max);

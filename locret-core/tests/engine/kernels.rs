@@ -6,9 +6,9 @@ use crate::{
     text,
 };
 use locret_core::{
-    Budget, CacheOptions, Evict, Generate, Kernels, KvCachePolicy, KvDtype, LayerUnits, ModelSpec,
-    Needs, Observation, Observe, Positions, Prefill, Queries, Result, Session, Step, Verdict,
-    conformance::{Decision, Pass, RandomModel, Recording, Tap, small_spec},
+    Budget, CacheOptions, DType, Evict, Generate, Kernels, KvCachePolicy, LayerUnits, ModelSpec,
+    Needs, Observation, Positions, Prefill, Queries, Result, Session, Step, Verdict,
+    conformance::{Decision, RandomModel, Recording, Tap, Tapped, small_spec},
     is_host_device,
 };
 use proptest::prelude::*;
@@ -30,7 +30,7 @@ const POLICIES: [Make; 5] = [
 ];
 
 struct Ran {
-    passes: Vec<Pass>,
+    passes: Vec<Tapped>,
     decisions: Vec<Decision>,
     logits: Vec<f32>,
 }
@@ -46,7 +46,7 @@ fn run(
     let tap = Arc::new(Tap::new(Arc::new(model)));
     let recording = Arc::new(Recording::new(policy).store_tolerance(4e-3).with_units());
     let mut session = Session::with_options(tap.clone(), recording.clone(), options).unwrap();
-    let prefill = Prefill { chunk, local: 3 };
+    let prefill = Prefill::new(chunk, 3);
     session.prefill(&text(tokens), &prefill).unwrap();
     let logits = session.logits().unwrap().to_vec();
     for token in session.generate(Generate::greedy(4)).unwrap() {
@@ -76,7 +76,7 @@ proptest! {
         chunk in 1usize..70,
         compact in any::<bool>(),
         which in 0..POLICIES.len(),
-        dtype in prop::sample::select(vec![KvDtype::F32, KvDtype::F16, KvDtype::Bf16]),
+        dtype in prop::sample::select(vec![DType::F32, DType::F16, DType::BF16]),
         scaled in any::<bool>(),
     ) {
         let mut spec = small_spec(kv_heads * group, kv_heads, head_dim);
@@ -89,9 +89,9 @@ proptest! {
         });
         // A number that lies between two of 16 bits can become either of them.
         let tolerance = match dtype {
-            KvDtype::F32 => 2e-5,
-            KvDtype::F16 => 5e-3,
-            KvDtype::Bf16 => 4e-2,
+            DType::F32 => 2e-5,
+            DType::F16 => 5e-3,
+            _ => 4e-2,
         };
         // Almost equal scores can be ranked either way: then the runs part.
         let fork = a.decisions.iter().zip(&b.decisions).position(|(x, y)| x.kept != y.kept);
@@ -120,7 +120,7 @@ proptest! {
             prop_assert!(off <= tolerance, "hidden states off by {}", off);
         }
         // With 32 bits no two scores are that close here.
-        if dtype == KvDtype::F32 {
+        if dtype == DType::F32 {
             prop_assert_eq!(fork, None);
             prop_assert!(far(&a.logits, &b.logits) <= 10.0 * tolerance);
         }
@@ -136,20 +136,14 @@ fn nobody_observed_is_nothing_observed() {
             "watching".into()
         }
         fn needs(&self) -> Needs {
-            Needs {
-                observe: Some(Observe {
-                    queries: Queries::Last(0),
-                    what: self.0,
-                }),
-                ..Needs::NOTHING
-            }
+            Needs::NOTHING.observe(Queries::Last(0), self.0)
         }
         fn step(&self, at: &Step, units: &LayerUnits<'_>) -> Result<Verdict> {
             let observed = units.observed().expect("what was asked for");
             assert_eq!(observed.queries, 0);
             let (rows, nothing) = match self.0 {
                 Observation::Weights => (at.layer.heads, 0.0),
-                Observation::MaxLogits => (at.layer.kv_heads, f32::NEG_INFINITY),
+                _ => (at.layer.kv_heads, f32::NEG_INFINITY),
             };
             assert_eq!(observed.per_head.len(), rows);
             let all = observed.per_head.concat();
@@ -167,9 +161,7 @@ fn nobody_observed_is_nothing_observed() {
             };
             let policy = Arc::new(Watching(what));
             let mut session = Session::with_options(model.clone(), policy, options).unwrap();
-            session
-                .prefill(&text(30), &Prefill { chunk: 7, local: 1 })
-                .unwrap();
+            session.prefill(&text(30), &Prefill::new(7, 1)).unwrap();
         }
     }
 }

@@ -6,8 +6,8 @@ use crate::{
     spec, text,
 };
 use locret_core::{
-    Budget, CacheOptions, Error, Evict, Generate, Kernels, KvCachePolicy, KvDtype, LongRopeSwitch,
-    ModelSpec, Needs, Positions, Prefill, RopeConfig, RopeScaling, Session,
+    Budget, CacheOptions, DType, Error, Evict, Generate, Kernels, KvCachePolicy, LongRopeSwitch,
+    ModelSpec, Needs, Positions, Prefill, RopeScaling, Session,
     conformance::{Oracle, RandomModel, Tap},
 };
 use std::sync::Arc;
@@ -15,21 +15,16 @@ use std::sync::Arc;
 const ORIGINAL: usize = 40;
 
 fn long_spec(switch: LongRopeSwitch) -> ModelSpec {
-    let spec = spec();
+    let mut spec = spec();
     let half = spec.head_dim / 2;
-    ModelSpec {
-        rope: RopeConfig {
-            scaling: RopeScaling::LongRope {
-                short: vec![1.0; half],
-                long: (0..half).map(|i| 2.0 + i as f64).collect(),
-                original_max: ORIGINAL,
-                attention_factor: 1.2,
-                switch,
-            },
-            ..RopeConfig::plain(10_000.0, spec.head_dim)
-        },
-        ..spec
-    }
+    spec.rope.scaling = RopeScaling::LongRope {
+        short: vec![1.0; half],
+        long: (0..half).map(|i| 2.0 + i as f64).collect(),
+        original_max: ORIGINAL,
+        attention_factor: 1.2,
+        switch,
+    };
+    spec
 }
 
 fn everything(positions: Positions) -> Arc<dyn KvCachePolicy> {
@@ -86,7 +81,7 @@ fn a_long_prompt_in_chunks_is_read_with_the_long_factors_from_the_start() {
             for (chunk, local) in [(90, 0), (16, 0), (7, 5), (1, 0), (30, 60)] {
                 let mut session =
                     Session::with_options(model.clone(), everything(positions), options).unwrap();
-                session.prefill(&ids, &Prefill { chunk, local }).unwrap();
+                session.prefill(&ids, &Prefill::new(chunk, local)).unwrap();
                 assert_close(session.logits().unwrap(), &expected[0], 1e-3);
             }
         }
@@ -110,7 +105,7 @@ fn a_conversation_that_grows_beyond_the_original_context_turns_its_keys() {
             let mut session =
                 Session::with_options(model.clone(), everything(positions), options).unwrap();
             for (ids, expected) in prompts.iter().zip(&expected) {
-                let prefill = Prefill { chunk: 9, local: 2 };
+                let prefill = Prefill::new(9, 2);
                 session.prefill(ids, &prefill).unwrap();
                 assert_close(session.logits().unwrap(), expected, 1e-3);
             }
@@ -149,7 +144,7 @@ fn a_store_of_few_bits_refuses_the_turn_and_is_as_it_was() {
     let prefill = Prefill::default();
     for kernels in [Kernels::Auto, Kernels::Operations] {
         let options = CacheOptions {
-            dtype: KvDtype::F16,
+            dtype: DType::F16,
             kernels,
         };
         let new = || {
@@ -184,21 +179,13 @@ fn compact_keys_of_few_bits_need_no_turn() {
     let expected = naive(&model, &[&ids[..30], &ids[30..]]);
     for kernels in [Kernels::Auto, Kernels::Operations] {
         let options = CacheOptions {
-            dtype: KvDtype::F16,
+            dtype: DType::F16,
             kernels,
         };
         let policy = everything(Positions::Compact);
         let mut session = Session::with_options(model.clone(), policy, options).unwrap();
         for (ids, expected) in [&ids[..30], &ids[30..]].iter().zip(&expected) {
-            session
-                .prefill(
-                    ids,
-                    &Prefill {
-                        chunk: 16,
-                        local: 0,
-                    },
-                )
-                .unwrap();
+            session.prefill(ids, &Prefill::new(16, 0)).unwrap();
             assert_close(session.logits().unwrap(), expected, 2e-2);
         }
     }
@@ -212,7 +199,7 @@ fn always_long_never_switches() {
     let parts = naive(&model, &[&ids[..30], &ids[30..]]);
     assert_close(&parts[1], &whole[0], 1e-5);
     let options = CacheOptions {
-        dtype: KvDtype::F16,
+        dtype: DType::F16,
         ..CacheOptions::default()
     };
     let policy = everything(Positions::Original);
@@ -225,7 +212,7 @@ fn always_long_never_switches() {
 #[test]
 fn evicted_and_forked_caches_turn_what_they_hold() {
     let model = model_of(long_spec(LongRopeSwitch::ByLength));
-    let prefill = Prefill { chunk: 8, local: 0 };
+    let prefill = Prefill::new(8, 0);
     for positions in [Positions::Original, Positions::Compact] {
         let policy = Arc::new(Evict::new(KeyNorm, Budget::Units(12)).with_positions(positions));
         let mut session =
@@ -249,6 +236,6 @@ fn evicted_and_forked_caches_turn_what_they_hold() {
         assert_eq!(again.logits().unwrap(), short);
         other.prefill(&text(30), &prefill).unwrap();
         assert_eq!(other.logits().unwrap(), crossed);
-        assert!(device() == *session.model().device());
+        assert!(device() == *session.model().compute().device());
     }
 }

@@ -1,5 +1,6 @@
 //! The engine, its stores and its contract, against naive versions of themselves.
 
+mod batch;
 mod budgets;
 mod contract;
 mod conversation;
@@ -8,6 +9,7 @@ mod kernels;
 mod longrope;
 mod memory;
 mod policies;
+mod saved;
 mod suite;
 
 use burn::tensor::Device;

@@ -6,7 +6,7 @@ use crate::{
     spec, text,
 };
 use locret_core::{
-    Budget, CacheOptions, DecodeEviction, Evict, Generate, Kernels, KvCachePolicy, KvDtype,
+    Budget, CacheOptions, DType, DecodeEviction, Evict, Generate, Kernels, KvCachePolicy,
     ModelSpec, Positions, Prefill, Session,
 };
 use proptest::prelude::*;
@@ -36,27 +36,23 @@ proptest! {
         chunk in 2usize..40,
         extra in 0usize..30,
         compact in any::<bool>(),
-        dtype in prop::sample::select(vec![KvDtype::F32, KvDtype::F16, KvDtype::Bf16]),
+        dtype in prop::sample::select(vec![DType::F32, DType::F16, DType::BF16]),
         kernels in prop::sample::select(vec![Kernels::Auto, Kernels::Operations]),
     ) {
-        let spec = ModelSpec {
-            layers,
-            heads: 2 * kv_heads,
-            kv_heads,
-            ..spec()
-        };
+        let mut spec = spec();
+        (spec.layers, spec.heads, spec.kv_heads) = (layers, 2 * kv_heads, kv_heads);
         let positions = if compact { Positions::Compact } else { Positions::Original };
         let policy = Evict::new(KeyNorm, Budget::Units(budget)).with_positions(positions);
         let chunks = budget.div_ceil(chunk) + 2 + extra / chunk;
-        let prefill = Prefill { chunk, local: 0 };
+        let prefill = Prefill::new(chunk, 0);
         let options = CacheOptions { dtype, kernels };
         let session = after(spec.clone(), policy, options, chunks * chunk, prefill);
         let peak = session.report().prefill_peak;
         let units = (layers * budget + chunk) * kv_heads;
         prop_assert_eq!(peak.units_per_head, budget + chunk);
         prop_assert_eq!(peak.units, units);
-        prop_assert_eq!(peak.bytes, units * 2 * spec.head_dim * dtype.bytes());
-        let now = layers * budget * kv_heads * 2 * spec.head_dim * dtype.bytes();
+        prop_assert_eq!(peak.bytes, units * 2 * spec.head_dim * dtype.block_bytes());
+        let now = layers * budget * kv_heads * 2 * spec.head_dim * dtype.block_bytes();
         prop_assert_eq!(session.cache().bytes(), now);
     }
 }
@@ -64,10 +60,7 @@ proptest! {
 #[test]
 fn with_surprisal_all_layers_hold_the_chunk() {
     let policy = Evict::new(Surprise, Budget::Units(20));
-    let prefill = Prefill {
-        chunk: 16,
-        local: 0,
-    };
+    let prefill = Prefill::new(16, 0);
     let session = after(spec(), policy, CacheOptions::default(), 160, prefill);
     let peak = session.report().prefill_peak;
     assert_eq!(peak.units_per_head, 36);
@@ -78,10 +71,7 @@ fn with_surprisal_all_layers_hold_the_chunk() {
 #[test]
 fn the_tail_and_generated_text_come_on_top_of_the_budget() {
     let policy = Evict::new(Newest, Budget::Units(20));
-    let prefill = Prefill {
-        chunk: 16,
-        local: 10,
-    };
+    let prefill = Prefill::new(16, 10);
     let mut session = after(spec(), policy, CacheOptions::default(), 100, prefill);
     assert_eq!(session.cache().len(0, 0), 30);
     assert_eq!(session.report().prefill_peak.units_per_head, 36);
@@ -107,10 +97,7 @@ fn decoding_in_a_bounded_cache_stays_there() {
             let policy = Evict::new(Newest, Budget::Units(20))
                 .with_positions(positions)
                 .while_decoding(DecodeEviction::Every(every));
-            let prefill = Prefill {
-                chunk: 16,
-                local: 0,
-            };
+            let prefill = Prefill::new(16, 0);
             let mut session = after(spec(), policy, CacheOptions::default(), 100, prefill);
             let mut most = 0;
             for _ in 0..300 {
@@ -129,10 +116,8 @@ fn decoding_in_a_bounded_cache_stays_there() {
 
 #[test]
 fn a_long_stream_takes_no_more_than_a_short_one() {
-    let spec = ModelSpec {
-        layers: 1,
-        ..spec()
-    };
+    let mut spec = spec();
+    spec.layers = 1;
     let policy = Evict::new(Newest, Budget::Units(64)).sinks(4);
     let model = model_of(spec);
     let mut session = Session::with_options(
@@ -141,10 +126,7 @@ fn a_long_stream_takes_no_more_than_a_short_one() {
         CacheOptions::default(),
     )
     .unwrap();
-    let prefill = Prefill {
-        chunk: 128,
-        local: 0,
-    };
+    let prefill = Prefill::new(128, 0);
     let mut held = Vec::new();
     session
         .prefill_with(&text(16_384), &prefill, &mut |done| {
@@ -156,5 +138,5 @@ fn a_long_stream_takes_no_more_than_a_short_one() {
     assert!(held[4..].iter().all(|h| *h == held[4]), "{held:?}");
     assert_eq!(session.cache().positions(0, 0).last(), Some(&16_383));
     assert_eq!(session.cache().positions(0, 0)[..5], [0, 1, 2, 3, 16_324]);
-    assert!(device() == *session.model().device());
+    assert!(device() == *session.model().compute().device());
 }

@@ -1,8 +1,8 @@
 //! Small policies of every kind that the contract allows.
 
 use locret_core::{
-    Fold, Keep, KvCachePolicy, LayerSpec, LayerUnits, Needs, Observation, Observe, Phase,
-    Positions, Queries, Result, Scorer, Scores, Step, Verdict, into_f32,
+    Fold, Keep, KvCachePolicy, LayerSpec, LayerUnits, Needs, Observation, Positions, Queries,
+    Result, Scorer, Scores, Step, Verdict,
 };
 
 /// Keys with a small norm are kept; nothing is carried.
@@ -15,7 +15,7 @@ impl Scorer for KeyNorm {
     }
 
     fn score(&self, _at: &Step, units: &LayerUnits<'_>) -> Result<Scores> {
-        units.score_heads(|head| Ok(-units.keys(head)?.square().sum_dim(1).sqrt()))
+        units.score_heads(|head| Ok(-units.keys(head)?.into_tensor().square().sum_dim(1).sqrt()))
     }
 }
 
@@ -71,10 +71,7 @@ impl Scorer for Birth {
     }
 
     fn needs(&self) -> Needs {
-        Needs {
-            qkv: true,
-            ..Needs::NOTHING
-        }
+        Needs::NOTHING.qkv()
     }
 
     fn carries(&self) -> bool {
@@ -90,8 +87,7 @@ impl Scorer for Birth {
         } = at.layer;
         let mut all: Vec<Vec<f32>> = (0..kv_heads).map(|h| units.carried(h).to_vec()).collect();
         if let Some(qkv) = units.qkv() {
-            let (q, k) = (into_f32(qkv.q.clone())?, into_f32(qkv.k.clone())?);
-            let v = into_f32(qkv.v.clone())?;
+            let (q, k, v) = (qkv.q.values()?, qkv.k.values()?, qkv.v.values()?);
             for token in 0..units.incoming() {
                 for (head, scores) in all.iter_mut().enumerate() {
                     let own = (token * kv_heads + head) * d;
@@ -117,10 +113,7 @@ impl Scorer for Surprise {
     }
 
     fn needs(&self) -> Needs {
-        Needs {
-            surprisal: true,
-            ..Needs::NOTHING
-        }
+        Needs::NOTHING.surprisal()
     }
 
     fn carries(&self) -> bool {
@@ -145,13 +138,7 @@ impl Scorer for Attended {
     }
 
     fn needs(&self) -> Needs {
-        Needs {
-            observe: Some(Observe {
-                queries: Queries::All,
-                what: Observation::Weights,
-            }),
-            ..Needs::NOTHING
-        }
+        Needs::NOTHING.observe(Queries::All, Observation::Weights)
     }
 
     fn carries(&self) -> bool {
@@ -186,13 +173,7 @@ impl Scorer for Logits {
     }
 
     fn needs(&self) -> Needs {
-        Needs {
-            observe: Some(Observe {
-                queries: Queries::Last(4),
-                what: Observation::MaxLogits,
-            }),
-            ..Needs::NOTHING
-        }
+        Needs::NOTHING.observe(Queries::Last(4), Observation::MaxLogits)
     }
 
     fn score(&self, _at: &Step, units: &LayerUnits<'_>) -> Result<Scores> {
@@ -225,7 +206,7 @@ impl KvCachePolicy for Ragged {
     }
 
     fn step(&self, at: &Step, units: &LayerUnits<'_>) -> Result<Verdict> {
-        if matches!(at.phase, Phase::Tail | Phase::Decode) {
+        if !at.phase.evicts() {
             return Ok(Verdict::keep_all());
         }
         let of = |head: usize| {
@@ -293,7 +274,7 @@ impl KvCachePolicy for Mixing {
 
     fn step(&self, at: &Step, units: &LayerUnits<'_>) -> Result<Verdict> {
         let n = units.longest();
-        if matches!(at.phase, Phase::Tail | Phase::Decode) || n <= self.limit {
+        if !at.phase.evicts() || n <= self.limit {
             return Ok(Verdict::keep_all());
         }
         let first = n - self.limit;

@@ -8,12 +8,12 @@ use crate::{
     text,
 };
 use locret_core::{
-    Budget, CacheOptions, Dense, Evict, Kernels, KvCachePolicy, KvDtype, KvStore, LayerSpec,
+    Budget, CacheOptions, DType, Dense, Evict, Kernels, KvCachePolicy, KvStore, LayerSpec,
     LayerUnits, Needs, Placement, Positions, QuantLayout, Quantization, QuantizedStore, Result,
     RopeConfig, RopeScaling, Scorer, Step, Verdict,
     conformance::{
-        AdapterCheck, Case, PolicyCheck, StoreCheck, check_adapter, check_policy, check_store,
-        small_spec,
+        AdapterCheck, Case, PolicyCheck, StoreCheck, check_adapter, check_compute, check_policy,
+        check_store, small_spec,
     },
 };
 use std::sync::Arc;
@@ -84,7 +84,6 @@ fn observed_logits() {
 fn heads_of_different_lengths() {
     let check = PolicyCheck {
         fills_budget: false,
-        evicts_while_decoding: false,
         ..PolicyCheck::default()
     };
     check_policy(&device(), &check, |case| {
@@ -98,11 +97,7 @@ fn heads_of_different_lengths() {
 
 #[test]
 fn mixed_values() {
-    let check = PolicyCheck {
-        evicts_while_decoding: false,
-        ..PolicyCheck::default()
-    };
-    check_policy(&device(), &check, |case| {
+    check_policy(&device(), &PolicyCheck::default(), |case| {
         Arc::new(Mixing {
             limit: case.budget,
             positions: case.positions,
@@ -144,6 +139,10 @@ impl<P: KvCachePolicy> KvCachePolicy for Packed<P> {
         self.0.limit(layer, total)
     }
 
+    fn evicts_while_decoding(&self) -> bool {
+        self.0.evicts_while_decoding()
+    }
+
     fn step(&self, at: &Step, units: &LayerUnits<'_>) -> Result<Verdict> {
         self.0.step(at, units)
     }
@@ -153,7 +152,7 @@ impl<P: KvCachePolicy> KvCachePolicy for Packed<P> {
 fn a_policy_with_a_store_of_few_bits() {
     let check = PolicyCheck {
         dense: false,
-        dtypes: vec![KvDtype::F32],
+        dtypes: vec![DType::F32],
         tolerance: 5e-2,
         store_tolerance: 1.0 / 255.0 + 3e-3,
         ..PolicyCheck::default()
@@ -162,10 +161,6 @@ fn a_policy_with_a_store_of_few_bits() {
         Arc::new(Packed(evict(case, Birth).stabilizers(4)))
     })
     .unwrap();
-    let check = PolicyCheck {
-        evicts_while_decoding: false,
-        ..check
-    };
     check_policy(&device(), &check, |case| {
         Arc::new(Packed(Mixing {
             limit: case.budget,
@@ -202,24 +197,24 @@ fn a_ratio() {
 }
 
 #[test]
+fn whatever_computes() {
+    for kernels in [Kernels::Auto, Kernels::Operations] {
+        check_compute(&kernels.on(&device()), 2e-5, 0..60).unwrap();
+    }
+}
+
+#[test]
 fn dense_stores() {
-    for host in [true, false] {
-        for (dtype, tolerance) in [
-            (KvDtype::F32, 0.0),
-            (KvDtype::F16, 5e-4),
-            (KvDtype::Bf16, 4e-3),
-        ] {
+    for kernels in [Kernels::Auto, Kernels::Operations] {
+        for (dtype, tolerance) in [(DType::F32, 0.0), (DType::F16, 5e-4), (DType::BF16, 4e-3)] {
             let check = StoreCheck {
                 tolerance,
-                bytes_per_value: dtype.bytes() as f64,
+                bytes_per_value: dtype.block_bytes() as f64,
                 ..StoreCheck::default()
             };
-            let place = Placement {
-                device: device(),
-                dtype,
-                host,
-            };
-            check_store(&device(), &check, |layer| Ok(Dense::boxed(layer, &place))).unwrap();
+            let compute = kernels.on(&device());
+            let place = Placement { compute, dtype };
+            check_store(&device(), &check, |layer| Dense::boxed(layer, &place)).unwrap();
         }
     }
 }
@@ -255,12 +250,12 @@ fn stores_of_few_bits() {
             bytes_per_value: f64::from(bits) / 8.0 + 4.0 / group.min(8) as f64 + run,
             reserve: 2 * 64 + residual + waiting,
             head_dims: vec![8, 20, 64],
+            plans_exactly: false,
             ..StoreCheck::default()
         };
         let place = Placement {
-            device: device(),
-            dtype: KvDtype::F32,
-            host: index % 3 != 2,
+            compute: [Kernels::Auto, Kernels::Operations][index % 2].on(&device()),
+            dtype: DType::F32,
         };
         check_store(&device(), &check, |layer| {
             QuantizedStore::boxed(layer, &place, config)

@@ -8,6 +8,7 @@
 //! | a [`KvCachePolicy`](crate::KvCachePolicy) or a [`Scorer`](crate::Scorer) | [`check_policy`] |
 //! | a [`KvStore`](crate::KvStore) | [`check_store`] |
 //! | a [`CausalLm`](crate::CausalLm) | [`check_adapter`] |
+//! | a [`Compute`](crate::Compute) | [`check_compute`] |
 //!
 //! Each returns a [`ConformanceError`] that names the broken promise, the case in which it broke
 //! (with the seed that makes it again) and what was found, so that a test is one `unwrap`:
@@ -20,7 +21,7 @@
 //! # impl Scorer for KeyNorm {
 //! #     fn name(&self) -> String { "key-norm".into() }
 //! #     fn score(&self, _: &Step, units: &LayerUnits<'_>) -> Result<Scores> {
-//! #         units.score_heads(|h| Ok(units.keys(h)?.square().sum_dim(1)))
+//! #         units.score_heads(|h| Ok(units.keys(h)?.into_tensor().square().sum_dim(1)))
 //! #     }
 //! # }
 //! let device = burn::tensor::Device::default();
@@ -39,6 +40,7 @@
 //! Turn on the feature `conformance` for tests only.
 
 mod adapter;
+mod compute;
 mod model;
 mod oracle;
 mod policy;
@@ -46,10 +48,11 @@ mod record;
 mod store;
 
 pub use adapter::{AdapterCheck, check_adapter};
+pub use compute::check_compute;
 pub use model::{RandomModel, small_spec};
 pub use oracle::{Oracle, OraclePass};
 pub use policy::{Case, PolicyCheck, check_policy};
-pub use record::{Decision, Pass, Recording, Seen, Tap};
+pub use record::{Decision, Recording, Seen, Tap, Tapped};
 pub use store::{StoreCheck, check_store};
 
 use crate::Error;
@@ -162,6 +165,18 @@ pub enum Promise {
     /// Stores.
     #[error("what does not fit is refused with an error, and changes nothing")]
     Refused,
+    /// Stores.
+    #[error(
+        "what was written and read again is the same store, and anything else is refused and changes \
+         nothing"
+    )]
+    Saved,
+    /// Stores.
+    #[error("the bytes of a plan are those of the store")]
+    Growth,
+    /// Whatever computes.
+    #[error("results are those of plain loops")]
+    Arithmetic,
     /// Adapters.
     #[error("hidden states are [tokens, hidden] and logits [tokens, vocab]")]
     Shapes,
@@ -179,7 +194,7 @@ pub enum Promise {
     PositionFree,
     /// Adapters.
     #[error(
-        "queries, keys and values are the matrix of `qkv_weight` times the input of `attend_from`"
+        "queries, keys and values are the matrix of `qkv_weight` times the input that goes with them"
     )]
     Projection,
     /// Adapters.

@@ -1,0 +1,542 @@
+//! What everything that computes must satisfy.
+
+use super::{ConformanceError, Dice, Promise};
+use crate::{
+    Attention, Compute, DType, Error, KvStore, LayerSpec, Observation, Observe, Queries, Result,
+    RopeConfig, RopeTable, Rotation, Rows, TableRows, Weight,
+};
+use std::{ops::Range, sync::Arc};
+
+/// Compares everything that `compute` computes with plain loops in double precision, on random numbers
+/// of random dimensions.
+///
+/// `tolerance` is how far a number may be off, as a share of the sum of the magnitudes that it is made
+/// of; 2e-5 is right for 32-bit sums.
+///
+/// # Errors
+/// [`ConformanceError`] for the first broken promise.
+pub fn check_compute(
+    compute: &Arc<dyn Compute>,
+    tolerance: f64,
+    seeds: Range<u64>,
+) -> Result<(), ConformanceError> {
+    for seed in seeds {
+        let check = Checking {
+            compute,
+            tolerance,
+            seed,
+        };
+        let dice = || Dice::new(seed);
+        for (what, checked) in [
+            ("products", check.products(&mut dice())),
+            ("perceptrons", check.perceptrons(&mut dice())),
+            ("norms", check.norms(&mut dice())),
+            ("gates", check.gates(&mut dice())),
+            ("rotations", check.rotations(&mut dice())),
+            ("attention", check.attention(&mut dice())),
+            ("selection", check.selection(&mut dice())),
+        ] {
+            checked.map_err(|off| check.error(what, off))?;
+        }
+    }
+    Ok(())
+}
+
+/// What is wrong: a number, or an error where none is due.
+enum Off {
+    Number(String),
+    Failed(Error),
+}
+
+impl From<Error> for Off {
+    fn from(error: Error) -> Self {
+        Self::Failed(error)
+    }
+}
+
+type Checked = std::result::Result<(), Off>;
+
+struct Checking<'a> {
+    compute: &'a Arc<dyn Compute>,
+    tolerance: f64,
+    seed: u64,
+}
+
+/// A sum, and that of the magnitudes in it.
+#[derive(Clone, Copy, Default)]
+struct Sum(f64, f64);
+
+impl Sum {
+    fn of(terms: impl IntoIterator<Item = f64>) -> Self {
+        terms
+            .into_iter()
+            .fold(Self::default(), |sum, x| Self(sum.0 + x, sum.1 + x.abs()))
+    }
+}
+
+fn dot(a: &[f32], b: &[f32]) -> Sum {
+    Sum::of(a.iter().zip(b).map(|(a, b)| f64::from(*a) * f64::from(*b)))
+}
+
+fn silu(x: f64) -> f64 {
+    x / (1.0 + (-x).exp())
+}
+
+impl Checking<'_> {
+    fn error(&self, what: &str, off: Off) -> ConformanceError {
+        let subject = format!("{what} by {}", self.compute.name());
+        let case = format!("seed {}", self.seed);
+        match off {
+            Off::Number(found) => ConformanceError::Broken {
+                subject,
+                promise: Promise::Arithmetic,
+                case,
+                found,
+            },
+            Off::Failed(source) => ConformanceError::Failed {
+                subject,
+                case,
+                source: Box::new(source),
+            },
+        }
+    }
+
+    fn near(&self, what: &str, found: &[f32], due: &[Sum]) -> Checked {
+        let wrong = found.iter().zip(due).position(|(found, due)| {
+            let off = (f64::from(*found) - due.0).abs();
+            // Not `>`: a NaN is wrong, too.
+            f64::from(*found) != due.0 && !(off <= self.tolerance * due.1.max(1.0))
+        });
+        match wrong {
+            None if found.len() == due.len() => Ok(()),
+            None => Err(Off::Number(format!(
+                "{what}: {} numbers, {} are due",
+                found.len(),
+                due.len()
+            ))),
+            Some(at) => Err(Off::Number(format!(
+                "{what}: {} at number {at}, {} is due",
+                found[at], due[at].0
+            ))),
+        }
+    }
+
+    fn refused<T>(&self, what: &str, result: Result<T>) -> Checked {
+        match result {
+            Err(Error::Shape { .. } | Error::NotSupported { .. } | Error::NotFinite { .. }) => {
+                Ok(())
+            }
+            Err(other) => Err(other.into()),
+            Ok(_) => Err(Off::Number(format!("{what} was accepted"))),
+        }
+    }
+
+    fn rows(&self, values: &[f32], width: usize) -> Result<Rows> {
+        self.compute.rows(values.to_vec(), width)
+    }
+
+    fn products(&self, dice: &mut Dice) -> Checked {
+        for dtype in DType::ALL {
+            if !self.compute.computes_with(dtype) {
+                let weight = self.weight(dice, dtype, 2, 256).0;
+                self.refused(
+                    "a type that is not computed with",
+                    self.compute.matrix(vec![weight]),
+                )?;
+                continue;
+            }
+            let columns = match dtype.block() {
+                1 => dice.between(1, 70),
+                block => block * dice.between(1, 3),
+            };
+            let heights = [dice.between(1, 40), dice.between(1, 9)];
+            let (weights, values): (Vec<_>, Vec<_>) = heights
+                .map(|rows| self.weight(dice, dtype, rows, columns))
+                .into_iter()
+                .unzip();
+            let values = values.concat();
+            let matrix = self.compute.matrix(weights)?;
+            let outputs = heights[0] + heights[1];
+            if matrix.shape() != [outputs, columns] {
+                return Err(Off::Number(format!("a matrix of {:?}", matrix.shape())));
+            }
+            let what = format!("{dtype} [{outputs}, {columns}]");
+            let exact = |values: &[f32]| -> Vec<Sum> {
+                values.iter().map(|x| Sum(f64::from(*x), 0.0)).collect()
+            };
+            self.near(&what, &matrix.values()?, &exact(&values))?;
+            let ids = [outputs as u32 - 1, 0, outputs as u32 / 2];
+            let row = |id: &u32| values[*id as usize * columns..][..columns].to_vec();
+            let due: Vec<f32> = ids.iter().flat_map(row).collect();
+            self.near(&what, &matrix.rows(&ids)?.values()?, &exact(&due))?;
+            self.refused("a row that is not there", matrix.rows(&[outputs as u32]))?;
+            // Cut where no matrix ends, too.
+            let cut = dice.between(1, outputs - 1);
+            for tokens in [1, 3, dice.between(9, 40)] {
+                let x = dice.values(tokens * columns);
+                let rows = self.rows(&x, columns)?;
+                let parts = matrix.apply_parts(&rows, &[cut, outputs - cut])?;
+                let (mut found, mut due) = (Vec::new(), Vec::new());
+                for (part, outs) in parts.iter().zip([0..cut, cut..outputs]) {
+                    found.extend_from_slice(&part.values()?);
+                    for x in x.chunks(columns) {
+                        let w = |out: usize| &values[out * columns..][..columns];
+                        due.extend(outs.clone().map(|out| dot(x, w(out))));
+                    }
+                }
+                self.near(&what, &found, &due)?;
+                self.refused(
+                    "parts that do not add up",
+                    matrix.apply_parts(&rows, &[outputs + 1]),
+                )?;
+            }
+            let narrow = self.rows(&dice.values(columns + 1), columns + 1)?;
+            self.refused("an input that is too wide", matrix.apply(&narrow))?;
+        }
+        Ok(())
+    }
+
+    /// Random numbers as they lie in a file, and what they stand for.
+    fn weight(
+        &self,
+        dice: &mut Dice,
+        dtype: DType,
+        rows: usize,
+        columns: usize,
+    ) -> (Weight, Vec<f32>) {
+        let numbers = rows * columns;
+        let mut values = dice.values(numbers);
+        let bytes: Vec<u8> = match dtype {
+            DType::F32 => values.iter().flat_map(|x| x.to_le_bytes()).collect(),
+            _ => {
+                let len = numbers / dtype.block() * dtype.block_bytes();
+                let byte = |at: usize| {
+                    let random = dice.between(0, 255) as u8;
+                    // Every 16-bit number among them is then below 2.
+                    random & if at % 2 == 1 { 0xbb } else { 0xff }
+                };
+                (0..len).map(byte).collect()
+            }
+        };
+        dtype.decode(&bytes, &mut values);
+        let weight = Weight {
+            dtype,
+            rows,
+            columns,
+            bytes: bytes.into(),
+        };
+        (weight, values)
+    }
+
+    fn perceptrons(&self, dice: &mut Dice) -> Checked {
+        let widths = [dice.between(1, 30), dice.between(1, 9), dice.between(1, 9)];
+        let (inner, outputs) = (dice.between(1, 50), dice.between(1, 9));
+        let inputs = widths.iter().sum();
+        let (first, second) = (dice.values(inner * inputs), dice.values(outputs * inner));
+        let weight = Weight::from_f32(&first, inner, inputs);
+        let perceptron = self.compute.perceptron(weight, second.clone())?;
+        if perceptron.shape() != [inputs, inner, outputs] {
+            return Err(Off::Number(format!(
+                "a perceptron of {:?}",
+                perceptron.shape()
+            )));
+        }
+        for tokens in [1, dice.between(2, 30)] {
+            let xs = widths.map(|width| dice.values(tokens * width));
+            let mut due = Vec::new();
+            for token in 0..tokens {
+                let x = xs.iter().zip(widths);
+                let x: Vec<f32> = x
+                    .flat_map(|(x, width)| &x[token * width..(token + 1) * width])
+                    .copied()
+                    .collect();
+                let between = first.chunks(inputs).map(|row| silu(dot(row, &x).0));
+                let between: Vec<f64> = between.collect();
+                due.extend(
+                    second.chunks(inner).map(|row| {
+                        Sum::of(row.iter().zip(&between).map(|(a, b)| f64::from(*a) * b))
+                    }),
+                );
+            }
+            let parts = xs.iter().zip(widths).map(|(x, width)| self.rows(x, width));
+            let parts: Vec<Rows> = parts.collect::<Result<_>>()?;
+            let parts: Vec<&Rows> = parts.iter().collect();
+            self.near("a perceptron", &perceptron.apply(&parts)?, &due)?;
+            self.refused("a part too few", perceptron.apply(&parts[1..]))?;
+        }
+        Ok(())
+    }
+
+    fn norms(&self, dice: &mut Dice) -> Checked {
+        let (rows, width) = (dice.between(1, 20), dice.between(1, 150));
+        let parts = [(); 2].map(|()| dice.values(rows * width));
+        let gain = dice.values(width);
+        let [x, y] = &parts;
+        let epsilon = 1e-5;
+        let normed = |x: &[f32]| -> Vec<Sum> {
+            let square = dot(x, x).0 / x.len() as f64;
+            let root = (square + f64::from(epsilon)).sqrt();
+            let pairs = x.iter().zip(&gain);
+            pairs
+                .map(|(x, gain)| Sum(f64::from(*x) / root * f64::from(*gain), 1.0))
+                .collect()
+        };
+        let due: Vec<Sum> = x.chunks(width).flat_map(normed).collect();
+        let (own, gains) = (self.rows(x, width)?, self.rows(&gain, width)?);
+        let found = self.compute.norm(&own, &gains, epsilon)?;
+        self.near("a norm", &found.values()?, &due)?;
+        let sum: Vec<f32> = x.iter().zip(y).map(|(x, y)| x + y).collect();
+        let due: Vec<Sum> = sum.chunks(width).flat_map(normed).collect();
+        let mut added = own.clone();
+        let other = self.rows(y, width)?;
+        let found = self.compute.add_norm(&mut added, &other, &gains, epsilon)?;
+        self.near("the norm of a sum", &found.values()?, &due)?;
+        let exact = |x: &[f32]| -> Vec<Sum> { x.iter().map(|x| Sum((*x).into(), 0.0)).collect() };
+        self.near("a sum", &added.values()?, &exact(&sum))?;
+        self.near("what was copied before", &own.values()?, &exact(x))?;
+        let wide = self.rows(&dice.values(width + 1), width + 1)?;
+        self.refused("a wide gain", self.compute.norm(&own, &wide, epsilon))
+    }
+
+    fn gates(&self, dice: &mut Dice) -> Checked {
+        let (rows, n) = (dice.between(1, 20), dice.between(1, 80));
+        let x = dice.values(rows * 2 * n);
+        let due = x.chunks(2 * n).flat_map(|row| {
+            let (gate, up) = row.split_at(n);
+            let pairs = gate.iter().zip(up);
+            pairs.map(|(gate, up)| Sum(silu(f64::from(*gate)) * f64::from(*up), 1.0))
+        });
+        let due: Vec<Sum> = due.collect();
+        let found = self.compute.gate(&self.rows(&x, 2 * n)?)?;
+        self.near("gates", &found.values()?, &due)?;
+        let odd = self.rows(&[1.0; 3], 3)?;
+        self.refused("half a gate", self.compute.gate(&odd))
+    }
+
+    fn rotations(&self, dice: &mut Dice) -> Checked {
+        let dim = 2 * dice.between(1, 16);
+        let rotary = 2 * dice.between(1, dim / 2);
+        let factor = dice.pick(&[1.0, 1.19]);
+        let table = table(dice, rotary, factor, 60);
+        let (groups, per_group) = (dice.between(1, 3), dice.between(1, 3));
+        let tokens = dice.between(1, 12);
+        let width = groups * per_group * dim;
+        let x = dice.values(tokens * width);
+        let first: Vec<usize> = (0..groups).map(|_| dice.between(0, 40)).collect();
+        let each: Vec<u32> = (0..tokens).map(|_| dice.between(0, 59) as u32).collect();
+        let half = rotary / 2;
+        let due = |row: &dyn Fn(usize, usize) -> usize| -> Vec<Sum> {
+            let mut due = Vec::new();
+            for (at, head) in x.chunks(dim).enumerate() {
+                let (token, group) = (
+                    at / (groups * per_group),
+                    at % (groups * per_group) / per_group,
+                );
+                let at = row(token, group) * half;
+                for i in 0..dim {
+                    let of = |from: &[f32], i: usize| f64::from(from[at + i]);
+                    let (cos, sin) = (table.cos(), table.sin());
+                    due.push(if i < half {
+                        let (a, b) = (f64::from(head[i]), f64::from(head[half + i]));
+                        Sum::of([a * of(cos, i), -b * of(sin, i)])
+                    } else if i < rotary {
+                        let (a, b) = (f64::from(head[i - half]), f64::from(head[i]));
+                        Sum::of([b * of(cos, i - half), a * of(sin, i - half)])
+                    } else {
+                        Sum(f64::from(head[i]), 0.0)
+                    });
+                }
+            }
+            due
+        };
+        let cases = [
+            (
+                TableRows::From(&first),
+                due(&|token, group| first[group] + token),
+            ),
+            (
+                TableRows::Each(&each),
+                due(&|token, _| each[token] as usize),
+            ),
+        ];
+        for (rows, due) in cases {
+            let by = Rotation {
+                table: &table,
+                head_dim: dim,
+                rows,
+                inverse: false,
+            };
+            let turned = self.compute.rotate(self.rows(&x, width)?, &by)?;
+            self.near("a rotation", &turned.values()?, &due)?;
+            let back = self.compute.rotate(turned, &by.undone())?;
+            let due: Vec<Sum> = x.iter().map(|x| Sum(f64::from(*x), 0.1)).collect();
+            self.near("a rotation undone", &back.values()?, &due)?;
+        }
+        let far = TableRows::From(&[60]);
+        let by = Rotation {
+            table: &table,
+            head_dim: dim,
+            rows: far,
+            inverse: false,
+        };
+        let beyond = self.compute.rotate(self.rows(&x, width)?, &by);
+        self.refused("a row beyond the table", beyond)
+    }
+
+    fn attention(&self, dice: &mut Dice) -> Checked {
+        let kv_heads = dice.between(1, 3);
+        let layer = LayerSpec {
+            index: 0,
+            layers: 1,
+            heads: kv_heads * dice.pick(&[1, 2, 4]),
+            kv_heads,
+            head_dim: 2 * dice.between(1, 20),
+        };
+        let (d, width) = (layer.head_dim, kv_heads * layer.head_dim);
+        let old = dice.between(0, 70);
+        let mut store = self.compute.store(&layer, DType::F32)?;
+        let mut kept: Vec<[Vec<f32>; 2]> = vec![Default::default(); kv_heads];
+        let mut append = |store: &mut dyn KvStore, dice: &mut Dice, n: usize| -> Checked {
+            let parts = [(); 2].map(|()| dice.values(n * width));
+            let [keys, values] = [0, 1].map(|part| self.rows(&parts[part], width));
+            store.append(&keys?, &values?)?;
+            for (head, kept) in kept.iter_mut().enumerate() {
+                for (kept, part) in kept.iter_mut().zip(&parts) {
+                    let rows = part.chunks(width).map(|row| &row[head * d..(head + 1) * d]);
+                    kept.extend(rows.flatten());
+                }
+            }
+            Ok(())
+        };
+        append(&mut *store, dice, old)?;
+        // Heads of different lengths.
+        let lists: Vec<Vec<u32>> = (0..kv_heads)
+            .map(|_| (0..old as u32).filter(|_| dice.chance(0.7)).collect())
+            .collect();
+        let many = dice.between(3, 40);
+        let tokens = dice.pick(&[1, 2, many]);
+        store.retain(&lists)?;
+        let mut rest = vec![[Vec::new(), Vec::new()]; kv_heads];
+        append(&mut *store, dice, tokens)?;
+        for ((rest, kept), list) in rest.iter_mut().zip(&kept).zip(&lists) {
+            let units = list.iter().map(|u| *u as usize).chain(old..old + tokens);
+            for unit in units {
+                for part in 0..2 {
+                    rest[part].extend_from_slice(&kept[part][unit * d..(unit + 1) * d]);
+                }
+            }
+        }
+        let rotary = 2 * dice.between(1, d / 2);
+        let table = table(dice, rotary, 1.0, old + tokens);
+        let rotation = dice.chance(0.5).then_some(&table);
+        if let Some(table) = rotation {
+            for [keys, _] in &mut rest {
+                for (row, key) in keys.chunks_mut(d).enumerate() {
+                    turned(key, table, row);
+                }
+            }
+        }
+        let over = Attention {
+            layer,
+            store: &*store,
+            scale: dice.pick(&[1.0 / (d as f32).sqrt(), 0.3]),
+            rotation,
+        };
+        let q = dice.values(tokens * layer.heads * d);
+        let (mut due, mut weights, mut largest) = (Vec::new(), Vec::new(), Vec::new());
+        let last = dice.between(0, tokens);
+        for head in 0..kv_heads {
+            let n = rest[head][0].len() / d;
+            largest.push(vec![f64::NEG_INFINITY; n]);
+            for _ in 0..layer.group() {
+                weights.push(vec![0.0; n]);
+            }
+        }
+        for token in 0..tokens {
+            for head in 0..layer.heads {
+                let q = &q[(token * layer.heads + head) * d..][..d];
+                let [keys, values] = &rest[head / layer.group()];
+                let seen = keys.len() / d - tokens + token + 1;
+                let logit = |unit: usize| dot(q, &keys[unit * d..][..d]).0 * f64::from(over.scale);
+                let logits: Vec<f64> = (0..seen).map(logit).collect();
+                let most = logits.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+                let sum: f64 = logits.iter().map(|x| (x - most).exp()).sum();
+                for feature in 0..d {
+                    let terms = logits.iter().enumerate().map(|(unit, x)| {
+                        (x - most).exp() / sum * f64::from(values[unit * d + feature])
+                    });
+                    due.push(Sum::of(terms));
+                }
+                if token >= tokens - last {
+                    for (unit, x) in logits.iter().enumerate() {
+                        weights[head][unit] += (x - most).exp() / sum;
+                        let largest = &mut largest[head / layer.group()][unit];
+                        *largest = largest.max(*x);
+                    }
+                }
+            }
+        }
+        let rows = self.rows(&q, layer.heads * d)?;
+        let found = self.compute.attend(rows.clone(), &over)?;
+        self.near("attention", &found.values()?, &due)?;
+        for (what, due) in [
+            (Observation::Weights, weights),
+            (Observation::MaxLogits, largest),
+        ] {
+            let queries = Queries::Last(last);
+            let found = self
+                .compute
+                .observe(&rows, &over, Observe { queries, what })?;
+            let due: Vec<Sum> = due.iter().flatten().map(|x| Sum(*x, 4.0)).collect();
+            self.near(&format!("{what:?}"), &found.per_head.concat(), &due)?;
+        }
+        let wide = self.rows(&dice.values(layer.heads * d + 1), layer.heads * d + 1)?;
+        self.refused("wide queries", self.compute.attend(wide, &over))
+    }
+
+    fn selection(&self, dice: &mut Dice) -> Checked {
+        let n = dice.between(1, 60);
+        let scores: Vec<f32> = (0..n).map(|_| dice.between(0, 9) as f32).collect();
+        let keep = dice.between(0, n + 3);
+        let sinks = dice.between(0, n.min(keep));
+        let mut order: Vec<usize> = (0..n).collect();
+        order.sort_by(|a, b| {
+            let score = |i: &usize| {
+                if *i < sinks {
+                    f32::INFINITY
+                } else {
+                    scores[*i]
+                }
+            };
+            score(b).total_cmp(&score(a)).then(a.cmp(b))
+        });
+        order.truncate(keep);
+        order.sort_unstable();
+        let found = self.compute.select(&scores, keep, &[0..sinks])?;
+        if !found
+            .iter()
+            .map(|unit| *unit as usize)
+            .eq(order.iter().copied())
+        {
+            let found = format!("{keep} of {scores:?}: {found:?}, {order:?} is due");
+            return Err(Off::Number(found));
+        }
+        self.refused("a NaN", self.compute.select(&[1.0, f32::NAN], 1, &[]))
+    }
+}
+
+/// Cosines and sines of random frequencies.
+fn table(dice: &mut Dice, rotary: usize, factor: f32, rows: usize) -> RopeTable {
+    let config = RopeConfig::plain(dice.pick(&[100.0, 10_000.0]), rotary);
+    RopeTable::new(&config.frequencies(false).0, factor, 0..rows)
+}
+
+fn turned(key: &mut [f32], table: &RopeTable, row: usize) {
+    let half = table.rotary_dim() / 2;
+    for i in 0..half {
+        let (cos, sin) = (table.cos()[row * half + i], table.sin()[row * half + i]);
+        let (a, b) = (key[i], key[half + i]);
+        key[i] = a * cos - b * sin;
+        key[half + i] = b * cos + a * sin;
+    }
+}
