@@ -1,6 +1,6 @@
 //! Chat templates.
 
-use crate::{Gguf, ModelError, Result, SpecialTokens, Tokenizer, json};
+use crate::{Gguf, ModelError, Result, SpecialTokens, Tokenizer, files::json};
 use minijinja::{
     Environment, ErrorKind, Value,
     syntax::SyntaxConfig,
@@ -491,7 +491,7 @@ impl Date {
 mod tests {
     use super::*;
     use crate::{
-        gguf::Value as Meta,
+        Value as Meta,
         tokenizer::tests::{build, byte_level_file},
     };
     use proptest::prelude::*;
@@ -733,7 +733,7 @@ mod tests {
 
     #[test]
     fn the_template_of_a_gguf_file() {
-        let read = |file: &crate::gguf::writer::File| {
+        let read = |file: &crate::gguf_file::File| {
             let file = file.write();
             ChatTemplate::from_gguf(&Gguf::open(file.path()).unwrap())
         };

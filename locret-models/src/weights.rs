@@ -1,10 +1,13 @@
 //! One view of a model's weights, whatever the file format.
 
-use crate::{Encoding, ModelError, Result};
-use burn::tensor::{DType, Device, Tensor, TensorData};
+use crate::{DType, ModelError, Result, numbers::decode_finite};
+use burn::tensor::{DType as TensorDType, Device, Tensor, TensorData};
 use bytes::Bytes;
 use half::{bf16, f16};
-use locret_core::kernels::pages::Arena;
+use locret_core::{
+    Compute, Matrix, Rows, Weight,
+    kernels::{dtype::Number, pages::Arena},
+};
 use rayon::prelude::*;
 use std::{
     borrow::Cow,
@@ -12,12 +15,14 @@ use std::{
     fmt::Debug,
     ops::Range,
     path::Path,
-    sync::{Mutex, PoisonError},
+    sync::{Arc, Mutex, PoisonError},
 };
 
 /// Rows are converted in bands of about this many values, so that pages of the file can be let go
 /// of while a large tensor is being read.
 const BAND_VALUES: usize = 8 << 20;
+/// Values that are checked at a time where a matrix stays packed.
+const PACKED_VALUES: usize = 1 << 20;
 /// What one thread converts at a time.
 const PIECE_VALUES: usize = 64 << 10;
 
@@ -27,7 +32,7 @@ pub struct TensorInfo {
     /// Dimensions, slowest first: `[rows, columns]` of a matrix.
     pub shape: Vec<usize>,
     /// How values are stored.
-    pub encoding: Encoding,
+    pub dtype: DType,
 }
 
 impl TensorInfo {
@@ -56,7 +61,7 @@ pub trait Weights: Debug + Send + Sync {
     /// Shape and storage of a tensor; `None` if there is no such tensor.
     fn info(&self, name: &str) -> Option<&TensorInfo>;
 
-    /// The bytes of some rows in their encoding: whole blocks, row after row.
+    /// The bytes of some rows as they are stored: whole blocks, row after row.
     ///
     /// # Errors
     /// [`ModelError::MissingTensors`] for an unknown name; [`ModelError::Format`] for rows that the
@@ -88,108 +93,96 @@ pub enum WeightDtype {
     File,
 }
 
-/// How few tokens at once (a decoded one) meet matrices in blocks of packed integers; other
-/// matrices, and more than eight tokens, are computed exactly in any case.
-#[derive(
-    Debug, Clone, Copy, PartialEq, Eq, Hash, Default, serde::Serialize, serde::Deserialize,
-)]
-#[serde(rename_all = "lowercase")]
-pub enum Activations {
-    /// In single precision: the numbers that the blocks stand for, and no others.
-    #[default]
-    Exact,
-    /// Rounded to eight bits in blocks of 32, as engines that read GGUF files commonly do. Where
-    /// activations have outliers it shows: logits of SmolLM2-135M are off by some 5 % of their
-    /// spread (`tests/smollm2.rs` bounds it).
-    Bytes,
-}
-
 impl WeightDtype {
-    /// The resident type of a tensor that is stored as `encoding`.
-    pub fn resident(self, encoding: Encoding) -> DType {
-        match (self, encoding) {
-            (Self::F16, _) | (Self::File, Encoding::F16) => DType::F16,
-            (Self::BF16, _) | (Self::File, Encoding::BF16) => DType::BF16,
+    /// The type that a tensor is held in which is stored as `stored`: one of the three floats.
+    pub fn resident(self, stored: DType) -> DType {
+        match (self, stored) {
+            (Self::F16, _) | (Self::File, DType::F16) => DType::F16,
+            (Self::BF16, _) | (Self::File, DType::BF16) => DType::BF16,
             (Self::F32 | Self::File, _) => DType::F32,
         }
     }
 }
 
-/// A number that a weight can become.
-trait Resident: Copy + Default + Send + Sync + 'static {
-    const NAME: &'static str;
-    /// The encoding that it has in files.
-    const ENCODING: Encoding;
-    /// From the bytes of that encoding.
-    fn from_bytes(b: &[u8]) -> Self;
-    fn value(self) -> f32;
-    fn from_f32(x: f32) -> Self;
-    fn is_finite(self) -> bool;
-    /// To little-endian bytes, as many as the type has.
-    fn put(self, out: &mut [u8]);
+/// What can be read from any [`Weights`].
+pub trait WeightsExt: Weights {
+    /// A tensor's values in row-major order.
+    ///
+    /// # Errors
+    /// [`ModelError::MissingTensors`]; [`ModelError::NotFinite`].
+    fn tensor_f32(&self, name: &str) -> Result<Vec<f32>>;
+
+    /// Some rows of a tensor, for instance the embeddings of a few tokens.
+    ///
+    /// # Errors
+    /// [`ModelError::MissingTensors`]; [`ModelError::NotFinite`]; [`ModelError::Format`] for rows
+    /// that the tensor does not have.
+    fn tensor_rows_f32(&self, name: &str, rows: Range<usize>) -> Result<Vec<f32>>;
+
+    /// A tensor on a device, of shape `expected`, in the type that `dtype` says.
+    ///
+    /// Host memory holds the tensor once, in the type that it is held in.
+    ///
+    /// # Errors
+    /// [`ModelError::MissingTensors`]; [`ModelError::Shape`]; [`ModelError::NotFinite`];
+    /// [`ModelError::UnsupportedDtype`] if the device does not have the type.
+    fn load<const D: usize>(
+        &self,
+        name: &str,
+        expected: [usize; D],
+        dtype: WeightDtype,
+        device: &Device,
+    ) -> Result<Tensor<D>>;
 }
 
-impl Resident for f32 {
-    const NAME: &'static str = "f32";
-    const ENCODING: Encoding = Encoding::F32;
-    fn from_f32(x: f32) -> Self {
-        x
+impl<W: Weights + ?Sized> WeightsExt for W {
+    fn tensor_f32(&self, name: &str) -> Result<Vec<f32>> {
+        let rows = self.expect(name)?.rows();
+        self.convert(name, 0..rows)
     }
-    fn from_bytes(b: &[u8]) -> Self {
-        Self::from_le_bytes([b[0], b[1], b[2], b[3]])
-    }
-    fn value(self) -> f32 {
-        self
-    }
-    fn is_finite(self) -> bool {
-        self.is_finite()
-    }
-    fn put(self, out: &mut [u8]) {
-        out.copy_from_slice(&self.to_le_bytes());
-    }
-}
 
-impl Resident for f16 {
-    const NAME: &'static str = "f16";
-    const ENCODING: Encoding = Encoding::F16;
-    fn from_f32(x: f32) -> Self {
-        Self::from_f32(x)
+    fn tensor_rows_f32(&self, name: &str, rows: Range<usize>) -> Result<Vec<f32>> {
+        self.convert(name, rows)
     }
-    fn from_bytes(b: &[u8]) -> Self {
-        Self::from_le_bytes([b[0], b[1]])
-    }
-    fn value(self) -> f32 {
-        self.to_f32()
-    }
-    fn is_finite(self) -> bool {
-        self.is_finite()
-    }
-    fn put(self, out: &mut [u8]) {
-        out.copy_from_slice(&self.to_le_bytes());
-    }
-}
 
-impl Resident for bf16 {
-    const NAME: &'static str = "bf16";
-    const ENCODING: Encoding = Encoding::BF16;
-    fn from_f32(x: f32) -> Self {
-        Self::from_f32(x)
-    }
-    fn from_bytes(b: &[u8]) -> Self {
-        Self::from_le_bytes([b[0], b[1]])
-    }
-    fn value(self) -> f32 {
-        self.to_f32()
-    }
-    fn is_finite(self) -> bool {
-        self.is_finite()
-    }
-    fn put(self, out: &mut [u8]) {
-        out.copy_from_slice(&self.to_le_bytes());
+    fn load<const D: usize>(
+        &self,
+        name: &str,
+        expected: [usize; D],
+        dtype: WeightDtype,
+        device: &Device,
+    ) -> Result<Tensor<D>> {
+        let info = self.expect_shape(name, &expected)?;
+        let rows = 0..info.rows();
+        let mut held = dtype.resident(info.dtype);
+        if dtype == WeightDtype::File && !device.supports_dtype(of_tensors(held)) {
+            held = DType::F32;
+        }
+        if !device.supports_dtype(of_tensors(held)) {
+            return Err(ModelError::UnsupportedDtype {
+                dtype: format!("{held:?}").to_lowercase(),
+            });
+        }
+        let data = match held {
+            DType::F16 => TensorData::new(self.convert::<f16>(name, rows)?, expected),
+            DType::BF16 => TensorData::new(self.convert::<bf16>(name, rows)?, expected),
+            _ => TensorData::new(self.convert::<f32>(name, rows)?, expected),
+        };
+        Ok(Tensor::from_data(data, (device, of_tensors(held))))
     }
 }
 
-impl dyn Weights + '_ {
+/// Burn's name for a type that weights are held in.
+fn of_tensors(held: DType) -> TensorDType {
+    match held {
+        DType::F16 => TensorDType::F16,
+        DType::BF16 => TensorDType::BF16,
+        _ => TensorDType::F32,
+    }
+}
+
+/// How weights are converted.
+trait Convert: Weights {
     fn expect(&self, name: &str) -> Result<&TensorInfo> {
         self.info(name).ok_or_else(|| ModelError::MissingTensors {
             path: self.path().to_path_buf(),
@@ -197,38 +190,7 @@ impl dyn Weights + '_ {
         })
     }
 
-    /// A tensor's values in row-major order.
-    ///
-    /// # Errors
-    /// [`ModelError::MissingTensors`]; [`ModelError::NotFinite`].
-    pub fn tensor_f32(&self, name: &str) -> Result<Vec<f32>> {
-        let rows = self.expect(name)?.rows();
-        self.convert(name, 0..rows)
-    }
-
-    /// Some rows of a tensor, for instance the embeddings of a few tokens.
-    ///
-    /// # Errors
-    /// [`ModelError::MissingTensors`]; [`ModelError::NotFinite`]; [`ModelError::Format`] for rows
-    /// that the tensor does not have.
-    pub fn tensor_rows_f32(&self, name: &str, rows: Range<usize>) -> Result<Vec<f32>> {
-        self.convert(name, rows)
-    }
-
-    /// A tensor on a device, of shape `expected`, in the type that `dtype` says.
-    ///
-    /// Host memory holds the tensor once, in its resident type.
-    ///
-    /// # Errors
-    /// [`ModelError::MissingTensors`]; [`ModelError::Shape`]; [`ModelError::NotFinite`];
-    /// [`ModelError::UnsupportedDtype`] if the device does not have the type.
-    pub fn load<const D: usize>(
-        &self,
-        name: &str,
-        expected: [usize; D],
-        dtype: WeightDtype,
-        device: &Device,
-    ) -> Result<Tensor<D>> {
+    fn expect_shape(&self, name: &str, expected: &[usize]) -> Result<&TensorInfo> {
         let info = self.expect(name)?;
         if info.shape != expected {
             return Err(ModelError::Shape {
@@ -238,23 +200,7 @@ impl dyn Weights + '_ {
                 found: info.shape.clone(),
             });
         }
-        let rows = 0..info.rows();
-        let asked = dtype;
-        let mut dtype = asked.resident(info.encoding);
-        if asked == WeightDtype::File && !device.supports_dtype(dtype) {
-            dtype = DType::F32;
-        }
-        if !device.supports_dtype(dtype) {
-            return Err(ModelError::UnsupportedDtype {
-                dtype: format!("{dtype:?}").to_lowercase(),
-            });
-        }
-        let data = match dtype {
-            DType::F16 => TensorData::new(self.convert::<f16>(name, rows)?, expected),
-            DType::BF16 => TensorData::new(self.convert::<bf16>(name, rows)?, expected),
-            _ => TensorData::new(self.convert::<f32>(name, rows)?, expected),
-        };
-        Ok(Tensor::from_data(data, (device, dtype)))
+        Ok(info)
     }
 
     /// A tensor's little-endian bytes in the type that `dtype` says, and that type. Memory holds
@@ -267,8 +213,8 @@ impl dyn Weights + '_ {
     ) -> Result<(DType, Bytes)> {
         let info = self.expect(name)?;
         let (rows, values) = (info.rows(), info.rows() * info.cols());
-        let dtype = dtype.resident(info.encoding);
-        let mut out = arena.zeros(values * dtype.size());
+        let dtype = dtype.resident(info.dtype);
+        let mut out = arena.zeros(values * dtype.block_bytes());
         match dtype {
             DType::F16 => self.convert_bytes::<f16>(name, rows, &mut out),
             DType::BF16 => self.convert_bytes::<bf16>(name, rows, &mut out),
@@ -277,7 +223,7 @@ impl dyn Weights + '_ {
         Ok((dtype, out.freeze()))
     }
 
-    fn convert<T: Resident>(&self, name: &str, rows: Range<usize>) -> Result<Vec<T>> {
+    fn convert<T: Number>(&self, name: &str, rows: Range<usize>) -> Result<Vec<T>> {
         let info = self.expect(name)?;
         if rows.start > rows.end || rows.end > info.rows() {
             return Err(ModelError::format(
@@ -287,19 +233,17 @@ impl dyn Weights + '_ {
                 format!("{rows:?}"),
             ));
         }
-        let mut out = vec![T::default(); rows.len() * info.cols()];
-        self.convert_with(name, rows, T::NAME, &mut out, 1, decode_finite::<T>)?;
+        let mut out = vec![T::zeroed(); rows.len() * info.cols()];
+        self.convert_with(name, rows, T::DTYPE, &mut out, 1, decode_finite::<T>)?;
         Ok(out)
     }
 
-    fn convert_bytes<T: Resident>(&self, name: &str, rows: usize, out: &mut [u8]) -> Result<()> {
+    fn convert_bytes<T: Number>(&self, name: &str, rows: usize, out: &mut [u8]) -> Result<()> {
         let size = size_of::<T>();
-        self.convert_with(name, 0..rows, T::NAME, out, size, |encoding, bytes, out| {
-            let mut values = vec![T::default(); out.len() / size];
-            decode_finite(encoding, bytes, &mut values)?;
-            for (value, out) in values.into_iter().zip(out.chunks_exact_mut(size)) {
-                value.put(out);
-            }
+        self.convert_with(name, 0..rows, T::DTYPE, out, size, |stored, bytes, out| {
+            let mut values = vec![T::zeroed(); out.len() / size];
+            decode_finite(stored, bytes, &mut values)?;
+            out.copy_from_slice(bytemuck::cast_slice(&values));
             Ok(())
         })
     }
@@ -311,13 +255,13 @@ impl dyn Weights + '_ {
         &self,
         name: &str,
         rows: Range<usize>,
-        dtype: &'static str,
+        dtype: DType,
         out: &mut [E],
         per_value: usize,
-        decode: impl Fn(Encoding, &[u8], &mut [E]) -> Result<(), (usize, f32)> + Sync,
+        decode: impl Fn(DType, &[u8], &mut [E]) -> Result<(), (usize, f32)> + Sync,
     ) -> Result<()> {
         let info = self.expect(name)?;
-        let (cols, encoding) = (info.cols(), info.encoding);
+        let (cols, stored) = (info.cols(), info.dtype);
         if cols == 0 {
             return Ok(());
         }
@@ -333,7 +277,7 @@ impl dyn Weights + '_ {
                 .zip(bytes.par_chunks(piece * row_bytes))
                 .enumerate()
                 .try_for_each(|(j, (out, bytes))| {
-                    decode(encoding, bytes, out).map_err(|(at, value)| ModelError::NotFinite {
+                    decode(stored, bytes, out).map_err(|(at, value)| ModelError::NotFinite {
                         path: self.path().to_path_buf(),
                         tensor: name.to_owned(),
                         row: start + j * piece + at / cols,
@@ -348,50 +292,7 @@ impl dyn Weights + '_ {
     }
 }
 
-/// Converts blocks; fails with the index and the value of the first that is not finite.
-fn decode_finite<T: Resident>(
-    encoding: Encoding,
-    bytes: &[u8],
-    out: &mut [T],
-) -> Result<(), (usize, f32)> {
-    if encoding == T::ENCODING {
-        for (x, b) in out.iter_mut().zip(bytes.chunks_exact(size_of::<T>())) {
-            *x = T::from_bytes(b);
-        }
-        return match first_bad(out) {
-            Some(at) => Err((at, out[at].value())),
-            None => Ok(()),
-        };
-    }
-    /// A multiple of every block length.
-    const STEP: usize = 2048;
-    let mut buffer = [0.0; STEP];
-    let step_bytes = STEP / encoding.block() * encoding.block_bytes();
-    for (i, (out, bytes)) in out
-        .chunks_mut(STEP)
-        .zip(bytes.chunks(step_bytes))
-        .enumerate()
-    {
-        let buffer = &mut buffer[..out.len()];
-        encoding.decode(bytes, buffer);
-        for (x, &value) in out.iter_mut().zip(&*buffer) {
-            *x = T::from_f32(value);
-        }
-        if let Some(at) = first_bad(out) {
-            return Err((i * STEP + at, buffer[at]));
-        }
-    }
-    Ok(())
-}
-
-/// The first value that is not finite. Looks at all of them without branches first: there is
-/// hardly ever one.
-fn first_bad<T: Resident>(values: &[T]) -> Option<usize> {
-    if values.iter().fold(true, |all, x| all & x.is_finite()) {
-        return None;
-    }
-    values.iter().position(|x| !x.is_finite())
-}
+impl<W: Weights + ?Sized> Convert for W {}
 
 /// Loads a model's tensors and keeps count of them.
 ///
@@ -401,36 +302,21 @@ fn first_bad<T: Resident>(values: &[T]) -> Option<usize> {
 pub struct Loader<'a> {
     weights: &'a dyn Weights,
     dtype: WeightDtype,
-    activations: Activations,
-    device: Device,
+    compute: Arc<dyn Compute>,
     used: Mutex<BTreeSet<String>>,
     arena: Mutex<Arena>,
 }
 
 impl<'a> Loader<'a> {
-    /// A loader of `weights` that nothing has been taken from.
-    pub fn new(weights: &'a dyn Weights, dtype: WeightDtype, device: &Device) -> Self {
+    /// A loader of `weights` for what computes with them, that nothing has been taken from.
+    pub fn new(weights: &'a dyn Weights, dtype: WeightDtype, compute: &Arc<dyn Compute>) -> Self {
         Self {
             weights,
             dtype,
-            activations: Activations::default(),
-            device: device.clone(),
+            compute: compute.clone(),
             used: Mutex::default(),
             arena: Mutex::default(),
         }
-    }
-
-    /// The same with other activations.
-    pub fn with_activations(self, activations: Activations) -> Self {
-        Self {
-            activations,
-            ..self
-        }
-    }
-
-    /// How few tokens meet packed matrices.
-    pub fn activations(&self) -> Activations {
-        self.activations
     }
 
     /// The weights.
@@ -443,27 +329,73 @@ impl<'a> Loader<'a> {
         self.dtype
     }
 
+    /// What computes with the weights.
+    pub fn compute(&self) -> &Arc<dyn Compute> {
+        &self.compute
+    }
+
+    /// The matrices `names`, `[rows, columns]` each, one below the other, where they are computed with.
+    ///
+    /// # Errors
+    /// As [`load`](Self::load), and those of [`Compute::matrix`].
+    pub fn matrix(&self, names: &[(String, usize)], columns: usize) -> Result<Arc<dyn Matrix>> {
+        let parts = names
+            .iter()
+            .map(|(name, rows)| self.weight(name, [*rows, columns]));
+        Ok(self.compute.matrix(parts.collect::<Result<_>>()?)?)
+    }
+
+    /// A row `[1, width]` of 32-bit numbers, for instance the gain of a norm.
+    ///
+    /// # Errors
+    /// As [`load`](Self::load).
+    pub fn row(&self, name: &str, width: usize) -> Result<Rows> {
+        Ok(self.compute.rows(self.values(name, &[width])?, width)?)
+    }
+
+    /// One matrix, in the type that it is computed with.
+    fn weight(&self, name: &str, [rows, columns]: [usize; 2]) -> Result<Weight> {
+        self.check(name, &[rows, columns])?;
+        let stored = self.weights.expect(name)?.dtype;
+        let mut held = self.dtype;
+        let (dtype, bytes) = if held == WeightDtype::File
+            && !stored.is_float()
+            && self.compute.computes_with(stored)
+        {
+            let band = (PACKED_VALUES / columns.max(1)).max(1);
+            for start in (0..rows).step_by(band) {
+                // Scales that are not finite are found and named.
+                let band = start..(start + band).min(rows);
+                self.weights.tensor_rows_f32(name, band)?;
+            }
+            (stored, self.packed(name)?)
+        } else {
+            if held == WeightDtype::File && !self.compute.computes_with(held.resident(stored)) {
+                held = WeightDtype::F32;
+            }
+            if !self.compute.computes_with(held.resident(stored)) {
+                return Err(ModelError::UnsupportedDtype {
+                    dtype: held.resident(stored).to_string().to_lowercase(),
+                });
+            }
+            let mut arena = self.arena.lock().unwrap_or_else(PoisonError::into_inner);
+            self.weights.resident_bytes(name, held, &mut arena)?
+        };
+        Ok(Weight {
+            dtype,
+            rows,
+            columns,
+            bytes,
+        })
+    }
+
     /// Counts a tensor as used and checks that it is there in shape `expected`.
     ///
     /// # Errors
     /// [`ModelError::MissingTensors`]; [`ModelError::Shape`].
     pub fn check(&self, name: &str, expected: &[usize]) -> Result<()> {
         self.skip(name);
-        let info = self.weights.expect(name)?;
-        if info.shape != expected {
-            return Err(ModelError::Shape {
-                path: self.weights.path().to_path_buf(),
-                tensor: name.to_owned(),
-                expected: expected.to_vec(),
-                found: info.shape.clone(),
-            });
-        }
-        Ok(())
-    }
-
-    /// Where tensors go.
-    pub fn device(&self) -> &Device {
-        &self.device
+        self.weights.expect_shape(name, expected).map(drop)
     }
 
     /// Whether there is a tensor of this name. This does not count as use.
@@ -499,7 +431,8 @@ impl<'a> Loader<'a> {
         dtype: WeightDtype,
     ) -> Result<Tensor<D>> {
         self.skip(name);
-        self.weights.load(name, expected, dtype, &self.device)
+        self.weights
+            .load(name, expected, dtype, self.compute.device())
     }
 
     /// Values of a tensor of shape `expected`, `f32`, in row-major order.
@@ -507,47 +440,22 @@ impl<'a> Loader<'a> {
     /// # Errors
     /// As [`load`](Self::load).
     pub fn values(&self, name: &str, expected: &[usize]) -> Result<Vec<f32>> {
-        self.skip(name);
-        match self.weights.info(name) {
-            Some(info) if info.shape != expected => Err(ModelError::Shape {
-                path: self.weights.path().to_path_buf(),
-                tensor: name.to_owned(),
-                expected: expected.to_vec(),
-                found: info.shape.clone(),
-            }),
-            _ => self.weights.tensor_f32(name),
-        }
+        self.check(name, expected)?;
+        self.weights.tensor_f32(name)
     }
 
-    /// Little-endian bytes of a tensor of shape `expected` in the loader's type, and that type:
-    /// for weights that stay in host memory.
-    ///
-    /// Memory holds them once, beside a few MiB that are being converted. All of a loader's lie
-    /// side by side, as [`Arena`] says.
-    ///
-    /// # Errors
-    /// [`ModelError::MissingTensors`]; [`ModelError::Shape`]; [`ModelError::NotFinite`].
-    pub fn bytes(&self, name: &str, expected: &[usize]) -> Result<(DType, Bytes)> {
-        self.check(name, expected)?;
-        self.weights
-            .resident_bytes(name, self.dtype, &mut self.arena())
-    }
-
-    /// The bytes of a tensor as the file has them, beside those of [`bytes`](Self::bytes).
-    pub(crate) fn packed(&self, name: &str, expected: &[usize]) -> Result<Bytes> {
-        self.check(name, expected)?;
+    /// The bytes of a tensor as the file has them, in memory of their own: side by side with all others
+    /// that this loader holds, as [`Arena`] says.
+    fn packed(&self, name: &str) -> Result<Bytes> {
         let rows = 0..self.weights.expect(name)?.rows();
         let bytes = self.weights.raw_rows(name, rows.clone())?;
-        let mut out = self.arena().zeros(bytes.len());
+        let mut arena = self.arena.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut out = arena.zeros(bytes.len());
         out.copy_from_slice(&bytes);
         drop(bytes);
         // Or the file's pages count beside the copy.
         self.weights.release_rows(name, rows);
         Ok(out.freeze())
-    }
-
-    fn arena(&self) -> std::sync::MutexGuard<'_, Arena> {
-        self.arena.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The names that nothing has asked for.
@@ -580,6 +488,7 @@ impl<'a> Loader<'a> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use locret_core::compute;
     use std::{collections::BTreeMap, path::PathBuf};
 
     #[derive(Debug)]
@@ -600,20 +509,20 @@ mod tests {
         }
         fn raw_rows(&self, name: &str, rows: Range<usize>) -> Result<Cow<'_, [u8]>> {
             let (info, bytes) = &self.tensors[name];
-            let n = info.encoding.bytes(info.cols()).unwrap();
+            let n = info.dtype.bytes(info.cols()).unwrap();
             Ok(Cow::Borrowed(&bytes[rows.start * n..rows.end * n]))
         }
     }
 
-    fn memory(tensors: &[(&str, &[usize], Encoding, Vec<u8>)]) -> Memory {
+    fn memory(tensors: &[(&str, &[usize], DType, Vec<u8>)]) -> Memory {
         Memory {
             path: "memory".into(),
             tensors: tensors
                 .iter()
-                .map(|(name, shape, encoding, bytes)| {
+                .map(|(name, shape, dtype, bytes)| {
                     let info = TensorInfo {
                         shape: shape.to_vec(),
-                        encoding: *encoding,
+                        dtype: *dtype,
                     };
                     (name.to_string(), (info, bytes.clone()))
                 })
@@ -630,8 +539,8 @@ mod tests {
         // More than one band, and pieces that do not divide it.
         let (rows, cols) = (7000, 1500);
         let values: Vec<f32> = (0..rows * cols).map(|i| (i % 9973) as f32 - 17.0).collect();
-        let memory = memory(&[("w", &[rows, cols], Encoding::F32, f32s(&values))]);
-        let weights: &dyn Weights = &memory;
+        let memory = memory(&[("w", &[rows, cols], DType::F32, f32s(&values))]);
+        let weights = &memory;
         assert!(weights.tensor_f32("w").unwrap() == values);
         let part = weights.tensor_rows_f32("w", 6990..7000).unwrap();
         assert!(part == values[6990 * cols..]);
@@ -647,22 +556,22 @@ mod tests {
             .flat_map(|&x| bf16::from_f32(x).to_le_bytes())
             .collect();
         let memory = memory(&[
-            ("f32", &[2], Encoding::F32, f32s(&[1.001, -2.0])),
-            ("bf16", &[1, 2], Encoding::BF16, bf),
+            ("f32", &[2], DType::F32, f32s(&[1.001, -2.0])),
+            ("bf16", &[1, 2], DType::BF16, bf),
         ]);
-        let weights: &dyn Weights = &memory;
+        let weights = &memory;
         for (name, dtype, found) in [
-            ("f32", WeightDtype::File, DType::F32),
-            ("f32", WeightDtype::BF16, DType::BF16),
-            ("f32", WeightDtype::F16, DType::F16),
+            ("f32", WeightDtype::File, TensorDType::F32),
+            ("f32", WeightDtype::BF16, TensorDType::BF16),
+            ("f32", WeightDtype::F16, TensorDType::F16),
         ] {
             let tensor = weights.load(name, [2], dtype, &device).unwrap();
             assert_eq!(tensor.dtype(), found);
         }
         for (dtype, found) in [
-            (WeightDtype::File, DType::BF16),
-            (WeightDtype::F32, DType::F32),
-            (WeightDtype::F16, DType::F16),
+            (WeightDtype::File, TensorDType::BF16),
+            (WeightDtype::F32, TensorDType::F32),
+            (WeightDtype::F16, TensorDType::F16),
         ] {
             let tensor = weights.load("bf16", [1, 2], dtype, &device).unwrap();
             assert_eq!(tensor.dtype(), found);
@@ -676,10 +585,10 @@ mod tests {
         let mut values = vec![1.0; 3 * 100_000];
         values[250_000] = f32::NAN;
         let memory = memory(&[
-            ("nan", &[3, 100_000], Encoding::F32, f32s(&values)),
-            ("large", &[2], Encoding::F32, f32s(&[1.0, 1e6])),
+            ("nan", &[3, 100_000], DType::F32, f32s(&values)),
+            ("large", &[2], DType::F32, f32s(&[1.0, 1e6])),
         ]);
-        let weights: &dyn Weights = &memory;
+        let weights = &memory;
         let device = Device::flex();
         assert!(matches!(
             weights.load("nan", [3, 100_000], WeightDtype::BF16, &device),
@@ -705,43 +614,41 @@ mod tests {
             .flat_map(|x| bf16::from_f32(*x).to_le_bytes())
             .collect();
         let memory = memory(&[
-            ("f32", &[rows, cols], Encoding::F32, f32s(&values)),
-            ("bf16", &[rows, cols], Encoding::BF16, half.clone()),
-            (
-                "nan",
-                &[2, 2],
-                Encoding::F32,
-                f32s(&[0.0, 0.0, 0.0, f32::NAN]),
-            ),
+            ("f32", &[rows, cols], DType::F32, f32s(&values)),
+            ("bf16", &[rows, cols], DType::BF16, half.clone()),
+            ("nan", &[2, 2], DType::F32, f32s(&[0.0, 0.0, 0.0, f32::NAN])),
         ]);
-        let device = Device::flex();
-        let load =
-            |name, dtype, shape: &[usize]| Loader::new(&memory, dtype, &device).bytes(name, shape);
+        let load = |name: &str, dtype, shape: [usize; 2]| {
+            let weight = Loader::new(&memory, dtype, &compute(&Device::flex())).weight(name, shape);
+            weight.map(|weight| (weight.dtype, weight.bytes))
+        };
         let shape = [rows, cols];
-        let (dtype, bytes) = load("f32", WeightDtype::File, &shape).unwrap();
+        let (dtype, bytes) = load("f32", WeightDtype::File, shape).unwrap();
         assert!(dtype == DType::F32 && bytes == f32s(&values));
         for (name, wanted) in [
             ("f32", WeightDtype::BF16),
             ("bf16", WeightDtype::BF16),
             ("bf16", WeightDtype::File),
         ] {
-            let (dtype, bytes) = load(name, wanted, &shape).unwrap();
+            let (dtype, bytes) = load(name, wanted, shape).unwrap();
             assert!(
                 dtype == DType::BF16 && bytes == half,
                 "{name} as {wanted:?}"
             );
         }
-        let (dtype, bytes) = load("bf16", WeightDtype::F16, &shape).unwrap();
-        let found = bytes.chunks_exact(2).map(|b| f16::from_bytes(b).to_f32());
+        let (dtype, bytes) = load("bf16", WeightDtype::F16, shape).unwrap();
+        let found = bytes
+            .chunks_exact(2)
+            .map(|b| f16::from_le_bytes([b[0], b[1]]).to_f32());
         let exact = values.iter().map(|x| bf16::from_f32(*x).to_f32());
         assert!(dtype == DType::F16 && found.eq(exact));
         assert!(matches!(
-            load("f32", WeightDtype::File, &[cols, rows]),
+            load("f32", WeightDtype::File, [cols, rows]),
             Err(ModelError::Shape { .. })
         ));
         for dtype in [WeightDtype::F32, WeightDtype::BF16] {
             assert!(matches!(
-                load("nan", dtype, &[2, 2]),
+                load("nan", dtype, [2, 2]),
                 Err(ModelError::NotFinite { tensor, row: 1, .. }) if tensor == "nan"
             ));
         }
@@ -750,12 +657,12 @@ mod tests {
     #[test]
     fn the_loader_keeps_count() {
         let memory = memory(&[
-            ("a", &[2], Encoding::F32, f32s(&[1.0, 2.0])),
-            ("b", &[2], Encoding::F32, f32s(&[1.0, 2.0])),
-            ("c", &[2], Encoding::F32, f32s(&[1.0, 2.0])),
+            ("a", &[2], DType::F32, f32s(&[1.0, 2.0])),
+            ("b", &[2], DType::F32, f32s(&[1.0, 2.0])),
+            ("c", &[2], DType::F32, f32s(&[1.0, 2.0])),
         ]);
-        let device = Device::flex();
-        let loader = Loader::new(&memory, WeightDtype::F32, &device);
+        let compute = compute(&Device::flex());
+        let loader = Loader::new(&memory, WeightDtype::F32, &compute);
         loader.load("a", [2]).unwrap();
         assert!(matches!(
             loader.load("a", [1, 2]),
@@ -773,7 +680,7 @@ mod tests {
             loader.finish(),
             Err(ModelError::UnusedTensors { names, .. }) if names == ["c"]
         ));
-        let loader = Loader::new(&memory, WeightDtype::F32, &device);
+        let loader = Loader::new(&memory, WeightDtype::F32, &compute);
         for name in ["a", "b", "c"] {
             loader.skip(name);
         }

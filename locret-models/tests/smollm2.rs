@@ -57,10 +57,7 @@ fn logits_and_text_are_those_of_transformers() {
                 continue;
             }
             let mut session = session(&model, kernels);
-            let prefill = Prefill {
-                chunk: 512,
-                local: 30,
-            };
+            let prefill = Prefill::new(512, 30);
             session.prefill(&ids, &prefill).unwrap();
             let logits = session.logits().unwrap();
             let mut order: Vec<u32> = (0..logits.len() as u32).collect();
@@ -91,7 +88,7 @@ fn any_chunking_gives_what_one_pass_gives() {
     let model = model(Kernels::Auto, WeightDtype::F32, Activations::Exact);
     let logits = |chunk, local| {
         let mut session = session(&model, Kernels::Auto);
-        session.prefill(ids, &Prefill { chunk, local }).unwrap();
+        session.prefill(ids, &Prefill::new(chunk, local)).unwrap();
         session.logits().unwrap().to_vec()
     };
     let one_pass = logits(700, 0);

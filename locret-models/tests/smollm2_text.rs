@@ -2,7 +2,7 @@
 
 use locret_models::{
     ChatTemplate, Family, FetchOptions, Gguf, GgufWeights, Message, ModelConfig, SpecialTokens,
-    Tokenizer, Weights, resolve,
+    Tokenizer, Weights, WeightsExt, resolve,
 };
 use serde::Deserialize;
 use std::sync::{Arc, LazyLock};
@@ -98,7 +98,8 @@ fn conversations() {
     )];
     let ids = template.encode(&TOKENIZER, &attack, true).unwrap();
     let plain = [Message::new("user", "Hi")];
-    let controls = |ids: &[u32]| ids.iter().filter(|&&id| TOKENIZER.is_special(id)).count();
+    let is_control = |id: u32| TOKENIZER.decode(&[id], true).is_empty();
+    let controls = |ids: &[u32]| ids.iter().filter(|id| is_control(**id)).count();
     let expected = template.encode(&TOKENIZER, &plain, true).unwrap();
     assert_eq!(controls(&ids), controls(&expected));
 }
@@ -127,15 +128,15 @@ fn settings() {
 #[test]
 fn weights() {
     let weights = GgufWeights::new(GGUF.clone()).unwrap();
-    assert!(weights.is_quantized());
+    let infos = weights.names().into_iter().map(|name| weights.info(name));
+    assert!(infos.flatten().any(|info| !info.dtype.is_float()));
     assert_eq!(weights.names().len(), 272);
     let embedding = weights.info("model.embed_tokens.weight").unwrap();
     assert_eq!(embedding.shape, [49152, 576]);
-    let view: &dyn Weights = &weights;
-    let norm = view.tensor_f32("model.norm.weight").unwrap();
+    let norm = weights.tensor_f32("model.norm.weight").unwrap();
     assert_eq!(norm.len(), 576);
     assert!(norm.iter().all(|x| x.is_finite()));
     for name in weights.names() {
-        view.tensor_f32(name).unwrap();
+        weights.tensor_f32(name).unwrap();
     }
 }

@@ -6,7 +6,7 @@ mod common;
 use burn::tensor::Device;
 use common::{Everything, KeepAll};
 use locret_core::{
-    CacheOptions, Generate, Kernels, Phase, Prefill, SequenceCache, Session, into_f32,
+    CacheOptions, Generate, Kernels, Pass, Phase, Prefill, SequenceCache, Session, forward,
 };
 use locret_models::{LoadOptions, LoadedModel, ModelError, WeightDtype, load_model};
 use std::{fs, path::Path, sync::Arc};
@@ -21,15 +21,14 @@ fn logits(loaded: &LoadedModel, ids: &[u32], chunk: usize, kernels: Kernels) -> 
         ..CacheOptions::default()
     };
     let policy = Arc::new(KeepAll);
-    let mut cache = SequenceCache::new(model.spec(), policy, model.device(), options).unwrap();
+    let mut cache = SequenceCache::new(model.spec(), policy, model.compute(), options).unwrap();
     let mut all = Vec::new();
     for part in ids.chunks(chunk) {
-        cache
-            .begin(Phase::Prefill { last: false }, part.len(), ids.len())
-            .unwrap();
-        let hidden = model.hidden(part, &mut cache).unwrap();
-        cache.finish(None).unwrap();
-        all.extend(into_f32(model.logits(hidden).unwrap()).unwrap());
+        let step = cache.step(Phase::Prefill { last: false }, part.len(), ids.len());
+        let mut pass = Pass::new([step]).unwrap();
+        let hidden = forward(&**model, part, &mut pass).unwrap();
+        pass.finish(None).unwrap();
+        all.extend(model.logits(hidden).unwrap().into_values().unwrap());
     }
     all
 }
@@ -62,10 +61,7 @@ fn check(name: &str, folder: &Path, case: &common::Case, kernels: Kernels) {
     };
     let mut session =
         Session::with_options(loaded.model.clone(), Arc::new(KeepAll), options).unwrap();
-    let prefill = Prefill {
-        chunk: 16,
-        local: 5,
-    };
+    let prefill = Prefill::new(16, 5);
     session.prefill(&case.ids, &prefill).unwrap();
     let tokens = session
         .generate(Generate::greedy(case.greedy.len()))

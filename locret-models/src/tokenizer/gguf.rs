@@ -1,0 +1,324 @@
+//! Tokenizers of the vocabulary in a GGUF file.
+
+use super::{
+    Alphabet, Around, Inner, MAX_ID, Tokenizer, guarded,
+    ranks::split_as_llama3,
+    vocabulary::{Vocabulary, kind},
+};
+use crate::{Array, Gguf, ModelError, Result, Value};
+use tokenizers::{
+    models::bpe::{BPE, Merges},
+    pre_tokenizers::{byte_level::ByteLevel, digits::Digits, sequence::Sequence as PreTokenizers},
+};
+
+impl Tokenizer {
+    /// Builds the tokenizer that a GGUF file describes: byte-level BPE (`gpt2`, splitting as
+    /// `gpt-2`, `smollm` or `llama-bpe` do), or SentencePiece BPE (`llama`).
+    ///
+    /// # Errors
+    /// [`ModelError::Config`] for a missing key, or a model or splitting rule that is not
+    /// supported; [`ModelError::Tokenizer`] for lists that don't fit together.
+    pub fn from_gguf(gguf: &Gguf) -> Result<Self> {
+        Vocabulary::read(gguf)?.build(gguf)
+    }
+}
+
+impl<'a> Vocabulary<'a> {
+    fn read(gguf: &'a Gguf) -> Result<Self> {
+        const TOKENS: &str = "tokenizer.ggml.tokens";
+        const KINDS: &str = "tokenizer.ggml.token_type";
+        let path = gguf.path();
+        let tokens = gguf
+            .get_strings(TOKENS)?
+            .ok_or_else(|| ModelError::config(path, TOKENS, "an array of strings", "nothing"))?;
+        let kinds = match gguf.metadata().get(KINDS) {
+            None => vec![kind::NORMAL; tokens.len()],
+            Some(Value::Array(Array::I32(kinds))) => kinds.iter().map(|&k| i64::from(k)).collect(),
+            Some(Value::Array(Array::U32(kinds))) => kinds.iter().map(|&k| i64::from(k)).collect(),
+            Some(_) => {
+                return Err(ModelError::config(
+                    path,
+                    KINDS,
+                    "an array of 32-bit integers",
+                    "another type",
+                ));
+            }
+        };
+        if kinds.len() != tokens.len() || tokens.len() > MAX_ID as usize {
+            return Err(ModelError::tokenizer(
+                path,
+                format!(
+                    "{} tokens (at most {MAX_ID}) and {} token types",
+                    tokens.len(),
+                    kinds.len()
+                ),
+            ));
+        }
+        let id = |key: &str| -> Result<Option<u32>> {
+            let key = format!("tokenizer.ggml.{key}");
+            match gguf.get_u64(&key)? {
+                None => Ok(None),
+                Some(id) if id < tokens.len() as u64 => Ok(Some(id as u32)),
+                Some(id) => Err(ModelError::config(
+                    path,
+                    key,
+                    format!("less than the {} tokens", tokens.len()),
+                    id,
+                )),
+            }
+        };
+        Ok(Self {
+            path,
+            tokens,
+            kinds,
+            bos: id("bos_token_id")?,
+            eos: id("eos_token_id")?,
+            unknown: id("unknown_token_id")?,
+        })
+    }
+
+    fn build(&self, gguf: &'a Gguf) -> Result<Tokenizer> {
+        let model = gguf.get_str("tokenizer.ggml.model")?.unwrap_or("nothing");
+        let pre = gguf.get_str("tokenizer.ggml.pre")?;
+        let (mut inner, alphabet, strip, bos_by_default) = match model {
+            "gpt2" => {
+                let (inner, bos) = self.byte_level(gguf, pre)?;
+                (inner, Alphabet::Bytes, 0, bos)
+            }
+            "llama" => {
+                let prefix = gguf
+                    .get_bool("tokenizer.ggml.add_space_prefix")?
+                    .unwrap_or(true);
+                let inner = self.sentence_piece(self.scores(gguf)?, prefix)?;
+                (inner, Alphabet::SentencePiece, prefix.into(), true)
+            }
+            other => {
+                return Err(ModelError::config(
+                    self.path,
+                    "tokenizer.ggml.model",
+                    "gpt2 or llama",
+                    other,
+                ));
+            }
+        };
+        // Phi-3's control tokens swallow the line breaks after them. The format has no place for
+        // this, so that it hangs on the architecture.
+        let phi3 = model == "llama" && gguf.get_str("general.architecture")? == Some("phi3");
+        inner
+            .add_special_tokens(self.added(phi3))
+            .map_err(|e| ModelError::tokenizer(self.path, e))?;
+        let mut this = Tokenizer::new(self.path, inner, alphabet, strip, &self.known())?;
+        let flag = |key| gguf.get_bool(key);
+        let bos = flag("tokenizer.ggml.add_bos_token")?.unwrap_or(bos_by_default);
+        let eos = flag("tokenizer.ggml.add_eos_token")?.unwrap_or(false);
+        this.around = Around {
+            bos: self.bos.filter(|_| bos),
+            eos: self.eos.filter(|_| eos),
+        };
+        (this.bos, this.eos) = (self.bos, self.eos);
+        for key in ["eot", "eom"] {
+            let key = format!("tokenizer.ggml.{key}_token_id");
+            let id = gguf.get_u64(&key)?;
+            this.eot.extend(id.and_then(|id| u32::try_from(id).ok()));
+        }
+        Ok(this)
+    }
+
+    /// Byte-level BPE, and whether a text begins with the beginning-of-text token by default.
+    fn byte_level(&self, gguf: &Gguf, pre: Option<&str>) -> Result<(Inner, bool)> {
+        const MERGES: &str = "tokenizer.ggml.merges";
+        let lines = gguf.get_strings(MERGES)?.ok_or_else(|| {
+            ModelError::config(self.path, MERGES, "an array of strings", "nothing")
+        })?;
+        let ids = self.ids();
+        let mut merges = Merges::with_capacity(lines.len());
+        for line in lines {
+            let merge = line.split_once(' ').filter(|(a, b)| {
+                let merged = format!("{a}{b}");
+                [*a, *b, &merged].iter().all(|t| ids.contains_key(*t))
+            });
+            let Some((a, b)) = merge else {
+                return Err(ModelError::tokenizer(
+                    self.path,
+                    format!("the merge {line:?} is not one of two tokens to a third"),
+                ));
+            };
+            merges.push((a.to_owned(), b.to_owned()));
+        }
+        let llama3 = matches!(pre, Some("llama-bpe" | "llama3" | "llama-v3"));
+        let model = BPE::builder()
+            .vocab_and_merges(ids, merges)
+            .ignore_merges(llama3);
+        let model = guarded(self.path, || model.build())?;
+        let mut inner = Inner::new(model);
+        match pre {
+            None | Some("default" | "gpt-2") => {
+                inner.with_pre_tokenizer(Some(ByteLevel::new(false, true, true)));
+            }
+            Some("smollm") => {
+                inner.with_pre_tokenizer(Some(PreTokenizers::new(vec![
+                    Digits::new(true).into(),
+                    ByteLevel::new(false, true, true).into(),
+                ])));
+            }
+            Some("llama-bpe" | "llama3" | "llama-v3") => {
+                split_as_llama3(self.path, &mut inner)?;
+            }
+            Some(other) => {
+                return Err(ModelError::config(
+                    self.path,
+                    "tokenizer.ggml.pre",
+                    "gpt-2, smollm or llama-bpe",
+                    other,
+                ));
+            }
+        }
+        Ok((inner, llama3))
+    }
+
+    /// The scores of a SentencePiece vocabulary, one for each token.
+    fn scores(&self, gguf: &'a Gguf) -> Result<&'a [f32]> {
+        const SCORES: &str = "tokenizer.ggml.scores";
+        match gguf.metadata().get(SCORES) {
+            Some(Value::Array(Array::F32(scores))) if scores.len() == self.tokens.len() => {
+                Ok(scores)
+            }
+            _ => Err(ModelError::config(
+                self.path,
+                SCORES,
+                format!("an array of {} f32", self.tokens.len()),
+                "none such",
+            )),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        SpecialTokens, Value as Meta,
+        gguf_file::File,
+        tokenizer::tests::{build, byte_level_file, names},
+    };
+
+    #[test]
+    fn splitting_rules() {
+        let text = " hello123";
+        for (pre, expected) in [
+            ("gpt-2", vec!["Ġhello", "123"]),
+            ("default", vec!["Ġhello", "123"]),
+            ("smollm", vec!["Ġhello", "1", "2", "3"]),
+        ] {
+            let tokenizer = build(&byte_level_file(pre)).unwrap();
+            let ids = tokenizer.encode(text, SpecialTokens::Plain).unwrap();
+            assert_eq!(names(&tokenizer, &ids), expected, "{pre}");
+        }
+        // Llama 3 takes digits by threes, and begins a text with its token.
+        let tokenizer = build(&byte_level_file("llama-bpe")).unwrap();
+        let ids = tokenizer
+            .encode(" hello1231", SpecialTokens::Plain)
+            .unwrap();
+        assert_eq!(names(&tokenizer, &ids), ["<|bos|>", "Ġhello", "123", "1"]);
+        let part = tokenizer.encode_part(" hello1231", SpecialTokens::Plain);
+        assert_eq!(part.unwrap(), ids[1..]);
+        assert!(matches!(
+            build(&byte_level_file("qwen2")),
+            Err(ModelError::Config { what, found, .. })
+                if what == "tokenizer.ggml.pre" && found == "qwen2"
+        ));
+    }
+
+    #[test]
+    fn what_the_file_puts_around_a_text() {
+        let flags = |bos, eos| {
+            let file = byte_level_file("gpt-2")
+                .meta("tokenizer.ggml.add_bos_token", Meta::Bool(bos))
+                .meta("tokenizer.ggml.add_eos_token", Meta::Bool(eos));
+            let tokenizer = build(&file).unwrap();
+            names(
+                &tokenizer,
+                &tokenizer.encode("a", SpecialTokens::Plain).unwrap(),
+            )
+        };
+        assert_eq!(flags(false, false), ["a"]);
+        assert_eq!(flags(true, false), ["<|bos|>", "a"]);
+        assert_eq!(flags(true, true), ["<|bos|>", "a", "<|im_end|>"]);
+    }
+
+    #[test]
+    fn phi3_control_tokens_take_white_space_along() {
+        let base = |arch: &str| {
+            let tokens = ["<unk>", "<s>", "</s>", "<|end|>", "\u{2581}", "a", "<0x0A>"];
+            File::default()
+                .meta("general.architecture", Meta::String(arch.into()))
+                .meta("tokenizer.ggml.model", Meta::String("llama".into()))
+                .meta(
+                    "tokenizer.ggml.tokens",
+                    Meta::Array(Array::String(tokens.map(String::from).to_vec())),
+                )
+                .meta(
+                    "tokenizer.ggml.token_type",
+                    Meta::Array(Array::I32(vec![2, 3, 3, 3, 1, 1, 6])),
+                )
+                .meta(
+                    "tokenizer.ggml.scores",
+                    Meta::Array(Array::F32(vec![0.0; 7])),
+                )
+                .meta("tokenizer.ggml.unknown_token_id", Meta::U32(0))
+        };
+        let ids = |arch: &str| {
+            let tokenizer = build(&base(arch)).unwrap();
+            let ids = tokenizer.encode_part("<|end|>\na", SpecialTokens::Interpret);
+            let around = tokenizer.encode_around("<|end|>\na", &[]).unwrap();
+            assert_eq!(ids.as_ref().unwrap(), &around);
+            around
+        };
+        assert_eq!(ids("phi3"), [3, 4, 5]);
+        assert_eq!(ids("llama"), [3, 4, 6, 5]);
+    }
+
+    #[test]
+    fn hostile_vocabularies() {
+        let with = |key: &str, value: Option<Meta>| {
+            let mut file = byte_level_file("gpt-2");
+            file.metadata.retain(|(k, _)| k != key);
+            match value {
+                Some(value) => file.meta(key, value),
+                None => file,
+            }
+        };
+        let strings = |texts: &[&str]| {
+            Some(Meta::Array(Array::String(
+                texts.iter().map(|t| t.to_string()).collect(),
+            )))
+        };
+        for (key, value) in [
+            ("tokenizer.ggml.tokens", None),
+            ("tokenizer.ggml.tokens", Some(Meta::U32(1))),
+            ("tokenizer.ggml.tokens", strings(&["a"])),
+            ("tokenizer.ggml.token_type", Some(Meta::U32(1))),
+            (
+                "tokenizer.ggml.token_type",
+                Some(Meta::Array(Array::I32(vec![1]))),
+            ),
+            ("tokenizer.ggml.merges", None),
+            ("tokenizer.ggml.merges", strings(&["h"])),
+            ("tokenizer.ggml.merges", strings(&["h zz"])),
+            ("tokenizer.ggml.merges", strings(&["hello hello"])),
+            ("tokenizer.ggml.model", None),
+            ("tokenizer.ggml.model", Some(Meta::String("bert".into()))),
+            ("tokenizer.ggml.bos_token_id", Some(Meta::U32(1 << 20))),
+            // SentencePiece without scores.
+            ("tokenizer.ggml.model", Some(Meta::String("llama".into()))),
+        ] {
+            assert!(
+                matches!(
+                    build(&with(key, value.clone())),
+                    Err(ModelError::Config { .. } | ModelError::Tokenizer { .. })
+                ),
+                "{key}: {value:?}"
+            );
+        }
+    }
+}
