@@ -35,7 +35,7 @@ pub enum PolicyError {
     UnknownKeys {
         /// The file.
         path: PathBuf,
-        /// What it has too much.
+        /// The tensors that no head has.
         keys: Vec<String>,
     },
     /// A tensor has a shape that does not fit the model.

@@ -25,32 +25,16 @@
 mod config;
 mod error;
 mod full;
-mod h2o;
-mod key_diff;
-mod key_norm;
 pub mod locret;
-mod merge;
-mod observed;
-mod quantized;
-mod random;
-mod sirllm;
-mod snapkv;
-mod tova;
+mod published;
+mod scorers;
 #[cfg(feature = "training")]
 pub mod training;
-mod window;
+mod wrappers;
 
 pub use config::{Method, PolicyConfig};
 pub use error::{PolicyError, Result};
 pub use full::Full;
-pub use h2o::H2o;
-pub use key_diff::KeyDiff;
-pub use key_norm::KeyNorm;
-pub use locret::{HeadAdvice, HeadDtype, HeadWeights, LayerHead, Locret, RetainingHeads};
-pub use merge::Merge;
-pub use quantized::Quantized;
-pub use random::Random;
-pub use sirllm::SirLlm;
-pub use snapkv::SnapKv;
-pub use tova::Tova;
-pub use window::Window;
+pub use locret::{HeadAdvice, HeadWeights, LayerHead, Locret, RetainingHeads};
+pub use scorers::{H2o, KeyDiff, KeyNorm, Random, SirLlm, SnapKv, Tova, Window};
+pub use wrappers::{Merge, Quantized};

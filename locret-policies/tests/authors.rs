@@ -7,7 +7,8 @@ mod common;
 use burn::tensor::Device;
 use common::Numbers;
 use locret_core::{
-    Budget, CacheOptions, CausalLm, Generate, Kernels, ModelSpec, Positions, Prefill, Session,
+    Births, Budget, CacheOptions, CausalLm, ChunkDone, Decided, Generate, Kernels, ModelSpec,
+    Positions, Prefill, Probe, Result, Session,
 };
 use locret_models::{FetchOptions, LoadOptions, WeightDtype, load_model, resolve};
 use locret_policies::{HeadWeights, LayerHead, Locret, RetainingHeads};
@@ -21,7 +22,7 @@ use std::{
 #[derive(Deserialize)]
 struct Golden {
     settings: Settings,
-    /// All cases', where they share one.
+    /// The prompt of all cases, where they share one.
     #[serde(default)]
     prompt: Vec<u32>,
     cases: Vec<Case>,
@@ -92,6 +93,29 @@ fn heads(spec: &ModelSpec, settings: &Settings, seed: u64) -> HeadWeights {
 }
 
 /// With heads that read queries, keys and values, as the authors', or with folded ones.
+/// What is scored, and what is kept after each chunk, `[chunk][layer][head]`.
+#[derive(Default)]
+struct Watched {
+    births: Births,
+    kept: Vec<Vec<Vec<Vec<u32>>>>,
+}
+
+impl Probe for Watched {
+    fn decided(&mut self, at: &Decided<'_>) -> Result<()> {
+        self.births.decided(at)
+    }
+
+    fn chunk(&mut self, done: &ChunkDone<'_>) -> Result<()> {
+        let (cache, spec) = (done.cache, done.cache.spec());
+        let layers = (0..spec.layers).map(|layer| {
+            let heads = (0..spec.kv_heads).map(|head| cache.positions(layer, head).to_vec());
+            heads.collect()
+        });
+        self.kept.push(layers.collect());
+        Ok(())
+    }
+}
+
 fn check(
     settings: &Settings,
     case: &Case,
@@ -106,7 +130,7 @@ fn check(
     let weights = heads(&spec, settings, case.seed.parse().unwrap());
     let heads = match folded {
         true => RetainingHeads::for_model(&weights, &*model).unwrap(),
-        false => RetainingHeads::new(&weights, &spec, model.device()).unwrap(),
+        false => RetainingHeads::new(&weights, &spec, &**model.compute()).unwrap(),
     };
     assert_eq!(heads.folded(), folded, "{name}");
     let policy = Locret::authors(heads, Budget::Units(settings.budget), settings.stabilizers);
@@ -116,23 +140,12 @@ fn check(
         ..CacheOptions::default()
     };
     let mut session = Session::with_options(model, Arc::new(policy), options).unwrap();
-    session.cache_mut().record_births();
-    let mut kept = Vec::new();
-    let prefill = Prefill {
-        chunk: settings.chunk,
-        local: settings.local,
-    };
+    let mut watched = Watched::default();
+    let prefill = Prefill::new(settings.chunk, settings.local);
     session
-        .prefill_with(prompt, &prefill, &mut |done| {
-            let cache = done.cache;
-            let layers = (0..spec.layers).map(|layer| {
-                let heads = (0..spec.kv_heads).map(|head| cache.positions(layer, head).to_vec());
-                heads.collect::<Vec<_>>()
-            });
-            kept.push(layers.collect::<Vec<_>>());
-            Ok(())
-        })
+        .prefill_watched(prompt, &prefill, &mut watched)
         .unwrap();
+    let Watched { births, kept } = watched;
 
     // After the chunks comes the tail, without eviction.
     assert_eq!(kept.len(), settings.chunks + 1, "{name}");
@@ -166,7 +179,6 @@ fn check(
         "{name}: {clear} cuts"
     );
 
-    let births = session.cache().births().unwrap();
     let expected = floats(tensors, &format!("{}.scores", case.name));
     let all = (0..spec.layers).collect();
     let layers = case.score_layers.as_ref().unwrap_or(&all);
@@ -174,7 +186,7 @@ fn check(
     let mut rows = expected.chunks(prompt.len());
     let mut worst = 0f32;
     for layer in layers {
-        for head in &births[*layer] {
+        for head in &births.scores()[*layer] {
             assert_eq!(head.len(), prompt.len(), "{name}");
             for (found, expected) in head.iter().zip(rows.next().unwrap()) {
                 worst = worst.max((found - expected).abs());

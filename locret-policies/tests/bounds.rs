@@ -6,8 +6,8 @@ mod common;
 use burn::tensor::Device;
 use common::{Numbers, drive, spec, steps};
 use locret_core::{
-    Budget, CacheOptions, DecodeEviction, KvCachePolicy, KvDtype, ModelSpec, Phase, Positions,
-    SequenceCache, into_f32,
+    Budget, CacheOptions, DType, DecodeEviction, KvCachePolicy, ModelSpec, Phase, Positions,
+    SequenceCache, compute,
 };
 use locret_policies::{HeadWeights, LayerHead, Method, PolicyConfig, RetainingHeads};
 use proptest::prelude::*;
@@ -16,7 +16,7 @@ use std::{collections::HashMap, sync::Arc};
 fn build(config: &PolicyConfig, spec: &ModelSpec) -> Arc<dyn KvCachePolicy> {
     let device = Device::default();
     if config.policy != Method::Locret {
-        return config.build(spec, &device).unwrap();
+        return config.build(spec, &*compute(&device)).unwrap();
     }
     let mut numbers = Numbers(4);
     let layer = |_| LayerHead {
@@ -28,7 +28,7 @@ fn build(config: &PolicyConfig, spec: &ModelSpec) -> Arc<dyn KvCachePolicy> {
         layers: (0..spec.layers).map(layer).collect(),
         metadata: Default::default(),
     };
-    let heads = RetainingHeads::new(&weights, spec, &device).unwrap();
+    let heads = RetainingHeads::new(&weights, spec, &*compute(&device)).unwrap();
     config.build_with_heads(spec, heads).unwrap()
 }
 
@@ -40,8 +40,8 @@ fn check_survivors(cache: &SequenceCache, seen: &mut Seen, with_keys: bool) {
     for layer in 0..cache.spec().layers {
         for head in 0..cache.spec().kv_heads {
             let store = cache.store(layer);
-            let keys = into_f32(store.keys(head).unwrap()).unwrap();
-            let values = into_f32(store.values(head).unwrap()).unwrap();
+            let keys = store.keys(head).unwrap().into_values().unwrap();
+            let values = store.values(head).unwrap().into_values().unwrap();
             let positions = cache.positions(layer, head);
             assert_eq!(keys.len(), positions.len() * d);
             for ((position, key), value) in
@@ -69,7 +69,7 @@ struct Case {
     turns: Vec<(usize, usize)>,
     chunk: usize,
     local: usize,
-    dtype: KvDtype,
+    dtype: DType,
     seed: u64,
 }
 
@@ -87,7 +87,7 @@ fn any_case() -> impl Strategy<Value = Case> {
         1usize..40,
         0usize..12,
     );
-    let dtype = prop::sample::select(vec![KvDtype::F32, KvDtype::F16, KvDtype::Bf16]);
+    let dtype = prop::sample::select(vec![DType::F32, DType::F16, DType::BF16]);
     (shape, method, budget, talk, dtype, any::<u64>()).prop_map(
         |(
             (kv_heads, group),
@@ -131,15 +131,15 @@ fn run(case: &Case) {
         dtype: case.dtype,
         ..CacheOptions::default()
     };
-    let mut cache = SequenceCache::new(&spec, policy, &Device::default(), options).unwrap();
+    let mut cache =
+        SequenceCache::new(&spec, policy, &compute(&Device::default()), options).unwrap();
     let mut numbers = Numbers(case.seed);
     let budget = match case.config.budget {
         Some(Budget::Units(n)) => n,
         _ => usize::MAX,
     };
     // Compact f32 keys are turned in place while decoding.
-    let with_keys =
-        case.config.positions == Some(Positions::Original) || case.dtype != KvDtype::F32;
+    let with_keys = case.config.positions == Some(Positions::Original) || case.dtype != DType::F32;
     let (mut seen, mut peak) = (Seen::new(), 0);
     for (turn, &(prompt, decode)) in case.turns.iter().enumerate() {
         let total = cache.seen() + prompt;

@@ -4,9 +4,10 @@ mod common;
 
 use burn::tensor::Device;
 use common::{Numbers, cache, drive, spec, steps};
-use locret_core::{Budget, DecodeEviction, Error, Positions};
+use locret_core::{Budget, DType, DecodeEviction, Error, KvCachePolicy, Positions, compute};
 use locret_policies::{
-    HeadAdvice, HeadDtype, HeadWeights, LayerHead, Method, PolicyConfig, PolicyError,
+    H2o, HeadAdvice, HeadWeights, KeyDiff, KeyNorm, LayerHead, Method, PolicyConfig, PolicyError,
+    Random, SirLlm, SnapKv, Tova, Window,
 };
 use std::path::PathBuf;
 
@@ -22,7 +23,7 @@ fn heads_file(folder: &std::path::Path, spec: &locret_core::ModelSpec) -> PathBu
         metadata: Default::default(),
     };
     let path = folder.join("heads.safetensors");
-    heads.save(&path, HeadDtype::F32).unwrap();
+    heads.save(&path, DType::F32).unwrap();
     path
 }
 
@@ -47,7 +48,7 @@ fn every_method_is_built_by_name_and_holds_its_budget() {
         let again = toml::to_string(&config).unwrap();
         assert_eq!(PolicyConfig::from_toml(&again).unwrap(), config);
 
-        let policy = config.build(&spec, &Device::default()).unwrap();
+        let policy = config.build(&spec, &*compute(&Device::default())).unwrap();
         assert_eq!(policy.name(), method.name());
         assert_eq!(policy.positions(), method.default_positions());
         let expected = if method == Method::Full { 90 } else { 20 };
@@ -68,6 +69,35 @@ fn every_method_is_built_by_name_and_holds_its_budget() {
     }
 }
 
+/// A method's constructor and its configuration are the same policy.
+#[test]
+fn constructors_have_the_defaults_of_configuration() {
+    let spec = spec(2, 2, 3, 8);
+    let budgets = (1..40).chain([256, 6000]).map(Budget::Units);
+    for budget in budgets.chain([Budget::Ratio(0.02), Budget::Ratio(0.5)]) {
+        let same = |method, made: &dyn KvCachePolicy, config: &PolicyConfig| {
+            let built = config.build(&spec, &*compute(&Device::default())).unwrap();
+            assert_eq!(format!("{built:?}"), format!("{made:?}"), "{method}");
+        };
+        let cases: [(Method, &dyn KvCachePolicy); 7] = [
+            (Method::Window, &Window::policy(budget)),
+            (Method::Random, &Random::policy(0, budget)),
+            (Method::KeyNorm, &KeyNorm::policy(budget)),
+            (Method::KeyDiff, &KeyDiff::policy(budget)),
+            (Method::H2o, &H2o::policy(budget)),
+            (Method::SnapKv, &SnapKv::new().policy(budget)),
+            (Method::Tova, &Tova::policy(budget)),
+        ];
+        for (method, made) in cases {
+            same(method, made, &PolicyConfig::new(method).budget(budget));
+        }
+        let mut config = PolicyConfig::new(Method::SirLlm).budget(budget);
+        config.recent = Some(0);
+        let made = SirLlm::new().policy(budget, 0);
+        same(Method::SirLlm, &made, &config);
+    }
+}
+
 #[test]
 fn budgets_are_numbers_shares_or_bytes() {
     let budget = |text: &str| {
@@ -83,8 +113,13 @@ fn budgets_are_numbers_shares_or_bytes() {
         budget("{ bytes = 65536 }").unwrap(),
         Some(Budget::Bytes(65536))
     );
-    let json = PolicyConfig::from_json(r#"{"policy": "random", "budget": 7}"#).unwrap();
-    assert_eq!(json.budget, Some(Budget::Units(7)));
+    assert_eq!(budget("\"12.5%\"").unwrap(), Some(Budget::Ratio(0.125)));
+    assert_eq!(budget("\"4MiB\"").unwrap(), Some(Budget::Bytes(4 << 20)));
+    let json = |budget: &str| {
+        PolicyConfig::from_json(&format!(r#"{{"policy": "random", "budget": {budget}}}"#))
+    };
+    assert_eq!(json("7").unwrap().budget, Some(Budget::Units(7)));
+    assert_eq!(json("null").unwrap().budget, None);
     for bad in ["-1", "\"many\"", "{ parts = 3 }", "{}", "1.5"] {
         assert!(matches!(budget(bad), Err(PolicyError::Config(_))), "{bad}");
     }
@@ -106,19 +141,16 @@ fn all_settings_are_read() {
         "#,
     )
     .unwrap();
-    assert_eq!(
-        config,
-        PolicyConfig {
-            sinks: Some(4),
-            recent: Some(8),
-            stabilizers: Some(16),
-            positions: Some(Positions::Original),
-            decode: Some(DecodeEviction::Every(32)),
-            pool: Some(3),
-            heads: Some("heads.safetensors".into()),
-            ..PolicyConfig::new(Method::Locret).budget(Budget::Ratio(0.125))
-        }
-    );
+    let mut expected = PolicyConfig::new(Method::Locret)
+        .budget(Budget::Ratio(0.125))
+        .positions(Positions::Original);
+    expected.sinks = Some(4);
+    expected.recent = Some(8);
+    expected.stabilizers = Some(16);
+    expected.decode = Some(DecodeEviction::Every(32));
+    expected.pool = Some(3);
+    expected.heads = Some("heads.safetensors".into());
+    assert_eq!(config, expected);
     let other =
         PolicyConfig::from_toml("policy = \"snapkv\"\nwindow = 8\nkernel = 3\ndecode = \"off\"")
             .unwrap();
@@ -156,7 +188,7 @@ fn settings_that_do_not_fit_are_errors() {
     let build = |text: &str| {
         PolicyConfig::from_toml(text)
             .unwrap()
-            .build(&spec, &Device::default())
+            .build(&spec, &*compute(&Device::default()))
     };
     let setting = |text: &str, word: &str| match build(text).unwrap_err() {
         PolicyError::Setting { policy, message } => {
@@ -219,7 +251,7 @@ fn settings_that_do_not_fit_are_errors() {
         for budget in 1..8 {
             let config = PolicyConfig::new(method).budget(Budget::Units(budget));
             config
-                .build(&spec, &Device::default())
+                .build(&spec, &*compute(&Device::default()))
                 .unwrap_or_else(|e| panic!("{method} {budget}: {e}"));
         }
     }
@@ -230,13 +262,11 @@ fn advice_of_heads_is_taken_where_nothing_else_is_said() {
     let folder = tempfile::tempdir().unwrap();
     let spec = spec(2, 2, 3, 8);
     let path = heads_file(folder.path(), &spec);
-    let config = PolicyConfig {
-        heads: Some(path.clone()),
-        ..PolicyConfig::new(Method::Locret).budget(Budget::Units(64))
-    };
+    let mut config = PolicyConfig::new(Method::Locret).budget(Budget::Units(64));
+    config.heads = Some(path.clone());
     let positions = |config: &PolicyConfig| {
         config
-            .build(&spec, &Device::default())
+            .build(&spec, &*compute(&Device::default()))
             .map(|p| p.positions())
     };
     assert_eq!(positions(&config).unwrap(), Positions::Compact);
@@ -247,7 +277,7 @@ fn advice_of_heads_is_taken_where_nothing_else_is_said() {
         positions: Some(Positions::Original),
     };
     heads.advise(&advice);
-    heads.save(&path, HeadDtype::F32).unwrap();
+    heads.save(&path, DType::F32).unwrap();
     assert_eq!(
         HeadWeights::load(&path, &spec).unwrap().advice().unwrap(),
         advice
@@ -262,19 +292,16 @@ fn advice_of_heads_is_taken_where_nothing_else_is_said() {
             sinks,
             positions: None,
         });
-        heads.save(&path, HeadDtype::F32).unwrap();
+        heads.save(&path, DType::F32).unwrap();
         assert!(positions(&config).is_err(), "{pool:?} {sinks:?}");
-        let own = PolicyConfig {
-            pool: Some(1),
-            sinks: Some(0),
-            ..config.clone()
-        };
+        let mut own = config.clone();
+        (own.pool, own.sinks) = (Some(1), Some(0));
         assert_eq!(positions(&own).unwrap(), Positions::Compact);
     }
     heads
         .metadata
         .insert("advice".into(), "{\"pol\": 3}".into());
-    heads.save(&path, HeadDtype::F32).unwrap();
+    heads.save(&path, DType::F32).unwrap();
     assert!(matches!(positions(&config), Err(PolicyError::File { .. })));
 }
 
@@ -287,7 +314,7 @@ fn heads_beside_a_file_are_found_from_it() {
     let path = folder.path().join("policy.toml");
     std::fs::write(&path, text).unwrap();
     let config = PolicyConfig::load(&path).unwrap();
-    config.build(&spec, &Device::default()).unwrap();
+    config.build(&spec, &*compute(&Device::default())).unwrap();
     let path = folder.path().join("policy.json");
     std::fs::write(&path, serde_json::to_string(&config).unwrap()).unwrap();
     assert_eq!(PolicyConfig::load(&path).unwrap(), config);
@@ -303,7 +330,7 @@ fn heads_beside_a_file_are_found_from_it() {
     // The wrong model is told from the file.
     let other = common::spec(3, 2, 3, 8);
     assert!(matches!(
-        config.build(&other, &Device::default()),
+        config.build(&other, &*compute(&Device::default())),
         Err(PolicyError::MissingKeys { .. })
     ));
 }

@@ -42,7 +42,7 @@ fn stores() -> Vec<(&'static str, Option<Quantization>, f32, f32)> {
 
 fn policy(config: &PolicyConfig, case: &Case<'_>, folded: &AtomicUsize) -> Arc<dyn KvCachePolicy> {
     if config.policy != Method::Locret {
-        return config.build(case.spec, case.device).unwrap();
+        return config.build(case.spec, &**case.model.compute()).unwrap();
     }
     // Weights that differ, from a formula.
     let weight = |i: usize| ((i * 37 % 101) as f32 - 50.0) / 60.0;
@@ -59,11 +59,11 @@ fn policy(config: &PolicyConfig, case: &Case<'_>, folded: &AtomicUsize) -> Arc<d
         layers: (0..case.spec.layers).map(layer).collect(),
         metadata: Default::default(),
     };
-    // Every other case with heads that read the layer's input; they are worth it where queries, keys and
-    // values are wider than that.
+    // Every other case asks for heads that read the layer's input. They are folded only where queries,
+    // keys and values together are wider than that.
     let heads = match case.seed % 2 {
         0 => RetainingHeads::for_model(&weights, case.model).unwrap(),
-        _ => RetainingHeads::new(&weights, case.spec, case.device).unwrap(),
+        _ => RetainingHeads::new(&weights, case.spec, &**case.model.compute()).unwrap(),
     };
     folded.fetch_add(usize::from(heads.folded()), Relaxed);
     config.build_with_heads(case.spec, heads).unwrap()
@@ -86,7 +86,6 @@ fn every_policy_shape_and_store_conforms() {
                     let check = PolicyCheck {
                         seeds: cases..cases + 1,
                         fills_budget: ada.is_none(),
-                        evicts_while_decoding: ada.is_none(),
                         dense: quantize.is_none(),
                         store_tolerance,
                         tolerance,

@@ -2,10 +2,11 @@
 
 mod common;
 
-use burn::tensor::{Device, Tensor};
+use burn::tensor::Device;
 use common::Numbers;
 use locret_core::{
-    Budget, CausalLm, Error, KvCachePolicy, ModelSpec, Prefill, Result, SequenceCache, Session,
+    Births, Budget, CacheOptions, CausalLm, Compute, Error, KvCachePolicy, ModelSpec, Pass,
+    Prefill, Result, Rows, SequenceCache, Session,
     conformance::{RandomModel, small_spec},
 };
 use locret_policies::{HeadWeights, LayerHead, Locret, PolicyError, RetainingHeads};
@@ -30,15 +31,15 @@ impl CausalLm for Adapter {
         self.0.spec()
     }
 
-    fn device(&self) -> &Device {
-        self.0.device()
+    fn compute(&self) -> &Arc<dyn Compute> {
+        self.0.compute()
     }
 
-    fn hidden(&self, ids: &[u32], cache: &mut SequenceCache) -> Result<Tensor<2>> {
-        self.0.hidden(ids, cache)
+    fn hidden(&self, ids: &[u32], pass: &mut Pass<'_>) -> Result<Rows> {
+        self.0.hidden(ids, pass)
     }
 
-    fn logits(&self, hidden: Tensor<2>) -> Result<Tensor<2>> {
+    fn logits(&self, hidden: Rows) -> Result<Rows> {
         self.0.logits(hidden)
     }
 
@@ -75,25 +76,20 @@ fn weights(spec: &ModelSpec) -> HeadWeights {
 fn births(model: &Arc<Adapter>, heads: RetainingHeads) -> Vec<f32> {
     let policy = Locret::authors(heads, Budget::Units(20), 5);
     let mut session = Session::new(model.clone(), Arc::new(policy)).unwrap();
-    session.cache_mut().record_births();
+    let mut births = Births::default();
     let ids: Vec<u32> = (0..60).map(|i| (i * i + 3) % 61).collect();
+    let prefill = Prefill::new(16, 4);
     session
-        .prefill(
-            &ids,
-            &Prefill {
-                chunk: 16,
-                local: 4,
-            },
-        )
+        .prefill_watched(&ids, &prefill, &mut births)
         .unwrap();
-    session.cache().births().unwrap().concat().concat()
+    births.scores().concat().concat()
 }
 
 #[test]
 fn folded_heads_give_the_same_scores_in_a_session() {
     let model = model(small_spec(6, 2, 16), Says::All);
     let weights = weights(model.spec());
-    let plain = RetainingHeads::new(&weights, model.spec(), model.device()).unwrap();
+    let plain = RetainingHeads::new(&weights, model.spec(), &**model.compute()).unwrap();
     let folded = RetainingHeads::for_model(&weights, &*model).unwrap();
     assert!(folded.folded() && !plain.folded());
     assert_eq!(folded.widths(), plain.widths());
@@ -139,19 +135,13 @@ fn what_does_not_fit_is_an_error() {
     let model = model(small_spec(6, 2, 16), Says::All);
     let heads = RetainingHeads::for_model(&own, &*model).unwrap();
     assert!(heads.validate(model.spec()).is_ok());
-    assert!(
-        heads
-            .validate(&ModelSpec {
-                hidden: 32,
-                ..model.spec().clone()
-            })
-            .is_err()
-    );
+    let mut wide = model.spec().clone();
+    wide.hidden = 32;
+    assert!(heads.validate(&wide).is_err());
     let policy: Arc<dyn KvCachePolicy> = Arc::new(Locret::authors(heads, Budget::Units(20), 0));
-    let mut cache = common::cache(model.spec(), policy);
-    let mut numbers = Numbers(1);
-    let step = &common::steps(model.spec(), &mut numbers, 8, 8, 0, 0, true)[0];
-    let error = common::drive(&mut cache, step, 8).unwrap_err();
-    assert!(error.to_string().contains("folded"), "{error}");
-    assert!(matches!(error, Error::Policy { .. }), "{error}");
+    let mut silent = model.spec().clone();
+    silent.layer_input = false;
+    let options = CacheOptions::default();
+    let error = SequenceCache::new(&silent, policy, model.compute(), options).unwrap_err();
+    assert!(matches!(error, Error::NotSupported { .. }), "{error}");
 }

@@ -3,8 +3,8 @@
 mod common;
 
 use common::{Numbers, spec};
-use locret_core::ModelSpec;
-use locret_policies::{HeadDtype, HeadWeights, LayerHead, PolicyError, RetainingHeads};
+use locret_core::{DType, ModelSpec, compute};
+use locret_policies::{HeadWeights, LayerHead, PolicyError, RetainingHeads};
 use std::path::{Path, PathBuf};
 
 fn golden(name: &str) -> PathBuf {
@@ -75,11 +75,7 @@ fn what_is_saved_is_read_again() {
     let folder = tempfile::tempdir().unwrap();
     let spec = spec(3, 2, 3, 4);
     let heads = random_heads(&spec, 8);
-    for (dtype, error) in [
-        (HeadDtype::F32, 0.0),
-        (HeadDtype::F16, 5e-4),
-        (HeadDtype::Bf16, 4e-3),
-    ] {
+    for (dtype, error) in [(DType::F32, 0.0), (DType::F16, 5e-4), (DType::BF16, 4e-3)] {
         let path = folder.path().join("heads.safetensors");
         heads.save(&path, dtype).unwrap();
         let again = HeadWeights::load(&path, &spec).unwrap();
@@ -99,7 +95,7 @@ fn what_is_saved_is_read_again() {
             "equal heads, equal files"
         );
         let size = bytes.len();
-        let bytes = if dtype == HeadDtype::F32 { 4 } else { 2 };
+        let bytes = if dtype == DType::F32 { 4 } else { 2 };
         assert!(size > heads.parameters() * bytes && size < heads.parameters() * bytes + 2000);
     }
     // Nothing but the file is left in the folder.
@@ -112,23 +108,28 @@ fn a_file_that_cannot_be_written_leaves_the_old_one() {
     let path = folder.path().join("heads.safetensors");
     let spec = spec(1, 1, 1, 2);
     let mut heads = random_heads(&spec, 2);
-    heads.save(&path, HeadDtype::F32).unwrap();
+    heads.save(&path, DType::F32).unwrap();
     let before = std::fs::read(&path).unwrap();
     heads.layers[0].fc2[1] = 1e6;
     assert!(matches!(
-        heads.save(&path, HeadDtype::F16),
+        heads.save(&path, DType::F16),
         Err(PolicyError::NotFinite { index: 1, .. })
     ));
     heads.layers[0].fc2.pop();
     assert!(matches!(
-        heads.save(&path, HeadDtype::F32),
+        heads.save(&path, DType::F32),
         Err(PolicyError::Shape { .. })
+    ));
+    assert_eq!(std::fs::read(&path).unwrap(), before);
+    assert!(matches!(
+        random_heads(&spec, 2).save(&path, DType::Q8_0),
+        Err(PolicyError::Dtype { found, .. }) if found == "Q8_0"
     ));
     assert_eq!(std::fs::read(&path).unwrap(), before);
     let nowhere = folder.path().join("no/such/folder/heads.safetensors");
     let heads = random_heads(&spec, 2);
     assert!(matches!(
-        heads.save(nowhere, HeadDtype::F32),
+        heads.save(nowhere, DType::F32),
         Err(PolicyError::Io { .. })
     ));
     assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1);
@@ -141,10 +142,10 @@ fn widths_can_differ_between_layers() {
     let spec = spec(2, 2, 1, 2);
     let mut heads = random_heads(&spec, 4);
     heads.layers[1] = random_heads(&spec, 6).layers.remove(1);
-    heads.save(&path, HeadDtype::F32).unwrap();
+    heads.save(&path, DType::F32).unwrap();
     let again = HeadWeights::load(&path, &spec).unwrap();
     assert_eq!(again.layers, heads.layers);
-    let on_device = RetainingHeads::new(&again, &spec, &Default::default()).unwrap();
+    let on_device = RetainingHeads::new(&again, &spec, &*compute(&Default::default())).unwrap();
     assert_eq!(on_device.widths(), [4, 6]);
 }
 
@@ -184,8 +185,10 @@ fn heads_of_another_model_are_refused() {
         assert!(error.to_string().contains("model.layers."), "{error}");
     }
     let heads = HeadWeights::load(&file, &model()).unwrap();
-    assert!(RetainingHeads::new(&heads, &spec(3, 1, 3, 2), &Default::default()).is_err());
-    let on_device = RetainingHeads::new(&heads, &model(), &Default::default()).unwrap();
+    assert!(
+        RetainingHeads::new(&heads, &spec(3, 1, 3, 2), &*compute(&Default::default())).is_err()
+    );
+    let on_device = RetainingHeads::new(&heads, &model(), &*compute(&Default::default())).unwrap();
     assert!(on_device.validate(&spec(2, 1, 3, 4)).is_err());
 }
 

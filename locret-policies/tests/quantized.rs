@@ -39,10 +39,7 @@ fn eight_bits_cost_nothing_and_four_bits_little() {
     // Mean -ln p of the continuation, and bytes of keys and values.
     let measure = |policy: Arc<dyn KvCachePolicy>| {
         let mut session = Session::new(model.clone(), policy).unwrap();
-        let prefill = Prefill {
-            chunk: 256,
-            local: 0,
-        };
+        let prefill = Prefill::new(256, 0);
         session.prefill(context, &prefill).unwrap();
         let scores = session.score(rest).unwrap();
         let sum: f64 = scores.iter().map(|s| f64::from(s.nll)).sum();

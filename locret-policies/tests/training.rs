@@ -4,16 +4,16 @@
 
 use burn::tensor::Device;
 use locret_core::{
-    CacheOptions, CausalLm, KvCachePolicy, LayerUnits, Needs, Phase, SequenceCache, Step, Verdict,
+    CacheOptions, CausalLm, DType, Decided, Needs, Pass, Phase, Probe, Rows, SequenceCache,
     conformance::{RandomModel, small_spec},
-    into_f32,
+    forward,
 };
-use locret_policies::{HeadDtype, HeadWeights, LayerHead, training::*};
+use locret_policies::{Full, HeadWeights, training::*};
 use std::{
     ops::ControlFlow,
     path::Path,
     sync::{
-        Arc, Mutex,
+        Arc,
         atomic::{AtomicUsize, Ordering},
     },
 };
@@ -71,47 +71,33 @@ fn collected(folder: &Path, config: &CollectConfig) -> Shards {
 }
 
 /// Writes down the queries, keys and values of everything that is read.
-#[derive(Debug, Default)]
-struct Tape(Mutex<Vec<[Vec<f32>; 3]>>);
+#[derive(Default)]
+struct Tape(Vec<[Vec<f32>; 3]>);
 
-impl KvCachePolicy for Tape {
-    fn name(&self) -> String {
-        "tape".into()
-    }
-
+impl Probe for Tape {
     fn needs(&self) -> Needs {
-        Needs {
-            qkv: true,
-            ..Needs::NOTHING
-        }
+        Needs::NOTHING.qkv()
     }
 
-    fn step(&self, _: &Step, units: &LayerUnits<'_>) -> locret_core::Result<Verdict> {
-        let qkv = units.qkv().unwrap();
-        let of = |t: &burn::tensor::Tensor<2>| into_f32(t.clone());
-        self.0
-            .lock()
-            .unwrap()
-            .push([of(&qkv.q)?, of(&qkv.k)?, of(&qkv.v)?]);
-        Ok(Verdict::keep_all())
+    fn decided(&mut self, at: &Decided<'_>) -> locret_core::Result<()> {
+        let qkv = at.units.qkv().unwrap();
+        let of = |x: &Rows| x.clone().into_values();
+        self.0.push([of(&qkv.q)?, of(&qkv.k)?, of(&qkv.v)?]);
+        Ok(())
     }
 }
 
 /// Per layer, the un-rotated q, k and v of a whole text that is read in one go.
 fn tape(model: &RandomModel, ids: &[u32]) -> Vec<[Vec<f32>; 3]> {
-    let tape = Arc::new(Tape::default());
-    let mut cache = SequenceCache::new(
-        model.spec(),
-        tape.clone(),
-        model.device(),
-        CacheOptions::default(),
-    )
-    .unwrap();
-    cache.begin(Phase::Tail, ids.len(), ids.len()).unwrap();
-    model.hidden(ids, &mut cache).unwrap();
-    cache.finish(None).unwrap();
-    let all = tape.0.lock().unwrap();
-    all.clone()
+    let full = Arc::new(Full::default());
+    let options = CacheOptions::default();
+    let mut cache = SequenceCache::new(model.spec(), full, model.compute(), options).unwrap();
+    let mut tape = Tape::default();
+    let step = cache.step(Phase::Forced, ids.len(), ids.len());
+    let mut pass = Pass::new([step.watched(&mut tape)]).unwrap();
+    forward(model, ids, &mut pass).unwrap();
+    pass.finish(None).unwrap();
+    tape.0
 }
 
 fn rotated(x: &[f32], position: usize) -> Vec<f64> {
@@ -434,7 +420,7 @@ fn training_lowers_the_loss_and_ranks_units() {
     assert!(validation.recall[2] > 0.35, "{validation:?}");
 
     let path = folder.path().join("heads.safetensors");
-    result.heads.save(&path, HeadDtype::F32).unwrap();
+    result.heads.save(&path, DType::F32).unwrap();
     let loaded = HeadWeights::load(&path, model().spec()).unwrap();
     assert_eq!(loaded.layers, result.heads.layers);
 }
@@ -473,132 +459,4 @@ fn impossible_requests_are_errors() {
     let device = Device::flex().autodiff();
     let error = train(&shards, &work, &hot, &device, &|p| goes_on(p)).unwrap_err();
     assert!(error.to_string().contains("not finite"), "{error}");
-}
-
-/// Tensors of the golden file, which PyTorch made.
-struct Golden {
-    tensors: Vec<u8>,
-    numbers: serde_json::Value,
-}
-
-impl Golden {
-    fn load() -> Self {
-        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/training");
-        let numbers = std::fs::read(folder.join("golden.json")).unwrap();
-        Self {
-            tensors: std::fs::read(folder.join("golden.safetensors")).unwrap(),
-            numbers: serde_json::from_slice(&numbers).unwrap(),
-        }
-    }
-
-    /// One layer's part of a tensor `[layers, ...]`.
-    fn layer(&self, name: &str, layer: usize) -> Vec<f32> {
-        let all = safetensors::SafeTensors::deserialize(&self.tensors).unwrap();
-        let view = all.tensor(name).unwrap();
-        let values: Vec<f32> = (view.data().chunks_exact(4))
-            .map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]))
-            .collect();
-        let each = values.len() / view.shape()[0];
-        values[layer * each..(layer + 1) * each].to_vec()
-    }
-
-    fn number(&self, key: &str) -> f64 {
-        self.numbers[key].as_f64().unwrap()
-    }
-}
-
-fn assert_close(what: &str, found: &[f32], expected: &[f32]) {
-    assert_eq!(found.len(), expected.len(), "{what}");
-    for (i, (a, b)) in found.iter().zip(expected).enumerate() {
-        assert!((a - b).abs() < 1e-5, "{what}, {i}: {a} {b}");
-    }
-}
-
-#[test]
-fn steps_equal_those_of_pytorch() {
-    let golden = Golden::load();
-    let layers = golden.number("layers") as usize;
-    let rate = golden.number("lr");
-    for name in ["joint", "joint_strong", "layerwise"] {
-        let case = &golden.numbers["cases"][name];
-        let alpha = case["alpha"].as_f64().unwrap() as f32;
-        // The authors average the regression over layers and sum the smoothing. Layer by layer,
-        // everything is the number of layers times as large.
-        let loss = match name {
-            "layerwise" => TrainConfig {
-                alpha,
-                ..TrainConfig::default()
-            }
-            .loss(layers),
-            _ => Loss {
-                regression: 1.0 / layers as f32,
-                smoothing: alpha,
-                ..Loss::default()
-            },
-        };
-        let mut joint = [0.0; 6];
-        for layer in 0..layers {
-            let head = LayerHead {
-                d_r: golden.number("d_r") as usize,
-                fc1: golden.layer("initial.fc1", layer),
-                fc2: golden.layer("initial.fc2", layer),
-            };
-            let mut trainer = HeadTrainer::from_weights(&head, &Device::flex().autodiff()).unwrap();
-            let (inputs, labels) = (golden.layer("inputs", layer), golden.layer("labels", layer));
-            let scores = trainer.scores(inputs.clone()).unwrap();
-            let expected = golden.layer("initial.scores", layer);
-            for (a, b) in scores.iter().zip(&expected) {
-                assert!((a - b).abs() <= 1e-5 * b.abs().max(1.0), "{a} {b}");
-            }
-            for step in 1..=5 {
-                let found = trainer
-                    .step(inputs.clone(), labels.clone(), &loss, rate, 0)
-                    .unwrap();
-                joint[step - 1] += found.total;
-                if name == "layerwise" {
-                    let expected = case["losses"][layer][step - 1].as_f64().unwrap();
-                    assert!(
-                        (f64::from(found.total) - expected).abs() < 1e-5,
-                        "{found:?}"
-                    );
-                }
-                if step == 1 || step == 5 {
-                    let weights = trainer.weights().unwrap();
-                    for (part, found) in [("fc1", &weights.fc1), ("fc2", &weights.fc2)] {
-                        let key = format!("{name}.step{step}.{part}");
-                        assert_close(&key, found, &golden.layer(&key, layer));
-                    }
-                }
-            }
-        }
-        if name != "layerwise" {
-            for (step, found) in joint[..5].iter().enumerate() {
-                let expected = case["losses"][step].as_f64().unwrap();
-                assert!(
-                    (f64::from(*found) - expected).abs() < 1e-5 * expected,
-                    "{name} {found}"
-                );
-            }
-        }
-    }
-}
-
-#[test]
-fn the_schedule_is_that_of_the_authors_library() {
-    let golden = Golden::load();
-    let schedule = &golden.numbers["schedule"];
-    let of = |key: &str| schedule[key].as_f64().unwrap();
-    let config = TrainConfig {
-        learning_rate: of("lr"),
-        warmup: of("warmup") / of("total"),
-        ..TrainConfig::default()
-    };
-    for pair in schedule["at"].as_array().unwrap() {
-        let step = pair[0].as_u64().unwrap() as usize;
-        let rate = config.rate(step, of("total") as usize);
-        assert!(
-            (rate - pair[1].as_f64().unwrap()).abs() < 1e-15,
-            "{step}: {rate}"
-        );
-    }
 }

@@ -1,19 +1,15 @@
-//! Retaining heads on a device.
+//! Retaining heads, ready to score.
 
 use super::{HeadWeights, LayerHead};
-use burn::tensor::{Device, Tensor, activation::silu};
 use half::{bf16, f16};
 use locret_core::{
-    CausalLm, Error, ModelSpec, Result, from_f32, into_f32, is_host_device,
-    kernels::{
-        linear::{Format, Weight, matmul},
-        pages::Arena,
-        perceptron::perceptron,
-    },
+    CausalLm, Compute, DType, Error, ModelSpec, Perceptron, Result, Rows, Weight,
+    kernels::pages::Arena,
 };
+use std::sync::Arc;
 
-/// Retaining heads, ready to score: their weights lie on the device where the model runs, in 16
-/// bits where these hold them exactly.
+/// Retaining heads, ready to score: their weights lie where the model is computed, in 16 bits where these
+/// hold them exactly.
 ///
 /// A head's first matrix is applied to queries, keys and values, which are a product themselves: of the
 /// layer's input `x` with the model's own matrix. Since `fc1 · (W x) = (fc1 · W) x`, the two can be made
@@ -22,31 +18,25 @@ use locret_core::{
 /// read the layer's input, and scores are the same but for rounding.
 #[derive(Debug, Clone)]
 pub struct RetainingHeads {
-    layers: Vec<Head>,
+    layers: Vec<Arc<dyn Perceptron>>,
     folded: bool,
     inputs: usize,
     outputs: usize,
     widths: Vec<usize>,
 }
 
-/// One layer's matrices.
-#[derive(Debug, Clone)]
-enum Head {
-    /// For the CPU kernels: `[d_R, inputs]`, `[G, d_R]`.
-    Host { fc1: Weight<'static>, fc2: Vec<f32> },
-    /// For Burn's operations: `[inputs, d_R]`, `[d_R, G]`.
-    Device { fc1: Tensor<2>, fc2: Tensor<2> },
-}
-
 impl RetainingHeads {
-    /// Puts heads on `device`, to read queries, keys and values.
+    /// Puts heads where `compute` computes, to read queries, keys and values.
     ///
     /// # Errors
     /// [`PolicyError::Shape`](crate::PolicyError::Shape) for heads that don't fit `model`.
-    pub fn new(weights: &HeadWeights, model: &ModelSpec, device: &Device) -> crate::Result<Self> {
+    pub fn new(
+        weights: &HeadWeights,
+        model: &ModelSpec,
+        compute: &dyn Compute,
+    ) -> crate::Result<Self> {
         weights.validate(model)?;
-        let inputs = model.layer(0).qkv_features();
-        let mut placing = Placing::new(inputs, model, device);
+        let mut placing = Placing::new(model.layer(0).qkv_features(), model, compute);
         for head in &weights.layers {
             placing.add(head, &head.fc1)?;
         }
@@ -62,19 +52,19 @@ impl RetainingHeads {
     /// As [`new`](Self::new); [`Error::Shape`] for a matrix of another shape than the model's spec says; the
     /// model's.
     pub fn for_model(weights: &HeadWeights, model: &dyn CausalLm) -> crate::Result<Self> {
-        let (spec, device) = (model.spec(), model.device());
+        let (spec, compute) = (model.spec(), &**model.compute());
         weights.validate(spec)?;
         let (hidden, features) = (spec.hidden, spec.layer(0).qkv_features());
-        let mut placing = Placing::new(hidden, spec, device);
+        let mut placing = Placing::new(hidden, spec, compute);
         for (layer, head) in weights.layers.iter().enumerate() {
-            let own = match hidden < features {
+            let own = match hidden < features && spec.layer_input {
                 true => model.qkv_weight(layer)?,
                 false => None,
             };
             let Some(own) = own else {
-                return Self::new(weights, spec, device);
+                return Self::new(weights, spec, compute);
             };
-            placing.add(head, &product(head, &own, [features, hidden])?)?;
+            placing.add(head, &product(compute, head, &own, [features, hidden])?)?;
         }
         Ok(placing.heads(true))
     }
@@ -93,74 +83,13 @@ impl RetainingHeads {
     ///
     /// # Errors
     /// [`Error::Shape`] for a layer or width that the heads don't have, [`Error::Device`].
-    pub fn scores(&self, layer: usize, parts: &[&Tensor<2>]) -> Result<Vec<f32>> {
-        let tokens = parts.first().map_or(0, |part| part.dims()[0]);
-        if parts.iter().any(|part| part.dims()[0] != tokens) {
-            let found: Vec<_> = parts.iter().map(|part| part.dims()).collect();
-            return Err(self.unfit(tokens, format!("parts of {found:?}")));
-        }
-        let copies = parts.iter().map(|part| (*part).clone());
-        match self.head(layer)? {
-            Head::Host { .. } => {
-                let parts: Vec<_> = copies.map(into_f32).collect::<Result<_>>()?;
-                let parts: Vec<&[f32]> = parts.iter().map(Vec::as_slice).collect();
-                self.host_scores(layer, tokens, &parts)
-            }
-            Head::Device { fc1, fc2 } => {
-                let width: usize = parts.iter().map(|part| part.dims()[1]).sum();
-                if width != self.inputs {
-                    return Err(self.unfit(tokens, format!("[{tokens}, {width}]")));
-                }
-                let input = Tensor::cat(copies.collect(), 1);
-                into_f32(silu(input.matmul(fc1.clone())).matmul(fc2.clone()))
-            }
-        }
-    }
-
-    /// [`scores`](Self::scores) of parts that lie in host memory.
-    ///
-    /// # Errors
-    /// [`Error::Shape`] for a layer that the heads don't have, or parts that are not rows of `tokens`
-    /// tokens as wide as their input; [`Error::Device`].
-    pub fn host_scores(&self, layer: usize, tokens: usize, parts: &[&[f32]]) -> Result<Vec<f32>> {
-        let whole = |part: &[f32]| tokens > 0 && part.len().is_multiple_of(tokens);
-        let numbers: usize = parts.iter().map(|part| part.len()).sum();
-        if numbers != tokens * self.inputs || !parts.iter().all(|part| whole(part)) {
-            let found: Vec<_> = parts.iter().map(|part| part.len()).collect();
-            return Err(self.unfit(tokens, format!("parts of {found:?} numbers")));
-        }
-        match self.head(layer)? {
-            Head::Host { fc1, fc2 } => {
-                let mut scores = vec![0.0; tokens * self.outputs];
-                perceptron(parts, fc1, fc2, &mut scores);
-                Ok(scores)
-            }
-            Head::Device { fc1, .. } => {
-                let device = fc1.device();
-                let tensor = |part: &&[f32]| {
-                    let shape = [tokens, part.len() / tokens];
-                    from_f32(part.to_vec(), shape, &device)
-                };
-                let parts: Vec<Tensor<2>> = parts.iter().map(tensor).collect();
-                self.scores(layer, &parts.iter().collect::<Vec<_>>())
-            }
-        }
-    }
-
-    fn head(&self, layer: usize) -> Result<&Head> {
-        self.layers.get(layer).ok_or_else(|| Error::Shape {
+    pub fn scores(&self, layer: usize, parts: &[&Rows]) -> Result<Vec<f32>> {
+        let head = self.layers.get(layer).ok_or_else(|| Error::Shape {
             what: "retaining heads",
             expected: format!("more than {layer} layers"),
             found: self.layers.len().to_string(),
-        })
-    }
-
-    fn unfit(&self, tokens: usize, found: String) -> Error {
-        Error::Shape {
-            what: "the input of a retaining head",
-            expected: format!("[{tokens}, {}]", self.inputs),
-            found,
-        }
+        })?;
+        head.apply(parts)
     }
 
     /// Checks that the heads fit a model.
@@ -190,16 +119,15 @@ impl RetainingHeads {
     }
 }
 
-/// Heads on their way to a device.
+/// Heads on their way to where they are computed.
 struct Placing<'a> {
     heads: RetainingHeads,
-    device: &'a Device,
-    host: bool,
+    compute: &'a dyn Compute,
     arena: Arena,
 }
 
 impl<'a> Placing<'a> {
-    fn new(inputs: usize, model: &ModelSpec, device: &'a Device) -> Self {
+    fn new(inputs: usize, model: &ModelSpec, compute: &'a dyn Compute) -> Self {
         Self {
             heads: RetainingHeads {
                 layers: Vec::with_capacity(model.layers),
@@ -208,27 +136,17 @@ impl<'a> Placing<'a> {
                 outputs: model.kv_heads,
                 widths: Vec::with_capacity(model.layers),
             },
-            device,
-            host: is_host_device(device),
+            compute,
             arena: Arena::default(),
         }
     }
 
     /// The next layer's head, whose first matrix is `fc1`, `[d_R, inputs]`.
     fn add(&mut self, head: &LayerHead, fc1: &[f32]) -> Result<()> {
-        let (inputs, outputs) = (self.heads.inputs, self.heads.outputs);
+        let fc1 = packed(fc1, head.d_r, self.heads.inputs, &mut self.arena);
         self.heads.widths.push(head.d_r);
-        self.heads.layers.push(if self.host {
-            Head::Host {
-                fc1: packed(fc1, head.d_r, inputs, &mut self.arena)?,
-                fc2: head.fc2.clone(),
-            }
-        } else {
-            Head::Device {
-                fc1: transposed(fc1, head.d_r, inputs, self.device),
-                fc2: transposed(&head.fc2, outputs, head.d_r, self.device),
-            }
-        });
+        let placed = self.compute.perceptron(fc1, head.fc2.clone())?;
+        self.heads.layers.push(placed);
         Ok(())
     }
 
@@ -241,30 +159,28 @@ impl<'a> Placing<'a> {
 }
 
 /// `fc1 · W`, `[d_R, hidden]`, of a head and the model's own matrix `[features, hidden]`.
-fn product(head: &LayerHead, own: &[f32], [features, hidden]: [usize; 2]) -> Result<Vec<f32>> {
-    let unfit = |found: String| Error::Shape {
-        what: "a model's matrix for queries, keys and values",
-        expected: format!("[{features}, {hidden}]"),
-        found,
-    };
+fn product(
+    compute: &dyn Compute,
+    head: &LayerHead,
+    own: &[f32],
+    [features, hidden]: [usize; 2],
+) -> Result<Vec<f32>> {
     if own.len() != features * hidden {
-        return Err(unfit(format!("{} numbers", own.len())));
+        return Err(Error::Shape {
+            what: "a model's matrix for queries, keys and values",
+            expected: format!("[{features}, {hidden}]"),
+            found: format!("{} numbers", own.len()),
+        });
     }
     let mut across = vec![0.0; own.len()];
     transpose(own, hidden, &mut across);
-    let across = Weight::from_f32(&across, hidden, features).map_err(|e| unfit(e.to_string()))?;
-    let mut out = vec![0.0; head.d_r * hidden];
-    matmul(&head.fc1, &across, &mut out);
-    Ok(out)
+    let across = compute.matrix(vec![Weight::from_f32(&across, hidden, features)])?;
+    let fc1 = compute.rows(head.fc1.clone(), features)?;
+    across.apply(&fc1)?.into_values()
 }
 
 /// `[rows, columns]` in the smallest float type that holds every number.
-fn packed(
-    values: &[f32],
-    rows: usize,
-    columns: usize,
-    arena: &mut Arena,
-) -> Result<Weight<'static>> {
+fn packed(values: &[f32], rows: usize, columns: usize, arena: &mut Arena) -> Weight {
     let bf16s = values.iter().map(|x| bf16::from_f32(*x));
     let f16s = values.iter().map(|x| f16::from_f32(*x));
     let same = |(a, b): (f32, &f32)| a == *b;
@@ -273,31 +189,25 @@ fn packed(
             to.copy_from_slice(&value);
         }
     }
-    let format = if bf16s.clone().map(f32::from).zip(values).all(same) {
-        Format::Bf16
+    let dtype = if bf16s.clone().map(f32::from).zip(values).all(same) {
+        DType::BF16
     } else if f16s.clone().map(f32::from).zip(values).all(same) {
-        Format::F16
+        DType::F16
     } else {
-        Format::F32
+        DType::F32
     };
-    let mut bytes = arena.zeros(values.len() * format.block_bytes());
-    match format {
-        Format::Bf16 => write(&mut bytes, bf16s.map(bf16::to_le_bytes)),
-        Format::F16 => write(&mut bytes, f16s.map(f16::to_le_bytes)),
+    let mut bytes = arena.zeros(values.len() * dtype.block_bytes());
+    match dtype {
+        DType::BF16 => write(&mut bytes, bf16s.map(bf16::to_le_bytes)),
+        DType::F16 => write(&mut bytes, f16s.map(f16::to_le_bytes)),
         _ => write(&mut bytes, values.iter().map(|x| x.to_le_bytes())),
     }
-    Weight::shared(format, rows, columns, bytes.freeze()).map_err(|e| Error::Shape {
-        what: "a retaining head",
-        expected: format!("[{rows}, {columns}]"),
-        found: e.to_string(),
-    })
-}
-
-/// `[rows, columns]` row-major as a tensor `[columns, rows]`.
-fn transposed(values: &[f32], rows: usize, columns: usize, device: &Device) -> Tensor<2> {
-    let mut out = vec![0.0; values.len()];
-    transpose(values, columns, &mut out);
-    from_f32(out, [columns, rows], device)
+    Weight {
+        dtype,
+        rows,
+        columns,
+        bytes: bytes.freeze(),
+    }
 }
 
 /// `[rows, columns]` row-major to `[columns, rows]`, in squares that stay in the first cache.
@@ -318,13 +228,19 @@ fn transpose(values: &[f32], columns: usize, out: &mut [f32]) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use locret_core::RopeConfig;
+    use burn::tensor::Device;
+    use locret_core::Kernels;
+
+    const BOTH: [Kernels; 2] = [Kernels::Auto, Kernels::Operations];
+
+    fn number(i: usize) -> f32 {
+        ((i * 7919 % 1009) as f32 / 504.5 - 1.0) / 3.0
+    }
 
     /// `fc1 (W x)` and `(fc1 W) x`, by kernels and by operations, of any shape.
     #[test]
     fn folded_heads_score_like_plain_ones() {
         for (d_r, features, hidden, tokens) in [(5, 12, 7, 3), (33, 80, 64, 40), (64, 100, 33, 9)] {
-            let number = |i: usize| ((i * 7919 % 1009) as f32 / 504.5 - 1.0) / 3.0;
             let head = LayerHead {
                 d_r,
                 fc1: (0..d_r * features).map(number).collect(),
@@ -332,41 +248,22 @@ mod tests {
             };
             let own: Vec<f32> = (0..features * hidden).map(|i| number(i + 9)).collect();
             let x: Vec<f32> = (0..tokens * hidden).map(|i| number(3 * i + 1)).collect();
-            let folded = product(&head, &own, [features, hidden]).unwrap();
-            assert!(product(&head, &own[1..], [features, hidden]).is_err());
-            let mut qkv = vec![0.0; tokens * features];
-            matmul(
-                &x,
-                &Weight::from_f32(&own, features, hidden).unwrap(),
-                &mut qkv,
-            );
-            let score = |fc1: &[f32], inputs: usize, x: &[f32], host: bool| {
-                let device = Device::flex();
-                let head = match host {
-                    true => Head::Host {
-                        fc1: packed(fc1, d_r, inputs, &mut Arena::default()).unwrap(),
-                        fc2: head.fc2.clone(),
-                    },
-                    false => Head::Device {
-                        fc1: transposed(fc1, d_r, inputs, &device),
-                        fc2: transposed(&head.fc2, 2, d_r, &device),
-                    },
-                };
-                let heads = RetainingHeads {
-                    layers: vec![head],
-                    folded: inputs == hidden,
-                    inputs,
-                    outputs: 2,
-                    widths: vec![d_r],
-                };
-                let x = from_f32(x.to_vec(), [tokens, inputs], &device);
-                heads.scores(0, &[&x]).unwrap()
-            };
-            let expected = score(&head.fc1, features, &qkv, true);
-            for host in [true, false] {
-                let found = score(&folded, hidden, &x, host);
-                assert_eq!(found.len(), expected.len());
-                for (a, b) in found.iter().zip(&expected) {
+            let mut all = Vec::new();
+            for compute in BOTH.map(|kernels| kernels.on(&Device::flex())) {
+                let folded = product(&*compute, &head, &own, [features, hidden]).unwrap();
+                assert!(product(&*compute, &head, &own[1..], [features, hidden]).is_err());
+                let matrix = Weight::from_f32(&own, features, hidden);
+                let x = compute.rows(x.clone(), hidden).unwrap();
+                let qkv = compute.matrix(vec![matrix]).unwrap().apply(&x).unwrap();
+                for (fc1, inputs, x) in [(&head.fc1, features, &qkv), (&folded, hidden, &x)] {
+                    let fc1 = packed(fc1, d_r, inputs, &mut Arena::default());
+                    let head = compute.perceptron(fc1, head.fc2.clone()).unwrap();
+                    all.push(head.apply(&[x]).unwrap());
+                }
+            }
+            for found in &all[1..] {
+                assert_eq!(found.len(), all[0].len());
+                for (a, b) in found.iter().zip(&all[0]) {
                     assert!((a - b).abs() < 1e-5 * b.abs().max(1.0), "{a} and {b}");
                 }
             }
@@ -376,24 +273,12 @@ mod tests {
     /// Both implementations, and what a 16-bit file becomes.
     #[test]
     fn kernels_and_operations_score_alike() {
-        let spec = ModelSpec {
-            layers: 1,
-            heads: 6,
-            kv_heads: 2,
-            head_dim: 8,
-            hidden: 8,
-            vocab: 8,
-            softmax_scale: 0.5,
-            max_positions: None,
-            rope: RopeConfig::plain(1e4, 8),
-        };
-        let device = Device::flex();
+        let spec = ModelSpec::new(1, 6, 2, 8, 8).with_head_dim(8);
         let inputs = spec.layer(0).qkv_features();
-        let number = |i: usize| ((i * 7919 % 1009) as f32 / 504.5 - 1.0) / 3.0;
-        for format in [Format::F32, Format::F16, Format::Bf16] {
-            let round = |x: f32| match format {
-                Format::F16 => f16::from_f32(x).to_f32(),
-                Format::Bf16 => bf16::from_f32(x).to_f32(),
+        for dtype in [DType::F32, DType::F16, DType::BF16] {
+            let round = |x: f32| match dtype {
+                DType::F16 => f16::from_f32(x).to_f32(),
+                DType::BF16 => bf16::from_f32(x).to_f32(),
                 _ => x,
             };
             let numbers = |n: usize, from: usize| (from..from + n).map(|i| round(number(i)));
@@ -402,42 +287,35 @@ mod tests {
                 fc1: numbers(33 * inputs, 0).collect(),
                 fc2: numbers(33 * 2, 5).collect(),
             };
+            let kept = packed(&head.fc1, 33, inputs, &mut Arena::default());
+            assert_eq!(kept.dtype, dtype);
             let weights = HeadWeights {
-                layers: vec![head.clone()],
+                layers: vec![head],
                 metadata: Default::default(),
             };
-            let host = RetainingHeads::new(&weights, &spec, &device).unwrap();
-            match &host.layers[0] {
-                Head::Host { fc1, .. } => assert_eq!(fc1.format(), format),
-                Head::Device { .. } => panic!("not on the host"),
-            }
-            let operations = RetainingHeads {
-                layers: vec![Head::Device {
-                    fc1: transposed(&head.fc1, 33, inputs, &device),
-                    fc2: transposed(&head.fc2, 2, 33, &device),
-                }],
-                ..host.clone()
-            };
+            let heads = BOTH.map(|kernels| {
+                RetainingHeads::new(&weights, &spec, &*kernels.on(&Device::flex())).unwrap()
+            });
             for tokens in [1, 2, 40] {
                 let part = |heads: usize, from: usize| {
                     let values = (0..tokens * heads * 8).map(|i| 4.0 * number(i + from));
-                    from_f32(values.collect(), [tokens, heads * 8], &device)
+                    Rows::new(values.collect(), heads * 8, &Device::flex()).unwrap()
                 };
                 let (q, k, v) = (part(6, 1), part(2, 2), part(2, 3));
-                let a = host.scores(0, &[&q, &k, &v]).unwrap();
-                let b = operations.scores(0, &[&q, &k, &v]).unwrap();
+                let [a, b] = heads
+                    .each_ref()
+                    .map(|heads| heads.scores(0, &[&q, &k, &v]).unwrap());
                 assert_eq!(a.len(), tokens * 2);
                 for (a, b) in a.iter().zip(&b) {
                     assert!((a - b).abs() < 1e-5, "{a} and {b}");
                 }
-                assert!(host.scores(1, &[&q, &k, &v]).is_err());
-                let short = host.host_scores(0, tokens, &[&[0.0], &[], &[]]);
-                assert!(matches!(short, Err(Error::Shape { .. })));
-                let narrow = [&k, &k, &v];
-                let uneven = q.clone().narrow(0, 0, tokens.div_ceil(2));
-                let uneven = [&uneven, &k, &v];
-                for heads in [&host, &operations] {
-                    let bad = [Some(narrow), (tokens > 1).then_some(uneven)];
+                let uneven = q.slice(0..tokens.div_ceil(2)).unwrap();
+                for heads in &heads {
+                    assert!(heads.scores(1, &[&q, &k, &v]).is_err());
+                    let bad = [
+                        Some([&k, &k, &v]),
+                        (tokens > 1).then_some([&uneven, &k, &v]),
+                    ];
                     for parts in bad.into_iter().flatten() {
                         let found = heads.scores(0, &parts);
                         assert!(matches!(found, Err(Error::Shape { .. })));

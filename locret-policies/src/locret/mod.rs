@@ -4,10 +4,12 @@ mod heads;
 mod weights;
 
 pub use heads::RetainingHeads;
-pub use weights::{HeadAdvice, HeadDtype, HeadWeights, LayerHead};
+pub use weights::{HeadAdvice, HeadWeights, LayerHead};
 
+use crate::published::Published;
 use locret_core::{
-    Budget, Error, Evict, LayerUnits, ModelSpec, Needs, Positions, Result, Scorer, Scores, Step,
+    Budget, Error, Evict, Guard, LayerUnits, ModelSpec, Needs, Positions, Result, Scorer, Scores,
+    Step,
 };
 use std::sync::Arc;
 
@@ -65,16 +67,27 @@ impl Locret {
     }
 }
 
+impl Published for Locret {
+    const POSITIONS: Positions = Positions::Compact;
+
+    /// Stabilizers: an eighth of the budget.
+    fn guard(&self, units: usize) -> Guard {
+        Guard {
+            stabilizers: units / 8,
+            ..Guard::default()
+        }
+    }
+}
+
 impl Scorer for Locret {
     fn name(&self) -> String {
         "locret".into()
     }
 
     fn needs(&self) -> Needs {
-        Needs {
-            qkv: !self.heads.folded(),
-            input: self.heads.folded(),
-            ..Needs::NOTHING
+        match self.heads.folded() {
+            true => Needs::NOTHING.input(),
+            false => Needs::NOTHING.qkv(),
         }
     }
 
@@ -96,28 +109,16 @@ impl Scorer for Locret {
             })
             .collect();
         if units.incoming() > 0 {
-            let (layer, tokens) = (at.layer.index, units.incoming());
-            let missing = |what: &str| Error::policy(self.name(), format!("{what} missing"));
-            let new = if self.heads.folded() {
-                match units.host_input() {
-                    Some(input) => self.heads.host_scores(layer, tokens, &[input])?,
-                    None => {
-                        let input = units.input();
-                        let input = input.ok_or_else(|| {
-                            missing("its heads are folded, but the input of the layer is")
-                        })?;
-                        self.heads.scores(layer, &[&input])?
-                    }
+            let missing = || Error::policy(self.name(), "what its heads read is missing");
+            let new = match self.heads.folded() {
+                true => {
+                    let input = units.input().ok_or_else(missing)?;
+                    self.heads.scores(at.layer.index, &[input])?
                 }
-            } else {
-                match units.host_qkv() {
-                    Some(parts) => self.heads.host_scores(layer, tokens, &parts)?,
-                    None => {
-                        let qkv = units.qkv().ok_or_else(|| {
-                            missing("the queries, keys and values that it needs are")
-                        })?;
-                        self.heads.scores(layer, &[&qkv.q, &qkv.k, &qkv.v])?
-                    }
+                false => {
+                    let qkv = units.qkv().ok_or_else(missing)?;
+                    self.heads
+                        .scores(at.layer.index, &[&qkv.q, &qkv.k, &qkv.v])?
                 }
             };
             for token in new.chunks_exact(kv_heads) {

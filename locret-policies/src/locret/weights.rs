@@ -2,10 +2,10 @@
 
 use crate::error::{PolicyError, Result};
 use half::{bf16, f16};
-use locret_core::{ModelSpec, Positions};
+use locret_core::{DType, ModelSpec, Positions};
 use memmap2::Mmap;
-use pytorch_reader::{DType as TorchType, PytorchReader};
-use safetensors::{Dtype, SafeTensors};
+use pytorch_reader::PytorchReader;
+use safetensors::SafeTensors;
 use serde::{Deserialize, Serialize};
 use std::{
     borrow::Cow,
@@ -57,22 +57,10 @@ pub struct LayerHead {
     pub fc2: Vec<f32>,
 }
 
-/// The type in which heads are saved.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum HeadDtype {
-    /// 32-bit: exactly what was trained.
-    #[default]
-    F32,
-    /// IEEE half.
-    F16,
-    /// Brain float.
-    Bf16,
-}
-
 /// A tensor of a file as it lies there.
 struct Raw<'a> {
     shape: Vec<usize>,
+    /// What the file's own kind calls it.
     dtype: String,
     bytes: Box<dyn FnOnce() -> std::io::Result<Cow<'a, [u8]>> + 'a>,
 }
@@ -202,9 +190,10 @@ impl HeadWeights {
     /// at all: it is written beside its place and renamed.
     ///
     /// # Errors
-    /// [`PolicyError::Io`], [`PolicyError::File`]; [`PolicyError::NotFinite`] for a weight that
-    /// `dtype` cannot hold; [`PolicyError::Shape`] for lengths that are no multiple of `d_r`.
-    pub fn save(&self, path: impl AsRef<Path>, dtype: HeadDtype) -> Result<()> {
+    /// [`PolicyError::Io`], [`PolicyError::File`]; [`PolicyError::Dtype`] for a type other than
+    /// [`DType::F32`], [`DType::F16`] and [`DType::BF16`]; [`PolicyError::NotFinite`] for a weight
+    /// that `dtype` cannot hold; [`PolicyError::Shape`] for lengths that are no multiple of `d_r`.
+    pub fn save(&self, path: impl AsRef<Path>, dtype: DType) -> Result<()> {
         let path = path.as_ref();
         let mut tensors = Vec::with_capacity(2 * self.layers.len());
         for (layer, head) in self.layers.iter().enumerate() {
@@ -264,13 +253,8 @@ impl HeadWeights {
         for (name, tensor) in tensors {
             let start = end;
             end += tensor.data.len();
-            let dtype = match tensor.dtype {
-                HeadDtype::F32 => "F32",
-                HeadDtype::F16 => "F16",
-                HeadDtype::Bf16 => "BF16",
-            };
             let entry = serde_json::json!({
-                "dtype": dtype, "shape": tensor.shape, "data_offsets": [start, end],
+                "dtype": tensor.dtype.name(), "shape": tensor.shape, "data_offsets": [start, end],
             });
             entries.insert(name.clone(), entry);
         }
@@ -321,13 +305,22 @@ impl LayerHead {
         self.d_r = d_r;
         let count: usize = raw.shape.iter().product();
         let bytes = (raw.bytes)().map_err(|e| PolicyError::file(path, e))?;
-        let values = decode(name, &raw.dtype, &bytes)?;
-        if values.len() != count {
-            return Err(PolicyError::file(
-                path,
-                format!("{name} has {} values for {count}", values.len()),
-            ));
+        let dtype: Option<DType> = raw.dtype.parse().ok();
+        let dtype = dtype.filter(|dtype| dtype.is_float()).ok_or_else(|| {
+            let found = raw.dtype.clone();
+            PolicyError::Dtype {
+                key: name.to_owned(),
+                found,
+            }
+        })?;
+        if dtype.bytes(count) != Some(bytes.len()) {
+            let found = format!(
+                "{name} has {} bytes for {count} values of {dtype}",
+                bytes.len()
+            );
+            return Err(PolicyError::file(path, found));
         }
+        let values = decode(name, dtype, &bytes)?;
         match which {
             1 => self.fc1 = values,
             _ => self.fc2 = values,
@@ -451,12 +444,7 @@ fn read_safetensors(path: &Path, take: &mut Take<'_>) -> Result<BTreeMap<String,
     for (name, view) in tensors.iter() {
         let raw = Raw {
             shape: view.shape().to_vec(),
-            dtype: match view.dtype() {
-                Dtype::F32 => "f32".into(),
-                Dtype::F16 => "f16".into(),
-                Dtype::BF16 => "bf16".into(),
-                other => format!("{other:?}"),
-            },
+            dtype: format!("{:?}", view.dtype()),
             bytes: Box::new(move || Ok(Cow::Borrowed(view.data()))),
         };
         take(name, raw)?;
@@ -474,12 +462,7 @@ fn read_torch(path: &Path, take: &mut Take<'_>) -> Result<()> {
     for (name, tensor) in reader.tensors() {
         let raw = Raw {
             shape: tensor.shape().to_vec(),
-            dtype: match tensor.dtype() {
-                TorchType::F32 => "f32".into(),
-                TorchType::F16 => "f16".into(),
-                TorchType::BF16 => "bf16".into(),
-                other => format!("{other:?}"),
-            },
+            dtype: format!("{:?}", tensor.dtype()),
             bytes: Box::new(move || tensor.read().map(Cow::Owned)),
         };
         take(name, raw)?;
@@ -487,62 +470,43 @@ fn read_torch(path: &Path, take: &mut Take<'_>) -> Result<()> {
     Ok(())
 }
 
-/// Little-endian values as `f32`.
-fn decode(name: &str, dtype: &str, bytes: &[u8]) -> Result<Vec<f32>> {
-    let pairs = || bytes.chunks_exact(2).map(|b| [b[0], b[1]]);
-    let values: Vec<f32> = match dtype {
-        "f32" => bytes
-            .chunks_exact(4)
-            .map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]))
-            .collect(),
-        "f16" => pairs().map(|b| f16::from_le_bytes(b).to_f32()).collect(),
-        "bf16" => pairs().map(|b| bf16::from_le_bytes(b).to_f32()).collect(),
-        other => {
-            return Err(PolicyError::Dtype {
-                key: name.to_owned(),
-                found: other.to_owned(),
-            });
-        }
-    };
-    check_finite(name, &values)?;
-    Ok(values)
-}
-
-fn check_finite(name: &str, values: &[f32]) -> Result<()> {
+/// Whole values of a plain float type as `f32`; all have to be finite.
+fn decode(name: &str, dtype: DType, bytes: &[u8]) -> Result<Vec<f32>> {
+    let mut values = vec![0.0; bytes.len() / dtype.block_bytes()];
+    dtype.decode(bytes, &mut values);
     match values.iter().position(|x| !x.is_finite()) {
         Some(index) => Err(PolicyError::NotFinite {
             key: name.to_owned(),
             index,
         }),
-        None => Ok(()),
+        None => Ok(values),
     }
 }
 
-fn encode(name: &str, values: &[f32], dtype: HeadDtype) -> Result<Vec<u8>> {
-    let infinite = |index: usize| PolicyError::NotFinite {
-        key: name.to_owned(),
-        index,
-    };
-    let mut bytes = Vec::with_capacity(values.len() * 4);
-    for (index, x) in values.iter().enumerate() {
-        let (back, encoded): (f32, &[u8]) = match dtype {
-            HeadDtype::F32 => (*x, &x.to_le_bytes()),
-            HeadDtype::F16 => (f16::from_f32(*x).to_f32(), &f16::from_f32(*x).to_le_bytes()),
-            HeadDtype::Bf16 => (
-                bf16::from_f32(*x).to_f32(),
-                &bf16::from_f32(*x).to_le_bytes(),
-            ),
-        };
-        if !back.is_finite() {
-            return Err(infinite(index));
+fn encode(name: &str, values: &[f32], dtype: DType) -> Result<Vec<u8>> {
+    let values = values.iter();
+    let bytes: Vec<u8> = match dtype {
+        DType::F32 => values.flat_map(|x| x.to_le_bytes()).collect(),
+        DType::F16 => values
+            .flat_map(|x| f16::from_f32(*x).to_le_bytes())
+            .collect(),
+        DType::BF16 => values
+            .flat_map(|x| bf16::from_f32(*x).to_le_bytes())
+            .collect(),
+        other => {
+            return Err(PolicyError::Dtype {
+                key: name.to_owned(),
+                found: other.to_string(),
+            });
         }
-        bytes.extend_from_slice(encoded);
-    }
+    };
+    // A large weight may have become infinite.
+    decode(name, dtype, &bytes)?;
     Ok(bytes)
 }
 
 struct Encoded {
-    dtype: HeadDtype,
+    dtype: DType,
     shape: Vec<usize>,
     data: Vec<u8>,
 }

@@ -6,8 +6,8 @@ use super::{
 };
 use crate::{PolicyError, Result};
 use locret_core::{
-    CacheOptions, CausalLm, KvCachePolicy, LayerUnits, ModelSpec, Needs, Observation, Observe,
-    Phase, Queries, SequenceCache, Step, Verdict, into_f32,
+    CacheOptions, CausalLm, Decided, ModelSpec, Needs, Observation, Pass, Phase, Probe, Queries,
+    SequenceCache, forward,
 };
 use rand::{RngExt, SeedableRng, seq::SliceRandom};
 use rand_chacha::ChaCha8Rng;
@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 use std::{
     ops::{ControlFlow, Range},
     path::Path,
-    sync::{Arc, Mutex, MutexGuard},
+    sync::Arc,
 };
 
 /// What a unit's label is. Both are the largest over the answers of a sample and over the query
@@ -238,70 +238,62 @@ fn label(
     spans: &[Range<usize>],
 ) -> Result<(Vec<LayerRows>, usize)> {
     let spec = model.spec();
-    let sink = Arc::new(Mutex::new(Sink {
-        layers: vec![LayerSink::new(spec, sample.prompt.len()); spec.layers],
-        spans: spans.to_vec(),
+    let mut sink = vec![LayerSink::new(spec, sample.prompt.len()); spec.layers];
+    let full = Arc::new(crate::Full::default());
+    let options = CacheOptions::default();
+    let mut cache = SequenceCache::new(spec, full, model.compute(), options)?;
+    let mut reading = Reading {
+        layers: &mut sink,
+        spans,
         dtype: config.inputs,
-    }));
-    let reader = Arc::new(Read(sink.clone()));
-    let mut cache = SequenceCache::new(spec, reader, model.device(), CacheOptions::default())?;
-    feed(model, &mut cache, &sample.prompt, config.chunk)?;
-    let plain: Arc<dyn KvCachePolicy> = Arc::new(crate::Full::default());
-    let watcher: Arc<dyn KvCachePolicy> = Arc::new(Watch {
-        sink: sink.clone(),
-        prompt: sample.prompt.len(),
-        label: config.label,
-    });
+    };
+    feed(
+        model,
+        &mut cache,
+        &sample.prompt,
+        config.chunk,
+        &mut reading,
+    )?;
     for answer in &sample.answers {
         let mut fork = cache.fork()?;
         let tokens = config.query_tokens.min(answer.query.len());
         let (unseen, watched) = answer.query.split_at(answer.query.len() - tokens);
-        fork.set_policy(plain.clone())?;
-        feed(model, &mut fork, unseen, config.chunk)?;
-        fork.set_policy(watcher.clone())?;
-        feed(
-            model,
-            &mut fork,
-            &[watched, &answer.answer].concat(),
-            config.chunk,
-        )?;
-        let tokens = tokens + answer.answer.len();
-        for layer in &mut lock(&sink).layers {
-            layer.close(config.label, tokens);
+        feed(model, &mut fork, unseen, config.chunk, &mut Unwatched)?;
+        let mut watching = Watching {
+            layers: &mut sink,
+            prompt: sample.prompt.len(),
+            label: config.label,
+        };
+        let watched = [watched, &answer.answer].concat();
+        feed(model, &mut fork, &watched, config.chunk, &mut watching)?;
+        for layer in &mut sink {
+            layer.close(config.label, watched.len());
         }
     }
-    let mut sink = lock(&sink);
     let features = spec.layer(0).qkv_features();
     let mut layers = Vec::with_capacity(spec.layers);
-    for (index, layer) in sink.layers.iter_mut().enumerate() {
+    for (index, layer) in sink.iter_mut().enumerate() {
         layers.push(layer.finish(spans, config, index)?);
     }
     Ok((layers, features))
 }
 
 /// Puts tokens through the model.
-fn feed(model: &dyn CausalLm, cache: &mut SequenceCache, ids: &[u32], chunk: usize) -> Result<()> {
+fn feed(
+    model: &dyn CausalLm,
+    cache: &mut SequenceCache,
+    ids: &[u32],
+    chunk: usize,
+    probe: &mut dyn Probe,
+) -> Result<()> {
     let total = cache.seen() + ids.len();
     for ids in ids.chunks(chunk) {
-        cache.begin(Phase::Tail, ids.len(), total)?;
-        model.hidden(ids, cache)?;
-        cache.finish(None)?;
+        let step = cache.step(Phase::Forced, ids.len(), total);
+        let mut pass = Pass::new([step.watched(&mut *probe)])?;
+        forward(model, ids, &mut pass)?;
+        pass.finish(None)?;
     }
     Ok(())
-}
-
-/// What the policies below leave behind. A policy is shared and sees the engine from `&self`;
-/// these two are tools of one sequence on one thread, so a lock is no more than a formality.
-#[derive(Debug)]
-struct Sink {
-    layers: Vec<LayerSink>,
-    spans: Vec<Range<usize>>,
-    dtype: InputDtype,
-}
-
-fn lock(sink: &Mutex<Sink>) -> MutexGuard<'_, Sink> {
-    // What a panic elsewhere left behind is never read.
-    sink.lock().unwrap_or_else(|e| e.into_inner())
 }
 
 #[derive(Debug, Clone)]
@@ -370,104 +362,87 @@ impl LayerSink {
     }
 }
 
-/// Keeps everything and writes down each layer's `[q; k; v]`.
-#[derive(Debug)]
-struct Read(Arc<Mutex<Sink>>);
+/// Sees nothing.
+struct Unwatched;
 
-impl KvCachePolicy for Read {
-    fn name(&self) -> String {
-        "read-for-training".into()
-    }
+impl Probe for Unwatched {}
 
+/// Writes down each layer's `[q; k; v]`.
+struct Reading<'a> {
+    layers: &'a mut [LayerSink],
+    spans: &'a [Range<usize>],
+    dtype: InputDtype,
+}
+
+impl Probe for Reading<'_> {
     fn needs(&self) -> Needs {
-        Needs {
-            qkv: true,
-            ..Needs::NOTHING
-        }
+        Needs::NOTHING.qkv()
     }
 
-    fn step(&self, at: &Step, units: &LayerUnits<'_>) -> locret_core::Result<Verdict> {
-        if let Some(qkv) = units.qkv() {
-            let dim = at.layer.head_dim;
-            let parts = [
-                into_f32(qkv.q.clone())?,
-                into_f32(qkv.k.clone())?,
-                into_f32(qkv.v.clone())?,
-            ];
-            let widths = [at.layer.heads, at.layer.kv_heads, at.layer.kv_heads].map(|n| n * dim);
-            let mut sink = lock(&self.0);
-            let Sink {
-                layers,
-                spans,
-                dtype,
-            } = &mut *sink;
-            let layer = &mut layers[at.layer.index];
-            let mut row = Vec::with_capacity(widths.iter().sum());
-            for i in 0..at.incoming {
-                row.clear();
-                for (part, width) in parts.iter().zip(widths) {
-                    row.extend_from_slice(&part[i * width..(i + 1) * width]);
-                }
-                let values = &row[row.len() - widths[2]..];
-                for (norms, v) in layer.norms.iter_mut().zip(values.chunks_exact(dim)) {
-                    norms.push(v.iter().map(|x| x * x).sum::<f32>().sqrt());
-                }
-                let token = at.seen + i;
-                if spans.iter().any(|s| s.contains(&token)) {
-                    layer.rows.push_row(&row, dim, *dtype);
-                }
+    fn decided(&mut self, at: &Decided<'_>) -> locret_core::Result<()> {
+        let Some(qkv) = at.units.qkv() else {
+            return Ok(());
+        };
+        let step = at.step;
+        let dim = step.layer.head_dim;
+        let parts = [qkv.q.values()?, qkv.k.values()?, qkv.v.values()?];
+        let widths = [step.layer.heads, step.layer.kv_heads, step.layer.kv_heads].map(|n| n * dim);
+        let layer = &mut self.layers[step.layer.index];
+        let mut row = Vec::with_capacity(widths.iter().sum());
+        for i in 0..step.incoming {
+            row.clear();
+            for (part, width) in parts.iter().zip(widths) {
+                row.extend_from_slice(&part[i * width..(i + 1) * width]);
+            }
+            let values = &row[row.len() - widths[2]..];
+            for (norms, v) in layer.norms.iter_mut().zip(values.chunks_exact(dim)) {
+                norms.push(v.iter().map(|x| x * x).sum::<f32>().sqrt());
+            }
+            let token = step.seen + i;
+            if self.spans.iter().any(|s| s.contains(&token)) {
+                layer.rows.push_row(&row, dim, self.dtype);
             }
         }
-        Ok(Verdict::keep_all())
+        Ok(())
     }
 }
 
-/// Keeps everything and writes down what new tokens attend to among the prompt's units.
-#[derive(Debug)]
-struct Watch {
-    sink: Arc<Mutex<Sink>>,
+/// Writes down what new tokens attend to among the prompt's units.
+struct Watching<'a> {
+    layers: &'a mut [LayerSink],
     prompt: usize,
     label: LabelKind,
 }
 
-impl KvCachePolicy for Watch {
-    fn name(&self) -> String {
-        "watch-for-training".into()
-    }
-
+impl Probe for Watching<'_> {
     fn needs(&self) -> Needs {
-        Needs {
-            observe: Some(Observe {
-                queries: Queries::All,
-                what: match self.label {
-                    LabelKind::MaxLogit => Observation::MaxLogits,
-                    LabelKind::Mass => Observation::Weights,
-                },
-            }),
-            ..Needs::NOTHING
-        }
+        let what = match self.label {
+            LabelKind::MaxLogit => Observation::MaxLogits,
+            LabelKind::Mass => Observation::Weights,
+        };
+        Needs::NOTHING.observe(Queries::All, what)
     }
 
-    fn step(&self, at: &Step, units: &LayerUnits<'_>) -> locret_core::Result<Verdict> {
-        if let Some(observed) = units.observed() {
-            let mut sink = lock(&self.sink);
-            let current = &mut sink.layers[at.layer.index].current;
-            if current.is_empty() {
-                *current = (observed.per_head.iter())
-                    .map(|list| list[..self.prompt].to_vec())
-                    .collect();
-            } else {
-                for (all, list) in current.iter_mut().zip(&observed.per_head) {
-                    for (a, x) in all.iter_mut().zip(list) {
-                        *a = match self.label {
-                            LabelKind::MaxLogit => a.max(*x),
-                            LabelKind::Mass => *a + x,
-                        };
-                    }
-                }
+    fn decided(&mut self, at: &Decided<'_>) -> locret_core::Result<()> {
+        let Some(observed) = at.units.observed() else {
+            return Ok(());
+        };
+        let current = &mut self.layers[at.step.layer.index].current;
+        if current.is_empty() {
+            *current = (observed.per_head.iter())
+                .map(|list| list[..self.prompt].to_vec())
+                .collect();
+            return Ok(());
+        }
+        for (all, list) in current.iter_mut().zip(&observed.per_head) {
+            for (a, x) in all.iter_mut().zip(list) {
+                *a = match self.label {
+                    LabelKind::MaxLogit => a.max(*x),
+                    LabelKind::Mass => *a + x,
+                };
             }
         }
-        Ok(Verdict::keep_all())
+        Ok(())
     }
 }
 

@@ -64,9 +64,9 @@ pub struct TrainConfig {
     pub target: Target,
     /// A label becomes the largest of this many around it: 1 leaves it alone. Odd.
     pub pool: usize,
-    /// How many of a text's first units are fitted to its highest label. Their own label falls
-    /// short of what they are worth: attention rests on them where nothing else matters
-    /// (arXiv 2309.17453), for every answer a little, while a label is the most that any token pays.
+    /// How many of a text's first units are fitted to its highest label. Their own label is too low:
+    /// every token pays these units a little attention, as sinks (arXiv 2309.17453), and a label is
+    /// the most that any one token pays.
     pub sinks: usize,
     /// Seed of the weights and of the order of the spans.
     pub seed: u64,
@@ -528,7 +528,7 @@ struct Layer<'a> {
     report: LayerReport,
 }
 
-/// What stands beside the weights in a checkpoint.
+/// What the metadata of a checkpoint say.
 #[derive(Serialize, Deserialize)]
 struct Meta {
     fingerprint: u64,
@@ -537,7 +537,7 @@ struct Meta {
     report: LayerReport,
 }
 
-/// Under this key a checkpoint says what it is.
+/// The key of [`Meta`] in the metadata.
 const META: &str = "locret_head";
 
 impl<'a> Layer<'a> {
@@ -668,7 +668,8 @@ impl<'a> Layer<'a> {
     }
 }
 
-/// A checkpoint of this very training; anything else is no checkpoint, and training starts anew.
+/// A checkpoint of the training with this fingerprint. `None` for anything else: training then starts
+/// from the beginning.
 fn read(path: &Path, fingerprint: u64) -> Option<(SavedParam, SavedParam, Meta)> {
     let file = File::open(path).ok()?;
     // SAFETY: checkpoints are written beside their place and renamed, never changed in place.

@@ -137,7 +137,8 @@ impl Default for Optimisation {
 }
 
 impl HeadTrainer {
-    /// A head with weights drawn from `±1/√inputs` by `seed`.
+    /// A head with weights drawn from `±1/√inputs` by `seed`, for AdamW with β 0.9 and 0.95, ε 1e-8 and
+    /// weight decay 0.01, gradients clipped to ±0.5.
     ///
     /// `device` is one with gradients (`Device::autodiff`).
     ///
@@ -172,35 +173,6 @@ impl HeadTrainer {
                 value: fc2,
                 moments: None,
             },
-            Optimisation::default(),
-            device,
-        )
-    }
-
-    /// A head with given weights, and no moments yet: AdamW with β 0.9 and 0.95, ε 1e-8, weight
-    /// decay 0.01, gradients clipped to ±0.5.
-    ///
-    /// # Errors
-    /// [`PolicyError::Setting`] for lengths that don't fit or a device without gradients.
-    pub fn from_weights(head: &LayerHead, device: &Device) -> Result<Self> {
-        let divides = head.d_r > 0
-            && head.fc1.len().is_multiple_of(head.d_r)
-            && head.fc2.len().is_multiple_of(head.d_r);
-        if !divides {
-            return Err(PolicyError::setting(
-                "training",
-                "weights that are no multiple of d_R",
-            ));
-        }
-        let (features, kv_heads) = (head.fc1.len() / head.d_r, head.fc2.len() / head.d_r);
-        let param = |values: &[f32], rows, columns| SavedParam {
-            shape: [columns, rows],
-            value: transpose(values, rows, columns),
-            moments: None,
-        };
-        Self::of(
-            param(&head.fc1, head.d_r, features),
-            param(&head.fc2, kv_heads, head.d_r),
             Optimisation::default(),
             device,
         )
@@ -458,7 +430,7 @@ impl Pairs {
 }
 
 /// `[rows, columns]` row-major as `[columns, rows]`.
-fn transpose(values: &[f32], rows: usize, columns: usize) -> Vec<f32> {
+pub(super) fn transpose(values: &[f32], rows: usize, columns: usize) -> Vec<f32> {
     let mut out = vec![0.0; values.len()];
     for (r, row) in values.chunks_exact(columns).enumerate() {
         for (c, x) in row.iter().enumerate() {

@@ -14,7 +14,8 @@
 //! ```no_run
 //! # fn demo(model: &dyn locret_core::CausalLm, prompt: Vec<u32>, query: Vec<u32>, answer: Vec<u32>,
 //! #         autodiff: &burn::tensor::Device) -> Result<(), Box<dyn std::error::Error>> {
-//! use locret_policies::{HeadDtype, training::*};
+//! use locret_core::DType;
+//! use locret_policies::training::*;
 //! use std::{ops::ControlFlow, path::Path};
 //!
 //! let samples = vec![Sample { prompt, answers: vec![Answer { query, answer }] }];
@@ -23,12 +24,14 @@
 //! let shards = collect(model, &samples, work, &CollectConfig::default(), &mut |_| go_on)?;
 //! let shards = shards.expect("nothing stops it");
 //! let trained = train(&shards, work, &TrainConfig::default(), autodiff, &|_| go_on)?;
-//! trained.expect("nothing stops it").heads.save("heads.safetensors", HeadDtype::F16)?;
+//! trained.expect("nothing stops it").heads.save("heads.safetensors", DType::F16)?;
 //! # Ok(()) }
 //! ```
 
 mod collect;
 mod fit;
+#[cfg(test)]
+mod golden;
 mod head;
 mod metrics;
 mod sample;
@@ -41,12 +44,12 @@ pub use metrics::{Metrics, RECALL_AT, pearson, recall_at};
 pub use sample::{Answer, Sample};
 pub use shards::{InputDtype, Shard, ShardLayer, Shards, Split};
 
-/// FNV-1a over `bytes`, from `state`: tells settings and data apart, protects against nothing.
+/// FNV-1a over `bytes`, from `state`: tells settings and data apart; not a cryptographic hash.
 fn fingerprint(state: u64, bytes: impl IntoIterator<Item = u8>) -> u64 {
     bytes.into_iter().fold(state, |h, b| {
         (h ^ u64::from(b)).wrapping_mul(0x0000_0100_0000_01b3)
     })
 }
 
-/// Where [`fingerprint`] begins.
+/// The state that a [`fingerprint`] starts from.
 const FINGERPRINT: u64 = 0xcbf2_9ce4_8422_2325;

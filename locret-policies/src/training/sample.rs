@@ -8,8 +8,7 @@ use serde::{Deserialize, Serialize};
 pub struct Sample {
     /// Token ids of the text whose units get labels.
     pub prompt: Vec<u32>,
-    /// Continuations of the prompt, each on its own. A unit's label is what it means to the most
-    /// demanding of them.
+    /// Continuations of the prompt, each on its own. A unit's label is the largest over them.
     pub answers: Vec<Answer>,
 }
 
@@ -34,7 +33,8 @@ impl Sample {
 
     /// The samples of *Locret-Q* (arXiv 2410.01805 §5): for each answer, the last `tokens` tokens
     /// of its query stand in the prompt, too, after the first `after` tokens (a beginning-of-text
-    /// token, where there is one). Answers without a query stay together in a sample as it was.
+    /// token, where there is one). Answers without a query stay together in one sample with the prompt
+    /// unchanged.
     pub fn query_aware(&self, tokens: usize, after: usize) -> Vec<Self> {
         let after = after.min(self.prompt.len());
         let (plain, asked): (Vec<&Answer>, Vec<&Answer>) =

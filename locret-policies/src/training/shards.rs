@@ -99,7 +99,7 @@ struct Meta {
     layers: usize,
 }
 
-/// Under this key a file says what it is.
+/// The key of [`Meta`] in the metadata.
 const META: &str = "locret_shard";
 
 pub(super) fn path_of(folder: &Path, index: usize) -> PathBuf {

@@ -2,10 +2,10 @@
 //! to drive it and the real one through the same steps.
 #![allow(dead_code, unreachable_pub)]
 
-use burn::tensor::{Device, Tensor};
+use burn::tensor::Device;
 use locret_core::{
-    CacheOptions, DecodeEviction, Guard, KvCachePolicy, ModelSpec, Phase, Positions, Qkv,
-    RopeConfig, SequenceCache, from_f32, into_f32,
+    CacheOptions, DecodeEviction, Guard, KvCachePolicy, ModelSpec, Pass, Phase, Positions, Qkv,
+    RopeConfig, Rows, SequenceCache, compute,
 };
 use std::sync::Arc;
 
@@ -33,17 +33,9 @@ impl Numbers {
 
 /// A model's shape with `kv_heads * group` heads.
 pub fn spec(layers: usize, kv_heads: usize, group: usize, head_dim: usize) -> ModelSpec {
-    ModelSpec {
-        layers,
-        heads: kv_heads * group,
-        kv_heads,
-        head_dim,
-        hidden: 4,
-        vocab: 16,
-        softmax_scale: 1.0 / (head_dim as f32).sqrt(),
-        max_positions: None,
-        rope: RopeConfig::plain(THETA, head_dim),
-    }
+    ModelSpec::new(layers, kv_heads * group, kv_heads, 4, 16)
+        .with_head_dim(head_dim)
+        .with_rope(RopeConfig::plain(THETA, head_dim))
 }
 
 const THETA: f64 = 1000.0;
@@ -105,30 +97,21 @@ pub fn drive(
     total: usize,
 ) -> locret_core::Result<Vec<Vec<f32>>> {
     let device = Device::default();
-    let tensor = |values: &Vec<f32>| -> Tensor<2> {
-        from_f32(
-            values.clone(),
-            [step.tokens, values.len() / step.tokens],
-            &device,
-        )
-    };
+    let rows = |x: &Vec<f32>| Rows::new(x.clone(), x.len() / step.tokens, &device);
     let needs_surprisal = cache.policy().needs().surprisal;
-    cache.begin(step.phase, step.tokens, total)?;
+    let mut pass = Pass::new([cache.step(step.phase, step.tokens, total)])?;
     let mut outputs = Vec::new();
     for (layer, [q, k, v]) in step.layers.iter().enumerate() {
-        let qkv = Qkv {
-            q: tensor(q),
-            k: tensor(k),
-            v: tensor(v),
-        };
-        outputs.push(into_f32(cache.attend(layer, qkv)?)?);
+        let qkv = Qkv::new(rows(q)?, rows(k)?, rows(v)?);
+        outputs.push(pass.attend(layer, qkv)?.into_values()?);
     }
-    cache.finish(needs_surprisal.then_some(&step.surprisal[..]))?;
+    pass.finish(needs_surprisal.then_some(&step.surprisal[..]))?;
     Ok(outputs)
 }
 
 pub fn cache(spec: &ModelSpec, policy: Arc<dyn KvCachePolicy>) -> SequenceCache {
-    SequenceCache::new(spec, policy, &Device::default(), CacheOptions::default()).unwrap()
+    let compute = compute(&Device::default());
+    SequenceCache::new(spec, policy, &compute, CacheOptions::default()).unwrap()
 }
 
 /// One unit of one KV head.

@@ -1,6 +1,7 @@
 //! StreamingLLM: the beginning and the most recent window.
 
-use locret_core::{Budget, Evict, LayerUnits, Positions, Result, Scorer, Scores, Step};
+use crate::published::Published;
+use locret_core::{Budget, Evict, Guard, LayerUnits, Positions, Result, Scorer, Scores, Step};
 
 /// StreamingLLM (arXiv 2309.17453 §3.2): the first units of the sequence, which soak up attention
 /// (*sinks*), and the most recent ones.
@@ -25,19 +26,28 @@ impl Window {
     /// As published: four sinks (fewer for a budget of fewer units), the newest units, compact
     /// positions.
     pub fn policy(budget: Budget) -> Evict<Self> {
-        let sinks = match budget {
-            Budget::Units(n) => Self::SINKS.min(n.saturating_sub(1)),
-            _ => Self::SINKS,
-        };
-        Evict::new(Self, budget)
-            .sinks(sinks)
-            .with_positions(Positions::Compact)
+        Self.published(budget)
+    }
+}
+
+impl Published for Window {
+    const POSITIONS: Positions = Positions::Compact;
+
+    fn guard(&self, _units: usize) -> Guard {
+        Guard {
+            sinks: Self::SINKS,
+            ..Guard::default()
+        }
     }
 }
 
 impl Scorer for Window {
     fn name(&self) -> String {
         "window".into()
+    }
+
+    fn keeps_newest(&self) -> bool {
+        true
     }
 
     fn score(&self, _at: &Step, units: &LayerUnits<'_>) -> Result<Scores> {

@@ -1,5 +1,6 @@
 //! Keys that differ from the others.
 
+use crate::published::Published;
 use locret_core::{Budget, Evict, LayerUnits, Result, Scorer, Scores, Step};
 
 /// KeyDiff (arXiv 2504.15364 §3): score `-cos(k, k̄)`, where `k̄` is the mean of the normalised
@@ -17,12 +18,14 @@ pub struct KeyDiff;
 impl KeyDiff {
     /// Keeps the `budget` most distinct units, original positions.
     pub fn policy(budget: Budget) -> Evict<Self> {
-        Evict::new(Self, budget)
+        Self.published(budget)
     }
 }
 
 /// Below this a key or mean counts as having no direction.
 const NO_DIRECTION: f32 = 1e-12;
+
+impl Published for KeyDiff {}
 
 impl Scorer for KeyDiff {
     fn name(&self) -> String {
@@ -31,7 +34,7 @@ impl Scorer for KeyDiff {
 
     fn score(&self, _at: &Step, units: &LayerUnits<'_>) -> Result<Scores> {
         units.score_heads(|head| {
-            let keys = units.keys(head)?;
+            let keys = units.keys(head)?.into_tensor();
             let norm = (keys.clone() * keys.clone()).sum_dim(1).sqrt();
             let unit = keys / norm.clamp_min(NO_DIRECTION);
             let mean = unit.clone().mean_dim(0);

@@ -1,8 +1,9 @@
 //! SnapKV: what the last queries look at.
 
-use crate::observed;
+use super::observed;
+use crate::published::Published;
 use locret_core::{
-    Budget, Error, Evict, LayerUnits, ModelSpec, Needs, Observation, Observe, Queries, Result,
+    Budget, Error, Evict, Guard, LayerUnits, ModelSpec, Needs, Observation, Queries, Result,
     Scorer, Scores, Step,
 };
 
@@ -54,18 +55,19 @@ impl SnapKv {
         self
     }
 
-    /// How many of the last queries are observed.
-    pub fn queries(&self) -> usize {
-        self.window
-    }
-
-    /// The window (at most half a budget of units) is always kept; original positions.
+    /// The window is always kept, up to half of the budget (up to 128 where it is not a number of
+    /// units); original positions.
     pub fn policy(self, budget: Budget) -> Evict<Self> {
-        let recent = match budget {
-            Budget::Units(n) => self.window.min(n / 2),
-            _ => self.window,
-        };
-        Evict::new(self, budget).recent(recent)
+        self.published(budget)
+    }
+}
+
+impl Published for SnapKv {
+    fn guard(&self, units: usize) -> Guard {
+        Guard {
+            recent: self.window.min(units / 2),
+            ..Guard::default()
+        }
     }
 }
 
@@ -75,13 +77,7 @@ impl Scorer for SnapKv {
     }
 
     fn needs(&self) -> Needs {
-        Needs {
-            observe: Some(Observe {
-                queries: Queries::Last(self.window),
-                what: Observation::Weights,
-            }),
-            ..Needs::NOTHING
-        }
+        Needs::NOTHING.observe(Queries::Last(self.window), Observation::Weights)
     }
 
     fn carries(&self) -> bool {

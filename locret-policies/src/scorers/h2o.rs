@@ -1,8 +1,9 @@
 //! H2O: units that attention has gone to so far.
 
-use crate::observed;
+use super::observed;
+use crate::published::Published;
 use locret_core::{
-    Budget, Evict, LayerUnits, Needs, Observation, Observe, Queries, Result, Scorer, Scores, Step,
+    Budget, Evict, Guard, LayerUnits, Needs, Observation, Queries, Result, Scorer, Scores, Step,
 };
 
 /// H2O, heavy hitters (arXiv 2306.14048 §4): the attention that a unit has received from all
@@ -24,13 +25,19 @@ use locret_core::{
 pub struct H2o;
 
 impl H2o {
-    /// As published: half of the budget (of units) for the newest units, original positions.
+    /// As published: half of the budget for the newest units (128 where it is not a number of
+    /// units), original positions.
     pub fn policy(budget: Budget) -> Evict<Self> {
-        let recent = match budget {
-            Budget::Units(n) => n / 2,
-            _ => 0,
-        };
-        Evict::new(Self, budget).recent(recent)
+        Self.published(budget)
+    }
+}
+
+impl Published for H2o {
+    fn guard(&self, units: usize) -> Guard {
+        Guard {
+            recent: units / 2,
+            ..Guard::default()
+        }
     }
 }
 
@@ -40,13 +47,7 @@ impl Scorer for H2o {
     }
 
     fn needs(&self) -> Needs {
-        Needs {
-            observe: Some(Observe {
-                queries: Queries::All,
-                what: Observation::Weights,
-            }),
-            ..Needs::NOTHING
-        }
+        Needs::NOTHING.observe(Queries::All, Observation::Weights)
     }
 
     fn carries(&self) -> bool {

@@ -1,5 +1,6 @@
 //! A draw by lot.
 
+use crate::published::Published;
 use locret_core::{Budget, Evict, LayerUnits, Result, Scorer, Scores, Step};
 
 /// Keeps units drawn by lot: the floor that every method has to clear.
@@ -9,9 +10,8 @@ use locret_core::{Budget, Evict, LayerUnits, Result, Scorer, Scores, Step};
 ///
 /// **Cost:** a hash per unit, when something has to go.
 ///
-/// **Chunked prefill:** lots are drawn once, so units that survived one eviction are as likely as
-/// new ones to have a high lot only in the beginning; later the survivors' lots are all high and
-/// the kept units are a uniform sample of the whole text so far.
+/// **Chunked prefill:** a unit's lot never changes, so that the units with the highest lots are a
+/// uniform sample of the whole text so far, whatever the chunks.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Random {
     seed: u64,
@@ -25,7 +25,7 @@ impl Random {
 
     /// Keeps `budget` units by lot, original positions.
     pub fn policy(seed: u64, budget: Budget) -> Evict<Self> {
-        Evict::new(Self::new(seed), budget)
+        Self::new(seed).published(budget)
     }
 
     /// The lot of one unit, in `[0, 1)`, a multiple of `2^-24`.
@@ -48,6 +48,8 @@ fn mix(x: u64) -> u64 {
     let x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
     x ^ (x >> 31)
 }
+
+impl Published for Random {}
 
 impl Scorer for Random {
     fn name(&self) -> String {

@@ -2,8 +2,8 @@
 
 use burn::tensor::{Int, Tensor, TensorData};
 use locret_core::{
-    Error, Fold, Keep, KvCachePolicy, KvStore, LayerSpec, LayerUnits, ModelSpec, Needs, Placement,
-    Positions, Prefill, Result, Step, Verdict, into_f32,
+    Error, Fold, Held, Keep, KvCachePolicy, KvStore, LayerSpec, LayerUnits, ModelSpec, Needs,
+    Placement, Positions, Prefill, Result, Step, Verdict, into_f32,
 };
 
 /// A policy whose dropped units leave their values behind: each is folded into the value of the
@@ -39,6 +39,18 @@ impl<P: KvCachePolicy> Merge<P> {
         &self.inner
     }
 
+    /// The same verdict, with what is dropped folded into what stays.
+    fn merged(&self, mut verdict: Verdict, units: &LayerUnits<'_>) -> Result<Verdict> {
+        if let Keep::Slots(kept) = verdict.keep {
+            let folds = kept.heads().iter().enumerate();
+            let folds = folds
+                .map(|(head, kept)| self.folds(units, head, kept))
+                .collect::<Result<_>>()?;
+            verdict.keep = Keep::Merged { kept, folds };
+        }
+        Ok(verdict)
+    }
+
     /// What is folded into what, in one head of which `kept` stays.
     fn folds(&self, units: &LayerUnits<'_>, head: usize, kept: &[u32]) -> Result<Vec<Fold>> {
         let n = units.len(head);
@@ -49,7 +61,7 @@ impl<P: KvCachePolicy> Merge<P> {
         let dropped: Vec<u32> = (0..n as u32)
             .filter(|unit| stays.next_if_eq(unit).is_none())
             .collect();
-        let keys = units.keys(head)?;
+        let keys = units.keys(head)?.into_tensor();
         let norm = (keys.clone() * keys.clone()).sum_dim(1).sqrt();
         let keys = keys / norm.clamp_min(1e-12);
         let pick = |list: &[u32]| {
@@ -118,15 +130,22 @@ impl<P: KvCachePolicy> KvCachePolicy for Merge<P> {
         self.inner.limit(layer, total)
     }
 
+    fn held(&self, layer: &LayerSpec, total: usize) -> Option<Held> {
+        self.inner.held(layer, total)
+    }
+
+    fn evicts_while_decoding(&self) -> bool {
+        self.inner.evicts_while_decoding()
+    }
+
     fn step(&self, at: &Step, units: &LayerUnits<'_>) -> Result<Verdict> {
-        let mut verdict = self.inner.step(at, units)?;
-        if let Keep::Slots(kept) = verdict.keep {
-            let folds = kept.heads().iter().enumerate();
-            let folds = folds
-                .map(|(head, kept)| self.folds(units, head, kept))
-                .collect::<Result<_>>()?;
-            verdict.keep = Keep::Merged { kept, folds };
-        }
-        Ok(verdict)
+        self.merged(self.inner.step(at, units)?, units)
+    }
+
+    fn steps(&self, at: &[Step], units: &[LayerUnits<'_>]) -> Result<Vec<Verdict>> {
+        let verdicts = self.inner.steps(at, units)?.into_iter().zip(units);
+        verdicts
+            .map(|(verdict, units)| self.merged(verdict, units))
+            .collect()
     }
 }

@@ -1,12 +1,12 @@
 //! Any policy over a quantised store.
 
 use locret_core::{
-    KvCachePolicy, KvStore, LayerSpec, LayerUnits, ModelSpec, Needs, Placement, Positions, Prefill,
-    Quantization, QuantizedStore, Result, Step, Verdict,
+    Held, KvCachePolicy, KvStore, LayerSpec, LayerUnits, ModelSpec, Needs, Placement, Positions,
+    Prefill, Quantization, QuantizedStore, Result, Step, Verdict,
 };
 
 /// A policy whose units are kept as integers of 2, 4 or 8 bits
-/// ([`QuantizedStore`]); what stays is the policy's decision as before.
+/// ([`QuantizedStore`]). The policy inside decides what stays.
 ///
 /// **Cost:** codes and scales are made once for each unit that survives the step it came in, and
 /// become numbers again as attention reads them.
@@ -63,7 +63,19 @@ impl<P: KvCachePolicy> KvCachePolicy for Quantized<P> {
         self.inner.limit(layer, total)
     }
 
+    fn held(&self, layer: &LayerSpec, total: usize) -> Option<Held> {
+        self.inner.held(layer, total)
+    }
+
+    fn evicts_while_decoding(&self) -> bool {
+        self.inner.evicts_while_decoding()
+    }
+
     fn step(&self, at: &Step, units: &LayerUnits<'_>) -> Result<Verdict> {
         self.inner.step(at, units)
+    }
+
+    fn steps(&self, at: &[Step], units: &[LayerUnits<'_>]) -> Result<Vec<Verdict>> {
+        self.inner.steps(at, units)
     }
 }

@@ -1,5 +1,6 @@
 //! Keys with a small norm.
 
+use crate::published::Published;
 use locret_core::{Budget, Evict, LayerUnits, Result, Scorer, Scores, Step};
 
 /// The norm of keys (arXiv 2406.11430 §3): score `-‖k‖₂`, as keys with a small norm attract
@@ -19,9 +20,11 @@ pub struct KeyNorm;
 impl KeyNorm {
     /// Keeps the `budget` units with the smallest keys, original positions.
     pub fn policy(budget: Budget) -> Evict<Self> {
-        Evict::new(Self, budget)
+        Self.published(budget)
     }
 }
+
+impl Published for KeyNorm {}
 
 impl Scorer for KeyNorm {
     fn name(&self) -> String {
@@ -30,7 +33,7 @@ impl Scorer for KeyNorm {
 
     fn score(&self, _at: &Step, units: &LayerUnits<'_>) -> Result<Scores> {
         units.score_heads(|head| {
-            let keys = units.keys(head)?;
+            let keys = units.keys(head)?.into_tensor();
             Ok((keys.clone() * keys).sum_dim(1).sqrt().neg())
         })
     }

@@ -1,4 +1,4 @@
-//! What the policies share that look at attention.
+//! What the policies that look at attention have in common.
 
 use locret_core::{Error, LayerUnits, Observed, Result, Scorer, Scores};
 
@@ -20,7 +20,7 @@ pub(crate) fn group(attention: &Observed, head: usize, group: usize) -> Result<V
         .collect()
 }
 
-/// The scores as they were left: no query is there to change them.
+/// The scores of the step before, where a step has no query that could change them.
 pub(crate) fn carried(units: &LayerUnits<'_>) -> Result<Scores> {
     let scores = (0..units.kv_heads()).map(|head| units.carried(head).to_vec());
     Scores::per_head(scores.collect())

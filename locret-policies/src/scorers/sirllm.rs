@@ -1,8 +1,9 @@
 //! SirLLM: tokens that the model did not expect.
 
+use crate::published::Published;
 use locret_core::{
-    Budget, Error, Evict, LayerUnits, ModelSpec, Needs, Phase, Positions, Result, Scorer, Scores,
-    Step,
+    Budget, Error, Evict, Guard, LayerUnits, ModelSpec, Needs, Phase, Positions, Result, Scorer,
+    Scores, Step,
 };
 
 /// SirLLM (arXiv 2405.12528 §3): the score of a unit is its token's *entropy*, in fact its
@@ -57,14 +58,19 @@ impl SirLlm {
     /// As published: four sinks (fewer for a budget of fewer units), the newest `recent` units,
     /// compact positions.
     pub fn policy(self, budget: Budget, recent: usize) -> Evict<Self> {
-        let sinks = match budget {
-            Budget::Units(n) => Self::SINKS.min(n.saturating_sub(recent + 1)),
-            _ => Self::SINKS,
-        };
-        Evict::new(self, budget)
-            .sinks(sinks)
-            .recent(recent)
-            .with_positions(Positions::Compact)
+        self.published(budget).recent(recent)
+    }
+}
+
+impl Published for SirLlm {
+    const POSITIONS: Positions = Positions::Compact;
+
+    fn guard(&self, units: usize) -> Guard {
+        Guard {
+            sinks: Self::SINKS,
+            recent: units / 4,
+            ..Guard::default()
+        }
     }
 }
 
@@ -74,10 +80,7 @@ impl Scorer for SirLlm {
     }
 
     fn needs(&self) -> Needs {
-        Needs {
-            surprisal: true,
-            ..Needs::NOTHING
-        }
+        Needs::NOTHING.surprisal()
     }
 
     fn carries(&self) -> bool {

@@ -1,8 +1,9 @@
 //! TOVA: what the last query looks at.
 
-use crate::observed;
+use super::observed;
+use crate::published::Published;
 use locret_core::{
-    Budget, Evict, LayerUnits, Needs, Observation, Observe, Queries, Result, Scorer, Scores, Step,
+    Budget, Evict, Guard, LayerUnits, Needs, Observation, Queries, Result, Scorer, Scores, Step,
 };
 use std::collections::HashMap;
 
@@ -27,11 +28,16 @@ pub struct Tova;
 impl Tova {
     /// Keeps `budget` units, the newest for certain, original positions.
     pub fn policy(budget: Budget) -> Evict<Self> {
-        let recent = match budget {
-            Budget::Units(n) => usize::from(n > 1),
-            _ => 1,
-        };
-        Evict::new(Self, budget).recent(recent)
+        Self.published(budget)
+    }
+}
+
+impl Published for Tova {
+    fn guard(&self, _units: usize) -> Guard {
+        Guard {
+            recent: 1,
+            ..Guard::default()
+        }
     }
 }
 
@@ -41,13 +47,7 @@ impl Scorer for Tova {
     }
 
     fn needs(&self) -> Needs {
-        Needs {
-            observe: Some(Observe {
-                queries: Queries::Last(1),
-                what: Observation::Weights,
-            }),
-            ..Needs::NOTHING
-        }
+        Needs::NOTHING.observe(Queries::Last(1), Observation::Weights)
     }
 
     fn carries(&self) -> bool {

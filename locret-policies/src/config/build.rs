@@ -1,0 +1,183 @@
+//! From a configuration to a policy.
+
+use super::{Method, PolicyConfig};
+use crate::{
+    Full, H2o, HeadAdvice, HeadWeights, KeyDiff, KeyNorm, Locret, Merge, PolicyError, Quantized,
+    Random, Result, RetainingHeads, SirLlm, SnapKv, Tova, Window,
+    published::{Published, Settings},
+};
+use locret_core::{Budget, CausalLm, Compute, Evict, KvCachePolicy, ModelSpec};
+use std::sync::Arc;
+
+impl PolicyConfig {
+    /// The policy, for a model that `compute` computes.
+    ///
+    /// # Errors
+    /// [`PolicyError::Setting`] for a setting that the method does not have or lacks; those of
+    /// [`HeadWeights::load`]; and what [`KvCachePolicy::validate`] says of the model.
+    pub fn build(
+        &self,
+        model: &ModelSpec,
+        compute: &dyn Compute,
+    ) -> Result<Arc<dyn KvCachePolicy>> {
+        self.build_with(model, &|weights| {
+            RetainingHeads::new(weights, model, compute)
+        })
+    }
+
+    /// The policy for `model` itself: as [`build`](Self::build), with heads that are folded into the
+    /// model's matrices where it has them ([`RetainingHeads::for_model`]), which makes them cheaper.
+    ///
+    /// # Errors
+    /// As [`build`](Self::build), and the model's.
+    pub fn build_for(&self, model: &dyn CausalLm) -> Result<Arc<dyn KvCachePolicy>> {
+        self.build_with(model.spec(), &|weights| {
+            RetainingHeads::for_model(weights, model)
+        })
+    }
+
+    fn build_with(
+        &self,
+        model: &ModelSpec,
+        place: &dyn Fn(&HeadWeights) -> Result<RetainingHeads>,
+    ) -> Result<Arc<dyn KvCachePolicy>> {
+        self.check()?;
+        let policy: Arc<dyn KvCachePolicy> = match self.policy {
+            Method::Full => {
+                let positions = self.positions.unwrap_or_default();
+                self.wrap(Full::new().with_positions(positions))
+            }
+            Method::Window => self.evict(model, Window)?,
+            Method::Random => self.evict(model, Random::new(self.seed.unwrap_or(0)))?,
+            Method::KeyNorm => self.evict(model, KeyNorm)?,
+            Method::KeyDiff => self.evict(model, KeyDiff)?,
+            Method::SirLlm => self.evict(model, SirLlm::new().decay(self.decay.unwrap_or(1.0)))?,
+            Method::H2o => self.evict(model, H2o)?,
+            Method::SnapKv => self.evict(model, self.snapkv())?,
+            Method::Tova => self.evict(model, Tova)?,
+            Method::Locret => {
+                let file = self.heads.as_ref().ok_or_else(|| {
+                    PolicyError::setting(self.policy, "needs `heads`, a file of retaining heads")
+                })?;
+                let weights = HeadWeights::load(file, model)?;
+                let heads = place(&weights)?;
+                let advice = weights
+                    .advice()
+                    .map_err(|e| PolicyError::file(file, e.to_string()))?;
+                self.advised(&advice).evict(model, Locret::new(heads))?
+            }
+        };
+        policy.validate(model, &Default::default())?;
+        Ok(policy)
+    }
+
+    /// The policy with heads that are in memory already, instead of [`heads`](Self::heads).
+    ///
+    /// # Errors
+    /// As [`build`](Self::build).
+    pub fn build_with_heads(
+        &self,
+        model: &ModelSpec,
+        heads: impl Into<Arc<RetainingHeads>>,
+    ) -> Result<Arc<dyn KvCachePolicy>> {
+        self.check()?;
+        if self.policy != Method::Locret {
+            return Err(PolicyError::setting(self.policy, "has no retaining heads"));
+        }
+        let policy = self.evict(model, Locret::new(heads))?;
+        policy.validate(model, &Default::default())?;
+        Ok(policy)
+    }
+
+    /// With what heads advise, where nothing else is set.
+    fn advised(&self, advice: &HeadAdvice) -> Self {
+        let mut config = self.clone();
+        config.pool = config.pool.or(advice.pool);
+        config.sinks = config.sinks.or(advice.sinks);
+        config.positions = config.positions.or(advice.positions);
+        config
+    }
+
+    fn snapkv(&self) -> SnapKv {
+        let mut scorer = SnapKv::new();
+        if let Some(window) = self.window {
+            scorer = scorer.window(window);
+        }
+        if let Some(kernel) = self.kernel {
+            scorer = scorer.kernel(kernel);
+        }
+        scorer
+    }
+
+    /// Refuses settings that the method would ignore.
+    fn check(&self) -> Result<()> {
+        let evicts = self.policy != Method::Full;
+        let only = |methods: &[Method]| methods.contains(&self.policy);
+        let settings = [
+            ("budget", self.budget.is_some(), evicts),
+            ("sinks", self.sinks.is_some(), evicts),
+            ("recent", self.recent.is_some(), evicts),
+            ("stabilizers", self.stabilizers.is_some(), evicts),
+            ("decode", self.decode.is_some(), evicts),
+            ("pool", self.pool.is_some(), evicts),
+            ("pyramid", self.pyramid.is_some(), evicts),
+            ("ada", self.ada.is_some(), evicts),
+            ("merge", self.merge.is_some(), evicts),
+            ("heads", self.heads.is_some(), only(&[Method::Locret])),
+            ("seed", self.seed.is_some(), only(&[Method::Random])),
+            ("decay", self.decay.is_some(), only(&[Method::SirLlm])),
+            ("window", self.window.is_some(), only(&[Method::SnapKv])),
+            ("kernel", self.kernel.is_some(), only(&[Method::SnapKv])),
+        ];
+        match settings.into_iter().find(|(_, set, has)| *set && !has) {
+            Some((name, ..)) => Err(PolicyError::setting(
+                self.policy,
+                format!("has no setting `{name}`"),
+            )),
+            None => Ok(()),
+        }
+    }
+
+    fn evict<S: Published + 'static>(
+        &self,
+        model: &ModelSpec,
+        scorer: S,
+    ) -> Result<Arc<dyn KvCachePolicy>> {
+        let budget = self.budget.ok_or_else(|| {
+            PolicyError::setting(self.policy, "needs `budget`, the units that it keeps")
+        })?;
+        // Here, unlike in the scorers' constructors, the model says how many units bytes are.
+        let counted = match budget {
+            Budget::Bytes(_) => Budget::Units(budget.units(&model.layer(0), 0)),
+            other => other,
+        };
+        let set = Settings {
+            sinks: self.sinks,
+            recent: self.recent,
+            stabilizers: self.stabilizers,
+        };
+        let guard = scorer.guard_with(counted, set);
+        let mut policy = Evict::new(scorer, budget)
+            .guard(guard)
+            .pool(self.pool.unwrap_or(1))
+            .with_positions(self.positions.unwrap_or(S::POSITIONS))
+            .while_decoding(self.decode.unwrap_or_default());
+        if let Some(beta) = self.pyramid {
+            policy = policy.pyramid(beta);
+        }
+        if let Some(floor) = self.ada {
+            policy = policy.ada(floor);
+        }
+        Ok(match self.merge {
+            Some(threshold) => self.wrap(Merge::new(policy, threshold)),
+            None => self.wrap(policy),
+        })
+    }
+
+    fn wrap(&self, policy: impl KvCachePolicy + 'static) -> Arc<dyn KvCachePolicy> {
+        match self.quantize {
+            Some(config) => Arc::new(Quantized::new(policy, config)),
+            None => Arc::new(policy),
+        }
+    }
+}

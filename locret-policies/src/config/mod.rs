@@ -1,0 +1,220 @@
+//! Policies as configuration: the same choice in a file, on a command line and in code.
+
+mod build;
+mod method;
+
+pub use method::Method;
+
+use crate::{PolicyError, Result};
+use locret_core::{Budget, DecodeEviction, Positions, Quantization};
+use serde::{Deserialize, Deserializer, Serialize, de};
+use std::{
+    fmt,
+    path::{Path, PathBuf},
+};
+
+/// A policy with its settings.
+///
+/// What is `None` takes the method's own default. A setting that the method does not have is an
+/// error rather than ignored. In code, begin with [`PolicyConfig::new`] and set the fields.
+///
+/// ```
+/// use locret_policies::{Method, PolicyConfig};
+///
+/// let config = PolicyConfig::from_toml(
+///     r#"
+///     policy = "window"
+///     budget = 256           # or "12.5%", "64MiB", { bytes = 4_000_000 }
+///     positions = "original"
+///     decode = { every = 16 }
+///     "#,
+/// )?;
+/// assert_eq!(config.policy, Method::Window);
+/// assert!(PolicyConfig::from_toml(r#"policy = "windows""#).is_err());
+/// # Ok::<(), locret_policies::PolicyError>(())
+/// ```
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+#[non_exhaustive]
+pub struct PolicyConfig {
+    /// Which method.
+    pub policy: Method,
+    /// How many units each KV head of each layer keeps, in any of the forms of a [`Budget`]. Every
+    /// method but `full` needs it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub budget: Option<Budget>,
+    /// First units that stay. By default 4 for `window` and `sirllm`, else 0.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sinks: Option<usize>,
+    /// Newest units that stay, always. By default half of the budget for `h2o`, a quarter for
+    /// `sirllm`, the window for `snapkv` (at most half of the budget), 1 for `tova`, else 0.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub recent: Option<usize>,
+    /// Newest units that stay while further chunks follow. By default an eighth of the budget for
+    /// `locret`, else 0.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stabilizers: Option<usize>,
+    /// Which positions attention uses. By default compact for `window`, `sirllm` and `locret`,
+    /// else original.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub positions: Option<Positions>,
+    /// Whether units are dropped while text is generated.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub decode: Option<DecodeEviction>,
+    /// Selects on scores max-pooled over this many neighbouring units (odd; by default what the
+    /// file of heads advises for `locret`, else 1, which is no pooling).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pool: Option<usize>,
+    /// Shares the budget out over the layers, more for lower ones, with this β
+    /// ([`Evict::pyramid`](locret_core::Evict::pyramid)).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pyramid: Option<f64>,
+    /// Shares a layer's budget out over its heads, with this floor
+    /// ([`Evict::ada`](locret_core::Evict::ada)).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ada: Option<f64>,
+    /// Folds dropped values into kept ones where the cosine of the keys is at least this
+    /// ([`Merge`](crate::Merge)).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub merge: Option<f32>,
+    /// Keeps units as integers of this many bits, or a [`Quantization`]
+    /// ([`Quantized`](crate::Quantized)).
+    #[serde(
+        default,
+        deserialize_with = "quantization",
+        skip_serializing_if = "Option::is_none"
+    )]
+    pub quantize: Option<Quantization>,
+    /// `locret`: the file of retaining heads, see [`HeadWeights::load`](crate::HeadWeights::load).
+    /// Its [`HeadAdvice`](crate::HeadAdvice) stands in for `pool`, `sinks` and `positions` where they
+    /// are not set; `pool = 1, sinks = 0, positions = "compact"` is the authors' procedure with any
+    /// heads.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub heads: Option<PathBuf>,
+    /// `random`: the seed (0).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub seed: Option<u64>,
+    /// `sirllm`: the factor on carried scores when a further turn begins (1).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub decay: Option<f32>,
+    /// `snapkv`: how many of the last queries are observed (64).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub window: Option<usize>,
+    /// `snapkv`: over how many neighbouring units their attention is averaged (odd, 5).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kernel: Option<usize>,
+}
+
+/// A quantisation, or a plain number of bits.
+fn quantization<'de, D: Deserializer<'de>>(from: D) -> Result<Option<Quantization>, D::Error> {
+    struct Visitor;
+
+    impl<'de> de::Visitor<'de> for Visitor {
+        type Value = Option<Quantization>;
+
+        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            f.write_str("a number of bits, or a table of `bits`, `layout`, `group` and `residual`")
+        }
+
+        fn visit_u64<E: de::Error>(self, bits: u64) -> Result<Self::Value, E> {
+            let bits = u8::try_from(bits)
+                .map_err(|_| E::invalid_value(de::Unexpected::Unsigned(bits), &self))?;
+            Ok(Some(Quantization::bits(bits)))
+        }
+
+        fn visit_i64<E: de::Error>(self, bits: i64) -> Result<Self::Value, E> {
+            let bits = u64::try_from(bits)
+                .map_err(|_| E::invalid_value(de::Unexpected::Signed(bits), &self))?;
+            self.visit_u64(bits)
+        }
+
+        fn visit_unit<E: de::Error>(self) -> Result<Self::Value, E> {
+            Ok(None)
+        }
+
+        fn visit_map<A: de::MapAccess<'de>>(self, map: A) -> Result<Self::Value, A::Error> {
+            Quantization::deserialize(de::value::MapAccessDeserializer::new(map)).map(Some)
+        }
+    }
+
+    from.deserialize_any(Visitor)
+}
+
+impl PolicyConfig {
+    /// A method with its defaults.
+    pub fn new(policy: Method) -> Self {
+        Self {
+            policy,
+            budget: None,
+            sinks: None,
+            recent: None,
+            stabilizers: None,
+            positions: None,
+            decode: None,
+            pool: None,
+            pyramid: None,
+            ada: None,
+            merge: None,
+            quantize: None,
+            heads: None,
+            seed: None,
+            decay: None,
+            window: None,
+            kernel: None,
+        }
+    }
+
+    /// The same with a budget.
+    pub fn budget(mut self, budget: Budget) -> Self {
+        self.budget = Some(budget);
+        self
+    }
+
+    /// The same in other positions.
+    pub fn positions(mut self, positions: Positions) -> Self {
+        self.positions = Some(positions);
+        self
+    }
+
+    /// From TOML.
+    ///
+    /// # Errors
+    /// [`PolicyError::Config`] that names what is unknown, and where.
+    pub fn from_toml(text: &str) -> Result<Self> {
+        toml::from_str(text).map_err(|e| PolicyError::Config(e.to_string()))
+    }
+
+    /// From JSON.
+    ///
+    /// # Errors
+    /// As [`from_toml`](Self::from_toml).
+    pub fn from_json(text: &str) -> Result<Self> {
+        serde_json::from_str(text).map_err(|e| PolicyError::Config(e.to_string()))
+    }
+
+    /// From a file: JSON if its name ends so, else TOML. A relative path of heads counts from the
+    /// file's folder.
+    ///
+    /// # Errors
+    /// [`PolicyError::Io`], and as [`from_toml`](Self::from_toml).
+    pub fn load(path: impl AsRef<Path>) -> Result<Self> {
+        let path = path.as_ref();
+        let text = std::fs::read_to_string(path).map_err(PolicyError::io(path))?;
+        let json = path
+            .extension()
+            .is_some_and(|e| e.eq_ignore_ascii_case("json"));
+        let parsed = if json {
+            Self::from_json(&text)
+        } else {
+            Self::from_toml(&text)
+        };
+        let mut config = parsed.map_err(|e| match e {
+            PolicyError::Config(message) => PolicyError::file(path, message),
+            other => other,
+        })?;
+        if let (Some(heads), Some(folder)) = (&mut config.heads, path.parent()) {
+            *heads = folder.join(&*heads);
+        }
+        Ok(config)
+    }
+}

@@ -1,0 +1,7 @@
+//! Policies around any other policy.
+
+mod merge;
+mod quantized;
+
+pub use merge::Merge;
+pub use quantized::Quantized;
