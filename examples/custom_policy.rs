@@ -1,14 +1,14 @@
-//! A policy written outside the crates, on a real model.
+//! A policy written outside the crates, in an ablation on a real model beside two that are built in.
 //!
 //! ```text
 //! cargo run --release --example custom_policy
 //! ```
 
-use locret_core::{
-    Budget, Evict, Generate, LayerUnits, Prefill, Result as CoreResult, Scorer, Scores, Session,
-    Step,
-};
-use locret_examples::{Result, args::ModelArgs, report};
+use locret_core::{Budget, Evict, LayerUnits, Prefill, Result as CoreResult, Scorer, Scores, Step};
+use locret_eval::ablation::{Ablation, Candidate, Journal, Origin, TaskSet, markdown, rows};
+use locret_eval::tasks::{Kind, Recipe};
+use locret_examples::{Result, args::ModelArgs, runtime};
+use locret_policies::{Method, PolicyConfig};
 use std::{process::ExitCode, sync::Arc};
 
 /// Keeps units whose values are large for their keys: small keys attract attention (arXiv
@@ -24,38 +24,52 @@ impl Scorer for ValueOverKey {
     fn score(&self, _at: &Step, units: &LayerUnits<'_>) -> CoreResult<Scores> {
         units.score_heads(|head| {
             let norm = |x: burn::tensor::Tensor<2>| x.square().sum_dim(1).sqrt();
-            Ok(norm(units.values(head)?) / norm(units.keys(head)?))
+            Ok(norm(units.values(head)?.into_tensor()) / norm(units.keys(head)?.into_tensor()))
         })
     }
 }
 
-#[allow(dead_code, reason = "tests include this file and call run")]
 fn main() -> ExitCode {
-    locret_examples::run(|| run(&ModelArgs::default()))
+    locret_examples::run(|| {
+        println!("{}", compare(&ModelArgs::default())?);
+        Ok(())
+    })
 }
 
-/// The example.
-pub fn run(model: &ModelArgs) -> Result<()> {
-    let runtime = model.load()?;
-    let policy = Evict::new(ValueOverKey, Budget::Units(128))
-        .sinks(4)
-        .recent(32);
-    let mut session = Session::new(runtime.model(), Arc::new(policy))?;
-
-    let lines = (1..=60).map(|i| format!("Line {i}: the visitor signed the book and went on.\n"));
-    let prompt = format!(
-        "{}\nThe next line says: Line 61:",
-        lines.collect::<String>()
-    );
-    let prefill = Prefill {
-        chunk: 128,
-        local: 32,
+/// Asks all three for five facts from 900 tokens.
+fn compare(args: &ModelArgs) -> Result<String> {
+    let (runtime, essays) = (args.load()?, runtime::essays(&args.fetch())?);
+    let model = runtime.model();
+    let recipe = Recipe {
+        kinds: vec![Kind::Facts],
+        tokens: 900,
+        samples: 1,
+        seed: 1,
     };
-    session.prefill(&runtime.encode(&prompt)?, &prefill)?;
-    let ids = session
-        .generate(Generate::greedy(12))?
-        .collect::<CoreResult<Vec<u32>>>()?;
-    println!("… Line 61:{}", runtime.tokenizer()?.decode(&ids, true));
-    println!("\n{}", report::session(&session));
-    Ok(())
+    let tasks = recipe.generate(&runtime.frame(None)?, &essays, &|text| runtime.count(text))?;
+
+    let units = Budget::Units(256);
+    let own = Evict::new(ValueOverKey, units).sinks(4).recent(32);
+    let candidates = [
+        Candidate::configured(PolicyConfig::new(Method::Full), &*model)?,
+        Candidate::configured(PolicyConfig::new(Method::Window).budget(units), &*model)?,
+        Candidate::new("mine", Arc::new(own), serde_json::json!({ "budget": 256 })),
+    ];
+    let ablation = Ablation {
+        prefill: Prefill::default(),
+        origin: Origin::here(runtime.name.clone(), None),
+        model: model.clone(),
+    };
+    let encode = |text: &str| runtime.encode(text);
+    let (set, mut journal) = (TaskSet::of(tasks), Journal::default());
+    let records = ablation.run(&candidates, &set, &encode, &mut journal, &mut |_| {})?;
+    let full = model.spec().full_cache_bytes(1, 2);
+    Ok(markdown(&rows(&records, full)))
+}
+
+#[test]
+fn all_three_stand_in_one_table() {
+    let table = compare(&ModelArgs::default()).unwrap();
+    let rows = ["| full ", "| window ", "| mine "];
+    assert!(rows.iter().all(|row| table.contains(row)), "{table}");
 }

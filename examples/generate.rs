@@ -7,76 +7,9 @@
 //! ```
 
 use clap::Parser;
-use locret_core::{Generate, Session};
-use locret_examples::{
-    Error, Result,
-    args::{ModelArgs, PolicyArgs, PrefillArgs, PromptArgs, SamplingArgs},
-    progress::{Progress, Unit},
-    report, with_shipped_heads,
-};
-use std::{
-    io::{self, Write},
-    path::Path,
-    process::ExitCode,
-};
+use locret_examples::cli::generate;
+use std::{io, process::ExitCode};
 
-/// Reads a prompt in a bounded cache and goes on with it
-#[derive(Debug, Parser)]
-pub struct Args {
-    #[command(flatten)]
-    prompt: PromptArgs,
-    /// At most this many tokens
-    #[arg(long, value_name = "N", default_value_t = 128)]
-    max_new: usize,
-    #[command(flatten)]
-    policy: PolicyArgs,
-    #[command(flatten)]
-    prefill: PrefillArgs,
-    #[command(flatten)]
-    sampling: SamplingArgs,
-    #[command(flatten)]
-    model: ModelArgs,
-}
-
-#[allow(dead_code, reason = "tests include this file and call run")]
 fn main() -> ExitCode {
-    locret_examples::run(|| run(&Args::parse(), &mut io::stdout()))
-}
-
-/// The example; the text goes to `out`.
-pub fn run(args: &Args, out: &mut dyn Write) -> Result<()> {
-    let config = args.policy.config()?;
-    let runtime = args.model.load()?;
-    let config = with_shipped_heads(config, &runtime);
-    let ids = args.prompt.ids(&runtime)?;
-    let model = runtime.model();
-    let policy = config.build_for(&*model)?;
-    let mut session = Session::with_options(model, policy, args.prefill.cache())?;
-
-    let mut bar = Progress::new("reading", Some(ids.len() as u64), Unit::Tokens);
-    session.prefill_with(&ids, &args.prefill.prefill(), &mut |chunk| {
-        bar.set(chunk.done as u64);
-        Ok(())
-    })?;
-    bar.finish();
-
-    let stop = runtime.end_of_turn()?;
-    let generate = Generate::greedy(args.max_new)
-        .stop_at(stop.iter().copied())
-        .sampling(args.sampling.sampling());
-    let mut text = runtime.tokenizer()?.decode_stream(true);
-    let written = |e| Error::write(Path::new("standard output"), e);
-    for id in session.generate(generate)? {
-        let id = id?;
-        if stop.contains(&id) {
-            break;
-        }
-        // A character of several tokens comes out when its last one does.
-        let piece = text.push(id);
-        out.write_all(piece.as_bytes()).map_err(written)?;
-        out.flush().map_err(written)?;
-    }
-    writeln!(out, "{}", text.finish()).map_err(written)?;
-    eprintln!("\n{}", report::session(&session));
-    Ok(())
+    locret_examples::run(|| generate::run(&generate::Args::parse(), &mut io::stdout()))
 }

@@ -3,10 +3,7 @@
 use burn::tensor::Device;
 use criterion::{BatchSize, Criterion, Throughput, criterion_group, criterion_main};
 use locret_benches::{numbers, random_model, smollm2};
-use locret_core::{
-    CausalLm, Dense, KvDtype, LayerSpec, Placement, from_f32, is_host_device,
-    kernels::select::top_k,
-};
+use locret_core::{CausalLm, DType, LayerSpec, Rows, compute, kernels::select::top_k};
 use locret_policies::{HeadWeights, LayerHead, RetainingHeads};
 use std::hint::black_box;
 
@@ -47,15 +44,13 @@ fn compaction(c: &mut Criterion) {
         .map(|head| top_k(&numbers(UNITS, head as u64, 1.0), KEPT, &[]).expect("no NaN"))
         .collect();
     let values = numbers(UNITS * HEADS * DIM, 7, 1.0);
-    for dtype in [KvDtype::F32, KvDtype::Bf16] {
-        let place = Placement {
-            device: device.clone(),
-            dtype,
-            host: is_host_device(&device),
-        };
-        let mut full = Dense::boxed(&layer, &place);
-        let tensor = || from_f32(values.clone(), [UNITS, HEADS * DIM], &device);
-        full.append(tensor(), tensor()).expect("units fit");
+    for dtype in [DType::F32, DType::BF16] {
+        let compute = compute(&device);
+        let rows = compute
+            .rows(values.clone(), HEADS * DIM)
+            .expect("whole rows");
+        let mut full = compute.store(&layer, dtype).expect("a float type");
+        full.append(&rows, &rows).expect("units fit");
         group.bench_function(format!("{dtype:?}").to_lowercase(), |b| {
             b.iter_batched(
                 || full.fork(),
@@ -90,7 +85,7 @@ fn scoring(c: &mut Criterion) {
             layers: vec![head],
             ..HeadWeights::default()
         };
-        let plain = RetainingHeads::new(&weights, spec, model.device());
+        let plain = RetainingHeads::new(&weights, spec, &**model.compute());
         let folded = RetainingHeads::for_model(&weights, &model);
         let widths = [spec.heads, spec.kv_heads, spec.kv_heads].map(|n| n * spec.head_dim);
         for (heads, widths) in [(plain, &widths[..]), (folded, &[spec.hidden])] {
@@ -98,12 +93,16 @@ fn scoring(c: &mut Criterion) {
             let how = if heads.folded() { ", folded" } else { "" };
             for tokens in [512, 1] {
                 let parts = widths.iter().zip(3..);
-                let parts: Vec<_> = parts.map(|(w, i)| numbers(tokens * w, i, 1.0)).collect();
-                let parts: Vec<&[f32]> = parts.iter().map(Vec::as_slice).collect();
+                let part = |(w, i): (&usize, u64)| {
+                    let rows = model.compute().rows(numbers(tokens * w, i, 1.0), *w);
+                    rows.expect("whole rows")
+                };
+                let parts: Vec<Rows> = parts.map(part).collect();
+                let parts: Vec<&Rows> = parts.iter().collect();
                 group.throughput(Throughput::Elements(tokens as u64));
                 group.bench_function(format!("{tokens} tokens, d_R {d_r}{how}"), |b| {
                     b.iter(|| {
-                        let scores = heads.host_scores(0, tokens, black_box(&parts));
+                        let scores = heads.scores(0, black_box(&parts));
                         scores.expect("the input fits")
                     });
                 });

@@ -4,22 +4,25 @@
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use locret_benches::numbers;
-use locret_core::kernels::{
-    awake::awake,
-    linear::{Format, Weight, matmul},
-    pages::Arena,
+use locret_core::{
+    DType,
+    kernels::{
+        awake::awake,
+        linear::{Weight, matmul},
+        pages::Arena,
+    },
 };
 use rayon::prelude::*;
 use std::hint::black_box;
 
 const ROWS: usize = 49_152;
 const COLUMNS: usize = 576;
-const FORMATS: [Format; 5] = [
-    Format::F32,
-    Format::F16,
-    Format::Bf16,
-    Format::Q8_0,
-    Format::Q4_1,
+const FORMATS: [DType; 5] = [
+    DType::F32,
+    DType::F16,
+    DType::BF16,
+    DType::Q8_0,
+    DType::Q4_1,
 ];
 
 /// The sum of the words of `bytes`, by all threads, with no more work than that.

@@ -8,10 +8,7 @@ use locret_core::{Budget, CausalLm, KvCachePolicy, Prefill, Session};
 use locret_policies::{Full, KeyNorm, Window};
 use std::{hint::black_box, sync::Arc};
 
-const PREFILL: Prefill = Prefill {
-    chunk: 512,
-    local: 0,
-};
+const PREFILL: Prefill = Prefill::new(512, 0);
 
 fn sessions(c: &mut Criterion) {
     let config = smollm2();

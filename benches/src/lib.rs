@@ -2,9 +2,9 @@
 #![deny(missing_docs)]
 
 use burn::tensor::Device;
-use locret_core::{Kernels, ModelSpec, RopeConfig};
+use locret_core::{ModelSpec, RopeConfig, compute};
 use locret_models::{
-    Decoder, DecoderConfig, Encoding, Layout, Loader, ModelError, Result, TensorInfo, WeightDtype,
+    DType, Decoder, DecoderConfig, Layout, Loader, ModelError, Result, TensorInfo, WeightDtype,
     Weights,
 };
 use std::{borrow::Cow, collections::BTreeMap, ops::Range, path::Path};
@@ -31,17 +31,11 @@ pub fn ids(n: usize, vocab: usize, seed: u64) -> Vec<u32> {
 /// SmolLM2-135M: 30 layers, 9 query and 3 KV heads of 64 features, a tied head.
 pub fn smollm2() -> DecoderConfig {
     DecoderConfig {
-        spec: ModelSpec {
-            layers: 30,
-            heads: 9,
-            kv_heads: 3,
-            head_dim: 64,
-            hidden: 576,
-            vocab: 49_152,
-            softmax_scale: 0.125,
-            max_positions: Some(8192),
-            rope: RopeConfig::plain(100_000.0, 64),
-        },
+        spec: ModelSpec::new(30, 9, 3, 576, 49_152)
+            .with_head_dim(64)
+            .with_rope(RopeConfig::plain(100_000.0, 64))
+            .with_softmax_scale(0.125)
+            .with_max_positions(Some(8192)),
         intermediate: 1536,
         norm_epsilon: 1e-5,
         tied: true,
@@ -55,8 +49,8 @@ pub fn smollm2() -> DecoderConfig {
 /// As [`Decoder::load`].
 pub fn random_model(config: &DecoderConfig, device: &Device) -> Result<Decoder> {
     let weights = RandomWeights::new(config);
-    let loader = Loader::new(&weights, WeightDtype::F32, device);
-    let model = Decoder::load(config, &loader, Kernels::Auto)?;
+    let loader = Loader::new(&weights, WeightDtype::F32, &compute(device));
+    let model = Decoder::load(config, &loader)?;
     loader.finish()?;
     Ok(model)
 }
@@ -74,7 +68,7 @@ impl RandomWeights {
         let mut add = |name: String, shape: &[usize]| {
             let info = TensorInfo {
                 shape: shape.to_vec(),
-                encoding: Encoding::F32,
+                dtype: DType::F32,
             };
             all.insert(format!("{name}.weight"), info);
         };

@@ -2,14 +2,14 @@
 
 use crate::{
     Error, Result,
-    corpus::Essays,
-    runtime::Runtime,
-    tasks::{self, Kind, Recipe, Task},
+    runtime::{self, Runtime},
 };
 use clap::Args;
 use locret_core::{
-    Budget, CacheOptions, DecodeEviction, KvDtype, Positions, Prefill, Quantization, Sampling,
+    Budget, CacheOptions, DType, DecodeEviction, Error as CoreError, Positions, Prefill,
+    Quantization, Sampling,
 };
+use locret_eval::tasks::{self, Kind, Recipe, Task};
 use locret_models::{Activations, FetchOptions, LoadOptions, WeightDtype};
 use locret_policies::{Method, PolicyConfig};
 use serde_json::json;
@@ -203,16 +203,13 @@ pub struct PrefillArgs {
     pub local: usize,
     /// Type of the cached keys and values: f32, f16 or bf16
     #[arg(long, value_name = "TYPE", default_value = "f32", value_parser = parse_dtype)]
-    pub kv: KvDtype,
+    pub kv: DType,
 }
 
 impl PrefillArgs {
     /// The engine's settings.
     pub fn prefill(&self) -> Prefill {
-        Prefill {
-            chunk: self.chunk,
-            local: self.local,
-        }
+        Prefill::new(self.chunk, self.local)
     }
 
     /// The cache's settings.
@@ -295,7 +292,7 @@ impl TaskArgs {
     /// The tasks: from the file, or generated.
     ///
     /// # Errors
-    /// As [`tasks::read`], [`Essays::for_evaluation`] and [`Recipe::generate`].
+    /// As [`tasks::read`], [`runtime::essays`] and [`Recipe::generate`].
     pub fn tasks(&self, runtime: &Runtime, fetch: &FetchOptions) -> Result<Vec<Task>> {
         if let Some(file) = &self.file {
             return tasks::read(file);
@@ -310,7 +307,7 @@ impl TaskArgs {
             samples: self.samples,
             seed: self.seed,
         };
-        let essays = Essays::for_evaluation(fetch)?;
+        let essays = runtime::essays(fetch)?;
         let frame = runtime.frame(self.plain.then_some(false))?;
         let all = recipe.generate(&frame, &essays, &|text| runtime.count(text))?;
         if let Some(file) = &self.write_tasks {
@@ -379,19 +376,8 @@ impl SamplingArgs {
     }
 }
 
-/// `256`, `12.5%`, or bytes.
 fn parse_budget(text: &str) -> Result<Budget, String> {
-    let text = text.trim();
-    if let Some(share) = text.strip_suffix('%') {
-        return Ok(Budget::Ratio(number(share)? / 100.0));
-    }
-    if text.ends_with('B') {
-        return parse_bytes(text).map(Budget::Bytes);
-    }
-    let units = text.parse();
-    units
-        .map(Budget::Units)
-        .map_err(|_| "expected units (256), a share (12.5%) or bytes (4MiB)".into())
+    text.parse().map_err(|e: CoreError| e.to_string())
 }
 
 /// Bytes: `4MiB`; also `KiB`, `GiB`, and `B`.
@@ -399,21 +385,10 @@ fn parse_budget(text: &str) -> Result<Budget, String> {
 /// # Errors
 /// A message for anything else.
 pub fn parse_bytes(text: &str) -> Result<usize, String> {
-    for (unit, shift) in [("KiB", 10), ("MiB", 20), ("GiB", 30), ("B", 0)] {
-        if let Some(n) = text.trim().strip_suffix(unit) {
-            let bytes = number(n)? * f64::from(1u32 << shift);
-            if !(0.0..9e15).contains(&bytes) {
-                return Err("expected a size in bytes".into());
-            }
-            return Ok(bytes as usize);
-        }
+    match text.parse() {
+        Ok(Budget::Bytes(bytes)) => Ok(bytes),
+        _ => Err("expected bytes, such as 4MiB".into()),
     }
-    Err("expected bytes, such as 4MiB".into())
-}
-
-fn number(text: &str) -> Result<f64, String> {
-    let text = text.trim();
-    text.parse().map_err(|_| format!("{text:?} is no number"))
 }
 
 fn parse_positions(text: &str) -> Result<Positions, String> {
@@ -442,11 +417,11 @@ fn parse_activations(text: &str) -> Result<Activations, String> {
     }
 }
 
-fn parse_dtype(text: &str) -> Result<KvDtype, String> {
+pub(crate) fn parse_dtype(text: &str) -> Result<DType, String> {
     match text {
-        "f32" => Ok(KvDtype::F32),
-        "f16" => Ok(KvDtype::F16),
-        "bf16" => Ok(KvDtype::Bf16),
+        "f32" => Ok(DType::F32),
+        "f16" => Ok(DType::F16),
+        "bf16" => Ok(DType::BF16),
         _ => Err("expected f32, f16 or bf16".into()),
     }
 }
@@ -489,26 +464,24 @@ mod tests {
         )
         .unwrap();
         let config = all.policy.config().unwrap();
-        let expected = PolicyConfig {
-            stabilizers: Some(32),
-            heads: Some("h.bin".into()),
-            sinks: Some(4),
-            decode: Some(DecodeEviction::Every(8)),
-            quantize: Some(Quantization::bits(4)),
-            pyramid: Some(20.0),
-            ada: Some(0.2),
-            merge: Some(0.5),
-            ..PolicyConfig::new(Method::Locret)
-                .budget(Budget::Units(160))
-                .positions(Positions::Original)
-        };
+        let mut expected = PolicyConfig::new(Method::Locret)
+            .budget(Budget::Units(160))
+            .positions(Positions::Original);
+        expected.stabilizers = Some(32);
+        expected.heads = Some("h.bin".into());
+        expected.sinks = Some(4);
+        expected.decode = Some(DecodeEviction::Every(8));
+        expected.quantize = Some(Quantization::bits(4));
+        expected.pyramid = Some(20.0);
+        expected.ada = Some(0.2);
+        expected.merge = Some(0.5);
         assert_eq!(config, expected);
         let prefill = all.prefill;
         assert_eq!(
             (prefill.prefill().chunk, prefill.prefill().local),
             (128, 16)
         );
-        assert_eq!(prefill.cache().dtype, KvDtype::Bf16);
+        assert_eq!(prefill.cache().dtype, DType::BF16);
     }
 
     #[test]

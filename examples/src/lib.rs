@@ -1,34 +1,21 @@
-//! What the examples share: command-line groups, progress, reports, evaluation tasks and their
-//! texts.
+//! What the examples share: command-line groups, devices and models, progress, and [`cli`], the
+//! examples that are longer than a screen.
 //!
-//! The examples themselves are one screen each; read them first.
+//! The examples themselves are one screen each; read them first. What they measure with is the
+//! crate `locret-eval`.
 #![deny(missing_docs)]
 
-pub mod ablation;
 pub mod args;
-pub mod corpus;
-#[cfg(doctest)]
-mod documents;
-mod error;
-pub mod evaluate;
-pub mod golden;
-pub mod memory;
-pub mod pictures;
+pub mod cli;
 pub mod plan;
 pub mod progress;
-pub mod random;
-pub mod report;
+pub mod qwen2;
 pub mod runtime;
-pub mod tasks;
-pub mod trace;
-pub mod training_data;
 
-pub use error::{Error, Result};
+pub use locret_eval::{Error, Result, report};
 
 use locret_policies::{Method, PolicyConfig};
 use std::{
-    fs,
-    io::{self, BufWriter, Write},
     path::{Path, PathBuf},
     process::ExitCode,
 };
@@ -56,52 +43,4 @@ pub fn with_shipped_heads(mut config: PolicyConfig, runtime: &runtime::Runtime) 
         config.heads = shipped_heads(runtime);
     }
     config
-}
-
-/// Writes a file beside its place and then renames it, so that it is never there by half.
-///
-/// # Errors
-/// [`Error::Write`].
-pub fn write_atomically(
-    path: &Path,
-    content: impl FnOnce(&mut dyn Write) -> io::Result<()>,
-) -> Result<()> {
-    let write = || -> io::Result<()> {
-        let folder = match path.parent() {
-            Some(parent) if !parent.as_os_str().is_empty() => parent,
-            _ => Path::new("."),
-        };
-        fs::create_dir_all(folder)?;
-        let mut builder = tempfile::Builder::new();
-        // Temporary files are their owner's alone; results are as readable as any other file.
-        #[cfg(unix)]
-        builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
-        let file = builder.tempfile_in(folder)?;
-        let mut out = BufWriter::new(file);
-        content(&mut out)?;
-        out.flush()?;
-        let file = out.into_inner().map_err(|e| e.into_error())?;
-        file.persist(path).map_err(|e| e.error)?;
-        Ok(())
-    };
-    write().map_err(|e| Error::write(path, e))
-}
-
-/// Writes a text file.
-///
-/// # Errors
-/// [`Error::Write`].
-pub fn write_text(path: &Path, text: &str) -> Result<()> {
-    write_atomically(path, |out| out.write_all(text.as_bytes()))
-}
-
-/// Writes a value as indented JSON.
-///
-/// # Errors
-/// [`Error::Write`].
-pub fn write_json(path: &Path, value: &impl serde::Serialize) -> Result<()> {
-    write_atomically(path, |out| {
-        serde_json::to_writer_pretty(&mut *out, value)?;
-        out.write_all(b"\n")
-    })
 }

@@ -1,9 +1,12 @@
 //! Memory before anything is loaded: weights, retaining heads, cache and activations.
 
-use crate::{Error, Result, report};
-use locret_core::{Budget, KvDtype, LayerSpec, Prefill, QuantLayout, Quantization};
+use crate::Result;
+use burn::tensor::Device;
+use locret_core::{CacheOptions, Compute, DType, Host, ModelSpec, Prefill, plan};
+use locret_eval::report;
 use locret_models::ModelConfig;
-use locret_policies::{Method, PolicyConfig};
+use locret_policies::{HeadWeights, LayerHead, Method, PolicyConfig, RetainingHeads};
+use std::sync::Arc;
 
 /// A model's dimensions.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -79,19 +82,16 @@ impl Shape {
         }
     }
 
-    pub(crate) fn layer(&self) -> LayerSpec {
-        LayerSpec {
-            index: 0,
-            layers: self.layers,
-            heads: self.heads,
-            kv_heads: self.kv_heads,
-            head_dim: self.head_dim,
-        }
+    /// What the engine has to know of the model.
+    pub fn spec(&self) -> ModelSpec {
+        let (heads, kv_heads) = (self.heads, self.kv_heads);
+        ModelSpec::new(self.layers, heads, kv_heads, self.hidden, self.vocab)
+            .with_head_dim(self.head_dim)
     }
 
     /// Numbers in the model.
     pub fn parameters(&self) -> usize {
-        let qkv = self.layer().qkv_features() * self.hidden;
+        let qkv = self.spec().layer(0).qkv_features() * self.hidden;
         let output = self.heads * self.head_dim * self.hidden;
         let mlp = 3 * self.hidden * self.intermediate;
         let layer = qkv + output + mlp + 2 * self.hidden;
@@ -102,7 +102,7 @@ impl Shape {
     /// Bytes of retaining heads of width `d_r` in memory, folded into the model's matrices where that makes them narrower
     /// ([`RetainingHeads::for_model`](locret_policies::RetainingHeads::for_model)), in 32 bits.
     pub fn head_bytes(&self, d_r: usize) -> usize {
-        let inputs = self.hidden.min(self.layer().qkv_features());
+        let inputs = self.hidden.min(self.spec().layer(0).qkv_features());
         4 * self.layers * d_r * (inputs + self.kv_heads)
     }
 }
@@ -121,7 +121,7 @@ pub struct Request {
     /// How the prompt is read.
     pub prefill: Prefill,
     /// Type of cached keys and values.
-    pub store: KvDtype,
+    pub store: DType,
     /// Bytes of one weight.
     pub weight_bytes: usize,
     /// Width of retaining heads; used for Locret alone.
@@ -147,59 +147,37 @@ pub struct Plan {
     pub peak_units: usize,
 }
 
-/// Dense units and codes grow by this many units when single tokens are appended.
-const DECODE_RESERVE: usize = 64;
-
 impl Request {
-    /// Works the plan out, chunk by chunk as the engine reads.
-    ///
-    /// Exact for dense stores. Quantised ones are estimated, as it depends on the text which of
-    /// their units are dropped: within 5 %, and up to 20 % too much for KIVI's layout (2 bits)
-    /// under a policy that drops single units here and there, which is planned as if they went by
-    /// lot. Budgets that are shared out over layers or heads are counted as if every head had its
-    /// mean.
+    /// Works the plan out, chunk by chunk as the engine reads ([`locret_core::plan`]).
     ///
     /// # Errors
-    /// [`Error::Usage`] for an empty prompt or a policy without a budget; [`Error::Core`] for a
-    /// chunk of 0 or an impossible budget.
+    /// [`Error::Policy`] for a policy without a budget, [`Error::Core`] for an empty prompt, a chunk of 0
+    /// or an impossible budget.
     pub fn plan(&self) -> Result<Plan> {
-        self.prefill.validate()?;
-        if self.context == 0 {
-            return Err(Error::Usage("a prompt has at least one token".into()));
-        }
-        let shape = &self.shape;
-        let layer = shape.layer();
-        let budget = self.budget(&layer)?;
-        let l = shape.layers;
-        // Where surprisal is known after the last layer only, no layer is cut back before.
-        let at_once = self.policy.policy == Method::SirLlm;
-        let scattered = self.policy.policy != Method::Window;
-        let mut memory = Memory::new(shape, self.store, self.policy.quantize, scattered);
-        let local = self.prefill.local.min(self.context);
-        let body = self.context - local;
-        let chunks = pieces(body, self.prefill.chunk).map(|t| (t, budget));
-        let tail = pieces(local, self.prefill.chunk).map(|t| (t, None));
-        let mut kv_prefill = 0;
-        for (t, budget) in chunks.chain(tail) {
-            memory.append(t);
-            let during = memory.bytes();
-            memory.settle(budget);
-            // The last layer is about to be cut, the others have been.
-            let others = if at_once { during } else { memory.bytes() };
-            kv_prefill = kv_prefill.max((l - 1) * others + during);
-        }
-        // The last token is never fed back.
-        for _ in 1..self.max_new {
-            memory.append(1);
-            memory.settle(None);
-        }
-        let kv_decode = l * memory.bytes();
+        let (shape, spec) = (&self.shape, self.shape.spec());
+        let compute: Arc<dyn Compute> = Arc::new(Host::new(&Device::default()));
+        let locret = self.policy.policy == Method::Locret;
+        let policy = match locret {
+            true => self
+                .policy
+                .build_with_heads(&spec, stand_in(&spec, &*compute)?)?,
+            false => self.policy.build(&spec, &*compute)?,
+        };
+        let options = CacheOptions {
+            dtype: self.store,
+            ..CacheOptions::default()
+        };
+        let tokens = [self.context, self.max_new];
+        let cache = plan(&spec, &*policy, &compute, options, &self.prefill, tokens)?;
         let total = self.context + self.max_new.saturating_sub(1);
         let rows = self.prefill.chunk.min(self.context);
-        let logits_rows = if at_once { rows.min(64) } else { 1 };
+        let logits_rows = if policy.needs().surprisal {
+            rows.min(64)
+        } else {
+            1
+        };
         // Residual, normalised and output rows; q, k, v; gate, up and their product; logits.
-        let per_row = 3 * shape.hidden + 2 * layer.qkv_features() + 3 * shape.intermediate;
-        let locret = self.policy.policy == Method::Locret;
+        let per_row = 3 * shape.hidden + 2 * spec.layer(0).qkv_features() + 3 * shape.intermediate;
         Ok(Plan {
             weights: shape.parameters() * self.weight_bytes,
             heads: if locret {
@@ -207,159 +185,27 @@ impl Request {
             } else {
                 0
             },
-            kv_prefill,
-            kv_decode,
-            kv_full: l * shape.kv_heads * 2 * shape.head_dim * self.store.bytes() * total,
+            kv_prefill: cache.prefill.bytes,
+            kv_decode: cache.bytes,
+            kv_full: spec.full_cache_bytes(total, self.store.block_bytes()),
             activations: 4 * (rows * per_row + logits_rows * shape.vocab),
-            peak_units: memory.longest,
+            peak_units: cache.peak.units_per_head,
         })
     }
-
-    fn budget(&self, layer: &LayerSpec) -> Result<Option<usize>> {
-        if self.policy.policy == Method::Full {
-            return Ok(None);
-        }
-        let budget = self
-            .policy
-            .budget
-            .ok_or_else(|| Error::Usage(format!("policy {} needs a budget", self.policy.policy)))?;
-        budget.validate(layer)?;
-        if let Budget::Bytes(_) = budget {
-            // The engine counts such a budget in 32-bit values.
-            return Ok(Some(budget.units(layer, 0)));
-        }
-        Ok(Some(budget.units(layer, self.context).max(1)))
-    }
 }
 
-/// `n` in pieces of `size`, the last one smaller.
-fn pieces(n: usize, size: usize) -> impl Iterator<Item = usize> {
-    (0..n).step_by(size).map(move |at| size.min(n - at))
-}
-
-/// The heads of one layer, in units.
-#[derive(Debug)]
-struct Memory {
-    /// Units that are kept as integers, and what is reserved for them.
-    coded: usize,
-    coded_capacity: usize,
-    /// Units that are kept as they are, and what is reserved for them.
-    tail: usize,
-    capacity: usize,
-    longest: usize,
-    quantization: Option<Quantization>,
-    /// Bytes of a unit of all heads, as integers and as it is.
-    coded_bytes: usize,
-    tail_bytes: usize,
-    /// Groups of tokens that have a member left, where keys are scaled by group, and the bytes of
-    /// what its members share in all heads.
-    groups: f64,
-    group_bytes: usize,
-    /// Whether units go here and there, and not the oldest first.
-    scattered: bool,
-}
-
-impl Memory {
-    fn new(
-        shape: &Shape,
-        store: KvDtype,
-        quantization: Option<Quantization>,
-        scattered: bool,
-    ) -> Self {
-        let d = shape.head_dim;
-        let (coded, group) = quantization.map_or((0, 0), |q| {
-            // Two 16-bit numbers for each group.
-            let codes = 2 * (d * usize::from(q.bits)).div_ceil(8);
-            let by_token = 4 * d.div_ceil(q.group.clamp(1, d));
-            match q.layout {
-                QuantLayout::PerToken => (codes + 2 * by_token, 0),
-                QuantLayout::Kivi => (codes + by_token, 4 * d),
-            }
-        });
-        let value = if quantization.is_some() {
-            4
-        } else {
-            store.bytes()
-        };
-        Self {
-            coded: 0,
-            coded_capacity: 0,
-            tail: 0,
-            capacity: 0,
-            longest: 0,
-            quantization,
-            coded_bytes: coded * shape.kv_heads,
-            tail_bytes: shape.kv_heads * 2 * d * value,
-            groups: 0.0,
-            group_bytes: group * shape.kv_heads,
-            scattered,
-        }
-    }
-
-    fn append(&mut self, t: usize) {
-        if self.capacity - self.tail < t {
-            let single = t == 1 && self.quantization.is_none();
-            self.capacity = self.tail + if single { DECODE_RESERVE } else { t };
-        }
-        self.tail += t;
-        self.longest = self.longest.max(self.coded + self.tail);
-    }
-
-    /// Cuts back to `budget` units and turns what is older than the residual into integers.
-    fn settle(&mut self, budget: Option<usize>) {
-        let len = self.coded + self.tail;
-        let kept = budget.map_or(len, |b| len.min(b));
-        let dropped = len - kept;
-        let Some(q) = self.quantization else {
-            let spare = self.capacity - self.tail;
-            self.tail = kept;
-            if dropped > 1 || dropped == 1 && (spare == 0 || spare + 1 > DECODE_RESERVE) {
-                self.capacity = kept;
-            }
-            return;
-        };
-        if dropped > 0 {
-            let before = self.coded as f64;
-            if self.scattered {
-                // As if units went by lot, older and newer ones alike: which do depends on the text.
-                let left = kept as f64 / len as f64;
-                self.coded = (before * left).round() as usize;
-                // The share of groups of which at least one member is left.
-                let members = before / self.groups.max(1.0);
-                self.groups *= 1.0 - (1.0 - left).powf(members);
-            } else {
-                self.coded = self.coded.saturating_sub(dropped);
-                self.groups = self.coded.div_ceil(q.group.max(1)) as f64;
-            }
-            self.tail = kept - self.coded;
-            let reserve = if dropped > 1 { 0 } else { DECODE_RESERVE };
-            if self.coded_capacity > self.coded + reserve {
-                self.coded_capacity = self.coded;
-            }
-        }
-        let mut units = self.tail.saturating_sub(q.residual);
-        if q.layout == QuantLayout::Kivi {
-            units -= units % q.group.max(1);
-        }
-        if units > 0 {
-            if self.coded_capacity - self.coded < units {
-                let room = if units == 1 { DECODE_RESERVE } else { units };
-                self.coded_capacity = self.coded + room;
-            }
-            self.coded += units;
-            self.tail -= units;
-            self.groups += units as f64 / q.group.max(1) as f64;
-        }
-        if self.capacity > self.tail + 1 {
-            self.capacity = self.tail;
-        }
-    }
-
-    fn bytes(&self) -> usize {
-        self.coded_capacity * self.coded_bytes
-            + (self.groups * self.group_bytes as f64) as usize
-            + self.capacity * self.tail_bytes
-    }
+/// Heads of one feature: what a cache takes does not depend on what they say.
+fn stand_in(spec: &ModelSpec, compute: &dyn Compute) -> Result<RetainingHeads> {
+    let head = LayerHead {
+        d_r: 1,
+        fc1: vec![0.0; spec.layer(0).qkv_features()],
+        fc2: vec![0.0; spec.kv_heads],
+    };
+    let weights = HeadWeights {
+        layers: vec![head; spec.layers],
+        ..HeadWeights::default()
+    };
+    Ok(RetainingHeads::new(&weights, spec, compute)?)
 }
 
 impl Plan {
@@ -389,6 +235,7 @@ impl Plan {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use locret_core::{Budget, Quantization};
 
     const GIB: f64 = (1u64 << 30) as f64;
 
@@ -398,8 +245,8 @@ mod tests {
             context: 131_072,
             max_new: 1,
             policy,
-            prefill: Prefill { chunk, local: 100 },
-            store: KvDtype::Bf16,
+            prefill: Prefill::new(chunk, 100),
+            store: DType::BF16,
             weight_bytes: 2,
             d_r: 1024,
         }

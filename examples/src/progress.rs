@@ -2,8 +2,8 @@
 //!
 //! Everything goes to standard error, so that standard output holds results alone.
 
-use crate::report;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use locret_eval::{evaluate::Event, report};
 use locret_models::Progress as Fetch;
 use std::{
     cell::RefCell,
@@ -110,6 +110,15 @@ impl Progress {
         self.skipped += 1;
         if let Some(bar) = &self.bar {
             bar.reset_eta();
+        }
+    }
+
+    /// Follows tasks that are run.
+    pub fn follow(&mut self, event: Event<'_>) {
+        match event {
+            Event::Next { policy, task } => self.label(format!("{policy} {}", task.id)),
+            Event::Known => self.skip(),
+            Event::Done => self.step(),
         }
     }
 

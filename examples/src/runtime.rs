@@ -1,18 +1,17 @@
 //! A model that is ready to run, on a device that is there.
 
-use crate::{Error, Result, args::ModelArgs, progress, report, tasks::Frame};
+use crate::{Error, Result, args::ModelArgs, progress, report};
 use burn::tensor::{Device, Tensor};
 use locret_core::CausalLm;
+use locret_eval::{corpus::Essays, files::file_sha256, tasks::Frame};
 use locret_models::{
-    ChatTemplate, LoadedModel, Message, ModelFiles, SpecialTokens, Tokenizer, load_model, resolve,
+    ChatTemplate, FetchOptions, LoadedModel, Message, ModelFiles, SpecialTokens, Tokenizer,
+    load_model, resolve,
 };
-use sha2::{Digest, Sha256};
 use std::{
     cell::OnceCell,
-    fs::File,
-    io::{self, Read},
     panic::{self, AssertUnwindSafe},
-    path::{Path, PathBuf},
+    path::PathBuf,
     sync::{Arc, Mutex, PoisonError},
     time::Instant,
 };
@@ -196,25 +195,13 @@ impl Runtime {
     }
 }
 
-/// SHA-256 of a file, in hexadecimal.
+/// The essays that tasks are made of, fetched if need be.
 ///
 /// # Errors
-/// [`Error::Read`].
-pub fn file_sha256(path: &Path) -> Result<String> {
-    let digest = || -> io::Result<String> {
-        let mut file = File::open(path)?;
-        let mut hash = Sha256::new();
-        let mut buffer = vec![0; 1 << 20];
-        loop {
-            match file.read(&mut buffer)? {
-                0 => break,
-                n => hash.update(&buffer[..n]),
-            }
-        }
-        let bytes = hash.finalize();
-        Ok(bytes.iter().map(|byte| format!("{byte:02x}")).collect())
-    };
-    digest().map_err(|e| Error::read(path, e))
+/// As [`Essays::for_evaluation`].
+pub fn essays(options: &FetchOptions) -> Result<Essays> {
+    let shown = progress::Fetching::new();
+    Essays::for_evaluation(options, &|p| shown.show(p))
 }
 
 fn no_template() -> Error {

@@ -1,23 +1,15 @@
 //! The examples on SmolLM2-135M-Instruct, which is fetched once: short texts, every path.
 
 use clap::Parser;
-use locret_examples::{
-    args::ModelArgs,
+use locret_eval::{
     evaluate::Results,
     tasks::{self, Query, Task},
 };
+use locret_examples::{
+    args::ModelArgs,
+    cli::{ablation, evaluate, generate, quickstart},
+};
 use std::{fs, path::Path};
-
-#[path = "../ablation.rs"]
-mod ablation;
-#[path = "../custom_policy.rs"]
-mod custom_policy;
-#[path = "../evaluate.rs"]
-mod evaluate;
-#[path = "../generate.rs"]
-mod generate;
-#[path = "../quickstart.rs"]
-mod quickstart;
 
 fn evaluated(flags: &[&str]) -> Result<(), String> {
     let all = ["evaluate"].into_iter().chain(flags.iter().copied());
@@ -188,20 +180,17 @@ fn a_grid_is_run_once_and_drawn() {
 }
 
 #[test]
-fn quickstart_and_custom_policy_run() {
+fn quickstart_runs() {
     quickstart::run(&ModelArgs::default(), 900).unwrap();
-    custom_policy::run(&ModelArgs::default()).unwrap();
 }
 
 /// `plan` against runs of the real model, within 5 %: weights, and keys and values in every store
 /// (up to 20 % too many for KIVI's groups after a policy that keeps units from all over a text).
 #[test]
 fn a_plan_is_within_five_percent_of_what_is_measured() {
-    use locret_core::{Budget, CacheOptions, Generate, KvDtype, Prefill, Quantization, Session};
-    use locret_examples::{
-        plan::{Request, Shape},
-        random::resident_bytes,
-    };
+    use locret_core::{Budget, CacheOptions, DType, Generate, Prefill, Quantization, Session};
+    use locret_eval::random::resident_bytes;
+    use locret_examples::plan::{Request, Shape};
     use locret_models::WeightDtype;
     use locret_policies::{Method, PolicyConfig};
 
@@ -214,16 +203,13 @@ fn a_plan_is_within_five_percent_of_what_is_measured() {
         .encode(include_str!("../../LICENSE-APACHE"))
         .unwrap();
     let ids = &text[..700];
-    let prefill = Prefill {
-        chunk: 128,
-        local: 32,
-    };
+    let prefill = Prefill::new(128, 32);
     let bounded = |method| PolicyConfig::new(method).budget(Budget::Units(160));
     let dense = |store| (None, store);
-    let integers = |bits| (Some(Quantization::bits(bits)), KvDtype::F32);
+    let integers = |bits| (Some(Quantization::bits(bits)), DType::F32);
     let stores = [
-        dense(KvDtype::F32),
-        dense(KvDtype::Bf16),
+        dense(DType::F32),
+        dense(DType::BF16),
         integers(8),
         integers(4),
         integers(2),
@@ -236,10 +222,8 @@ fn a_plan_is_within_five_percent_of_what_is_measured() {
         bounded(Method::KeyDiff),
     ] {
         for (quantize, store) in stores {
-            let policy = PolicyConfig {
-                quantize,
-                ..config.clone()
-            };
+            let mut policy = config.clone();
+            policy.quantize = quantize;
             let max_new = 4;
             let request = Request {
                 shape: Shape::of("smollm2", &runtime.loaded.config),
@@ -253,7 +237,7 @@ fn a_plan_is_within_five_percent_of_what_is_measured() {
             };
             let plan = request.plan().unwrap();
             let model = runtime.model();
-            let built = policy.build(model.spec(), model.device()).unwrap();
+            let built = policy.build(model.spec(), &**model.compute()).unwrap();
             let options = CacheOptions {
                 dtype: store,
                 ..CacheOptions::default()

@@ -1,26 +1,15 @@
 //! The examples on a model of a few thousand weights: what they write, and how they fail.
 
 use clap::Parser;
-use locret_examples::trace::Trace;
-use locret_policies::{HeadDtype, HeadWeights, LayerHead};
+use locret_core::DType;
+use locret_eval::trace::Trace;
+use locret_examples::cli::{ablation, evaluate, generate, long_shapes, plan, trace};
+use locret_policies::{HeadWeights, LayerHead};
 use std::{
     env, fs,
     path::{Path, PathBuf},
     process::{self, Command, ExitCode},
 };
-
-#[path = "../ablation.rs"]
-mod ablation;
-#[path = "../evaluate.rs"]
-mod evaluate;
-#[path = "../generate.rs"]
-mod generate;
-#[path = "../long_shapes.rs"]
-mod long_shapes;
-#[path = "../plan.rs"]
-mod plan;
-#[path = "../trace.rs"]
-mod trace;
 
 /// Three layers, four query heads, two KV heads, a vocabulary of 192 tokens.
 fn model() -> String {
@@ -245,7 +234,7 @@ fn a_plan_is_what_a_run_takes() {
         PolicyConfig::new(Method::KeyDiff).budget(Budget::Ratio(0.3)),
     ] {
         for (chunk, local, max_new) in [(16, 8, 1), (64, 0, 20), (150, 1, 90), (7, 150, 3)] {
-            let prefill = Prefill { chunk, local };
+            let prefill = Prefill::new(chunk, local);
             let request = Request {
                 shape: shape.clone(),
                 context: ids.len(),
@@ -258,7 +247,7 @@ fn a_plan_is_what_a_run_takes() {
             };
             let plan = request.plan().unwrap();
             let model = runtime.model();
-            let built = policy.build(model.spec(), model.device()).unwrap();
+            let built = policy.build(model.spec(), &**model.compute()).unwrap();
             let mut session = Session::new(model, built).unwrap();
             session.prefill(&ids, &prefill).unwrap();
             let case = format!("{} {chunk} {local} {max_new}", policy.policy);
@@ -330,11 +319,11 @@ fn heads_of_another_model_are_refused() {
     // Three layers, (4 + 2 · 2) · 8 features, two scores.
     for (layers, inputs, outputs) in [(2, 64, 2), (4, 64, 2), (3, 48, 2), (3, 64, 3)] {
         let wrong = heads(layers, inputs, outputs);
-        wrong.save(&file, HeadDtype::F32).unwrap();
+        wrong.save(&file, DType::F32).unwrap();
         let error = trace().unwrap_err();
         assert!(error.contains("model.layers."), "{error}");
     }
-    heads(3, 64, 2).save(&file, HeadDtype::F32).unwrap();
+    heads(3, 64, 2).save(&file, DType::F32).unwrap();
     let bytes = fs::read(&file).unwrap();
     let scores = trace().unwrap().scores.unwrap();
     assert!(scores.iter().flatten().all(|head| head.len() == 30));

@@ -9,11 +9,11 @@
 use locret_core::{
     Budget, CacheOptions, CausalLm, Kernels, Positions, Prefill, Quantization, Session,
 };
-use locret_examples::{
+use locret_eval::{
     golden::GoldenLogits,
-    runtime::device,
     trace::{Trace, trace},
 };
+use locret_examples::runtime::device;
 use locret_models::{LoadOptions, WeightDtype, load_model};
 use locret_policies::{HeadWeights, LayerHead, Method, PolicyConfig, RetainingHeads};
 use std::{path::PathBuf, sync::Arc};
@@ -132,7 +132,7 @@ fn run(on: &str, config: &PolicyConfig) -> (Trace, Vec<f32>) {
     let spec = model.spec();
     let policy = match config.policy {
         Method::Locret => config.build_with_heads(spec, heads(&*model)).unwrap(),
-        _ => config.build(spec, model.device()).unwrap(),
+        _ => config.build(spec, &**model.compute()).unwrap(),
     };
     let ids: Vec<u32> = (0..90).map(|i| (i * i + 7 * i) % 180).collect();
     let options = CacheOptions {
@@ -140,10 +140,7 @@ fn run(on: &str, config: &PolicyConfig) -> (Trace, Vec<f32>) {
         ..CacheOptions::default()
     };
     let mut session = Session::with_options(model, policy, options).unwrap();
-    let prefill = Prefill {
-        chunk: 16,
-        local: 10,
-    };
+    let prefill = Prefill::new(16, 10);
     let mut read = session.fork().unwrap();
     read.prefill(&ids, &prefill).unwrap();
     let logits = read.logits().unwrap().to_vec();

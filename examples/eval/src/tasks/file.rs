@@ -53,7 +53,7 @@ pub fn read(path: &Path) -> Result<Vec<Task>> {
 /// # Errors
 /// [`Error::Write`].
 pub fn write(path: &Path, tasks: &[Task]) -> Result<()> {
-    crate::write_atomically(path, |out| {
+    crate::files::write_atomically(path, |out| {
         for task in tasks {
             serde_json::to_writer(&mut *out, task)?;
             out.write_all(b"\n")?;

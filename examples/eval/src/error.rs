@@ -1,11 +1,11 @@
-//! The error type of the examples.
+//! The error type.
 
 use std::{
     io,
     path::{Path, PathBuf},
 };
 
-/// What can go wrong in an example.
+/// What can go wrong in an evaluation.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {

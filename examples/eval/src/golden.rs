@@ -1,7 +1,7 @@
 //! Logits that transformers gives for a small model, to compare an adapter with.
 
 use crate::{Error, Result};
-use locret_core::{CacheOptions, CausalLm, Phase, SequenceCache, into_f32};
+use locret_core::{CacheOptions, CausalLm, Pass, Phase, SequenceCache, forward};
 use locret_policies::Full;
 use serde::Deserialize;
 use std::{collections::BTreeMap, path::Path, sync::Arc};
@@ -60,11 +60,12 @@ impl GoldenLogits {
         for case in self.variants.values().flat_map(|v| &v.cases) {
             let (policy, tokens) = (Arc::new(Full::new()), case.ids.len());
             let options = CacheOptions::default();
-            let mut cache = SequenceCache::new(model.spec(), policy, model.device(), options)?;
-            cache.begin(Phase::Prefill { last: true }, tokens, tokens)?;
-            let hidden = model.hidden(&case.ids, &mut cache)?;
-            cache.finish(None)?;
-            let found = into_f32(model.logits(hidden)?)?;
+            let mut cache = SequenceCache::new(model.spec(), policy, model.compute(), options)?;
+            let step = cache.step(Phase::Prefill { last: true }, tokens, tokens);
+            let mut pass = Pass::new([step])?;
+            let hidden = forward(model, &case.ids, &mut pass)?;
+            pass.finish(None)?;
+            let found = model.logits(hidden)?.into_values()?;
             let expected = floats(&case.logits);
             for (row, position) in case.positions.iter().enumerate() {
                 for token in 0..self.vocab {

@@ -1,11 +1,11 @@
 //! Models of published dimensions whose weights are drawn by lot: for time and memory at sizes
 //! whose weights are not at hand.
 
-use crate::{Result, plan::Shape};
+use crate::Result;
 use burn::tensor::Device;
-use locret_core::{CausalLm, LongRopeSwitch, ModelSpec, RopeConfig, RopeScaling};
+use locret_core::CausalLm;
 use locret_models::{
-    Decoder, DecoderConfig, Encoding, Layout, LoadOptions, Loader, TensorInfo, WeightDtype, Weights,
+    DType, Decoder, DecoderConfig, Layout, LoadOptions, Loader, TensorInfo, WeightDtype, Weights,
 };
 use locret_policies::{HeadWeights, LayerHead, RetainingHeads};
 use std::{borrow::Cow, collections::BTreeMap, ops::Range, path::Path};
@@ -21,25 +21,26 @@ pub struct RandomWeights {
 }
 
 impl RandomWeights {
-    /// Weights for a model of `shape`.
-    pub fn new(shape: &Shape, seed: u64) -> Self {
-        let (hidden, inner) = (shape.hidden, shape.intermediate);
-        let output = shape.heads * shape.head_dim;
-        let kv = shape.kv_heads * shape.head_dim;
+    /// Weights for a model of these dimensions.
+    pub fn new(config: &DecoderConfig, seed: u64) -> Self {
+        let spec = &config.spec;
+        let (hidden, inner) = (spec.hidden, config.intermediate);
+        let output = spec.heads * spec.head_dim;
+        let kv = spec.kv_heads * spec.head_dim;
         let mut tensors = BTreeMap::new();
         let mut add = |name: String, shape: &[usize]| {
             let info = TensorInfo {
                 shape: shape.to_vec(),
-                encoding: Encoding::BF16,
+                dtype: DType::BF16,
             };
             tensors.insert(name, info);
         };
-        add("model.embed_tokens.weight".into(), &[shape.vocab, hidden]);
+        add("model.embed_tokens.weight".into(), &[spec.vocab, hidden]);
         add("model.norm.weight".into(), &[hidden]);
-        if !shape.tied {
-            add("lm_head.weight".into(), &[shape.vocab, hidden]);
+        if !config.tied {
+            add("lm_head.weight".into(), &[spec.vocab, hidden]);
         }
-        for layer in 0..shape.layers {
+        for layer in 0..spec.layers {
             let mut own = |name: &str, shape: &[usize]| {
                 add(format!("model.layers.{layer}.{name}.weight"), shape);
             };
@@ -47,7 +48,7 @@ impl RandomWeights {
             own("post_attention_layernorm", &[hidden]);
             own("self_attn.o_proj", &[hidden, output]);
             own("mlp.down_proj", &[hidden, inner]);
-            match layout(shape) {
+            match config.layout {
                 Layout::Separate => {
                     own("self_attn.q_proj", &[output, hidden]);
                     own("self_attn.k_proj", &[kv, hidden]);
@@ -102,102 +103,32 @@ pub fn resident_bytes(weights: &dyn Weights, dtype: WeightDtype) -> usize {
     let infos = weights.names().into_iter().filter_map(|n| weights.info(n));
     infos
         .map(|info| {
-            let (values, encoding) = (info.rows() * info.cols(), info.encoding);
-            match (dtype, encoding) {
+            let (values, stored) = (info.rows() * info.cols(), info.dtype);
+            let held = match (dtype, stored) {
                 // These stay as they are in the file.
-                (WeightDtype::File, Encoding::Q8_0 | Encoding::Q4_0 | Encoding::Q4_1) => {
-                    values / encoding.block() * encoding.block_bytes()
-                }
-                _ => values * dtype.resident(encoding).size(),
-            }
+                (WeightDtype::File, DType::Q8_0 | DType::Q4_0 | DType::Q4_1) => stored,
+                _ => dtype.resident(stored),
+            };
+            values / held.block() * held.block_bytes()
         })
         .sum()
 }
 
-/// A model of `shape` with [`RandomWeights`] (or others of that shape).
+/// A model with [`RandomWeights`] (or others of its dimensions).
 ///
 /// # Errors
-/// [`Error::Model`](crate::Error::Model) for an impossible shape.
+/// [`Error::Model`](crate::Error::Model) for impossible dimensions.
 pub fn decoder(
-    shape: &Shape,
+    config: &DecoderConfig,
     weights: &dyn Weights,
     options: &LoadOptions,
     device: &Device,
 ) -> Result<Decoder> {
-    let mut spec = spec(shape);
-    if let RopeScaling::LongRope { switch, .. } = &mut spec.rope.scaling
-        && options.always_long
-    {
-        *switch = LongRopeSwitch::AlwaysLong;
-    }
-    let config = DecoderConfig {
-        spec,
-        intermediate: shape.intermediate,
-        norm_epsilon: 1e-5,
-        tied: shape.tied,
-        layout: layout(shape),
-    };
-    let loader = Loader::new(weights, options.weights, device);
-    let decoder = Decoder::load(&config, &loader, options.kernels)?;
+    let compute = options.kernels.with(device, options.activations);
+    let loader = Loader::new(weights, options.weights, &compute);
+    let decoder = Decoder::load(config, &loader)?;
     loader.finish()?;
     Ok(decoder)
-}
-
-fn layout(shape: &Shape) -> Layout {
-    if shape.name.starts_with("phi-3") {
-        Layout::Fused
-    } else {
-        Layout::Separate
-    }
-}
-
-/// Rotary settings as the models of that name have them; LongRoPE's factors, which are lists of
-/// numbers in a model's files, are a smooth curve instead.
-fn spec(shape: &Shape) -> ModelSpec {
-    let half = shape.head_dim / 2;
-    let (theta, scaling) = match shape.name.as_str() {
-        name if name.starts_with("llama-3") => (
-            500_000.0,
-            RopeScaling::Llama3 {
-                factor: if name.starts_with("llama-3.2") {
-                    32.0
-                } else {
-                    8.0
-                },
-                low_freq_factor: 1.0,
-                high_freq_factor: 4.0,
-                original_max: 8192,
-            },
-        ),
-        name if name.starts_with("phi-3") => (
-            10_000.0,
-            RopeScaling::LongRope {
-                short: vec![1.0; half],
-                long: (0..half)
-                    .map(|i| 64f64.powf(i as f64 / half as f64))
-                    .collect(),
-                original_max: 4096,
-                attention_factor: (1.0 + 32f64.ln() / 4096f64.ln()).sqrt(),
-                switch: Default::default(),
-            },
-        ),
-        _ => (10_000.0, RopeScaling::None),
-    };
-    ModelSpec {
-        layers: shape.layers,
-        heads: shape.heads,
-        kv_heads: shape.kv_heads,
-        head_dim: shape.head_dim,
-        hidden: shape.hidden,
-        vocab: shape.vocab,
-        softmax_scale: (shape.head_dim as f32).sqrt().recip(),
-        max_positions: Some(131_072),
-        rope: RopeConfig {
-            theta,
-            rotary_dim: shape.head_dim,
-            scaling,
-        },
-    }
 }
 
 /// Locret's heads of width `d_r` with random weights for `model`.
@@ -245,40 +176,34 @@ fn mix(x: u64) -> u64 {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
-    use locret_core::CausalLm;
+    use locret_core::{ModelSpec, RopeConfig, RopeScaling};
+    use locret_models::WeightsExt;
 
-    #[test]
-    fn every_preset_has_the_weights_that_its_decoder_asks_for() {
-        for name in Shape::PRESETS {
-            let mut shape = Shape::preset(name).unwrap();
-            // Small, with the proportions of heads and the layout kept.
-            (shape.layers, shape.hidden, shape.intermediate) = (2, 48, 64);
-            (shape.head_dim, shape.vocab) = (8, 96);
-            let weights = RandomWeights::new(&shape, 1);
-            let device = Device::default();
-            let options = LoadOptions {
-                weights: WeightDtype::BF16,
-                always_long: true,
-                ..LoadOptions::default()
-            };
-            let model = decoder(&shape, &weights, &options, &device).unwrap();
-            assert_eq!(model.spec().heads, shape.heads, "{name}");
-            let phi = name.starts_with("phi-3");
-            assert_eq!(model.spec().rope.is_long(1), phi, "{name}");
-            let bytes = resident_bytes(&weights, WeightDtype::BF16);
-            assert_eq!(bytes, 2 * shape.parameters(), "{name}");
-            assert_eq!(resident_bytes(&weights, WeightDtype::F32), 2 * bytes);
-            heads(&model, 8, 1).unwrap();
+    /// A model of two layers.
+    pub fn config(hidden: usize, vocab: usize) -> DecoderConfig {
+        let spec = ModelSpec::new(2, 4, 2, hidden, vocab)
+            .with_head_dim(8)
+            .with_rope(RopeConfig {
+                theta: 10_000.0,
+                rotary_dim: 8,
+                scaling: RopeScaling::None,
+            })
+            .with_softmax_scale(8f32.sqrt().recip());
+        DecoderConfig {
+            spec,
+            intermediate: 64,
+            norm_epsilon: 1e-5,
+            tied: false,
+            layout: Layout::Separate,
         }
     }
 
     #[test]
     fn numbers_are_drawn_alike_however_they_are_read() {
-        let mut shape = Shape::preset("llama-3.1-8b").unwrap();
-        (shape.layers, shape.hidden, shape.vocab) = (1, 512, 2000);
-        let weights = RandomWeights::new(&shape, 7);
+        let config = config(512, 2000);
+        let weights = RandomWeights::new(&config, 7);
         let name = "model.embed_tokens.weight";
         let view: &dyn Weights = &weights;
         let all = view.tensor_f32(name).unwrap();

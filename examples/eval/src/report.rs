@@ -1,4 +1,4 @@
-//! What the examples print: aligned tables, sizes and rates that people can read, and intervals.
+//! What is printed: aligned tables, sizes and rates that people can read, and intervals.
 
 use locret_core::Session;
 use std::fmt;
@@ -6,7 +6,7 @@ use std::fmt;
 /// Bytes in the largest binary unit that keeps the number at 1 or more.
 ///
 /// ```
-/// use locret_examples::report::bytes;
+/// use locret_eval::report::bytes;
 /// assert_eq!(bytes(512), "512 B");
 /// assert_eq!(bytes(1536), "1.50 KiB");
 /// assert_eq!(bytes(48 * 1024 * 1024), "48.0 MiB");
@@ -36,7 +36,7 @@ pub fn bytes(n: usize) -> String {
 /// A whole number with a comma every three digits.
 ///
 /// ```
-/// assert_eq!(locret_examples::report::grouped(1_234_567), "1,234,567");
+/// assert_eq!(locret_eval::report::grouped(1_234_567), "1,234,567");
 /// ```
 pub fn grouped(n: usize) -> String {
     let digits = n.to_string();
@@ -90,7 +90,7 @@ pub fn shorten(text: &str, chars: usize) -> String {
 /// at 0 and at 1 too. `(0, 1)` where nothing was counted.
 ///
 /// ```
-/// let (low, high) = locret_examples::report::wilson(8, 10);
+/// let (low, high) = locret_eval::report::wilson(8, 10);
 /// assert!((low - 0.490).abs() < 5e-4 && (high - 0.943).abs() < 5e-4);
 /// ```
 pub fn wilson(right: usize, all: usize) -> (f64, f64) {

@@ -91,7 +91,7 @@ impl Chart {
     /// As [`Chart::svg`], and [`Error::Write`].
     pub fn write(&self, path: &Path) -> Result<()> {
         let svg = self.svg()?;
-        crate::write_atomically(path, |out| out.write_all(svg.as_bytes()))
+        crate::files::write_atomically(path, |out| out.write_all(svg.as_bytes()))
     }
 
     fn draw(&self, svg: &mut String) -> Result<(), String> {

@@ -2,7 +2,7 @@
 
 use crate::{
     Error, Result,
-    corpus::{self, Essays},
+    corpus::{self, Essays, OnProgress},
 };
 use locret_models::FetchOptions;
 use serde::Deserialize;
@@ -71,8 +71,12 @@ impl TrainingCorpus {
     ///
     /// # Errors
     /// As [`corpus::text`] and [`TrainingCorpus::parse`].
-    pub fn fetch(options: &FetchOptions, evaluation: &Essays) -> Result<Self> {
-        let text = |pinned| corpus::text(pinned, options);
+    pub fn fetch(
+        options: &FetchOptions,
+        evaluation: &Essays,
+        shown: OnProgress<'_>,
+    ) -> Result<Self> {
+        let text = |pinned| corpus::text(pinned, options, shown);
         let (essays, squad) = (text(&corpus::ESSAYS)?, text(&corpus::SQUAD)?);
         Self::parse(&essays, &squad, &text(&corpus::HOTPOT)?, evaluation)
     }

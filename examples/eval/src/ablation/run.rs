@@ -1,0 +1,341 @@
+//! Runs candidates on tasks.
+
+use super::{Grid, Journal, Origin, Record, Store};
+use crate::{
+    Result,
+    evaluate::{Encode, Event, Reader},
+    files::file_sha256,
+    tasks::Task,
+};
+use locret_core::{Budget, CacheOptions, CausalLm, KvCachePolicy, Positions, Prefill};
+use locret_policies::PolicyConfig;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use std::{path::PathBuf, sync::Arc};
+
+/// A policy that is compared with others.
+#[derive(Debug, Clone)]
+pub struct Candidate {
+    /// What tables say.
+    pub label: String,
+    /// The policy.
+    pub policy: Arc<dyn KvCachePolicy>,
+    /// What tells its results from those of others.
+    pub settings: Settings,
+    /// How keys and values are kept. Whether as integers is the policy's own affair
+    /// ([`Quantized`](locret_policies::Quantized)); the name is for tables then.
+    pub store: Store,
+    /// Whether the policy evicts while it generates, so that greedy answers have to be generated.
+    pub evicts_while_decoding: bool,
+    /// SHA-256 of the retaining heads, where the policy has any.
+    pub heads_sha256: Option<String>,
+}
+
+impl Candidate {
+    /// Any policy. `settings` are whatever its results depend on: those of a [`Journal`] are taken
+    /// over where its name and settings are the same. Tables show a `budget` among them, a number of
+    /// units or a [`Budget`].
+    ///
+    /// Keys and values are kept in 32 bits, and answers are generated, which is right whether or
+    /// not the policy evicts meanwhile.
+    pub fn new(label: impl Into<String>, policy: Arc<dyn KvCachePolicy>, settings: Value) -> Self {
+        Self {
+            label: label.into(),
+            settings: Settings::Own {
+                policy: policy.name(),
+                positions: policy.positions(),
+                settings,
+            },
+            policy,
+            store: Store::F32,
+            evicts_while_decoding: true,
+            heads_sha256: None,
+        }
+    }
+
+    /// A policy of `locret-policies` for `model`, called by its method's name. Keys and values are kept in 32 bits unless the
+    /// policy does otherwise.
+    ///
+    /// # Errors
+    /// As [`PolicyConfig::build_for`]; [`Error::Read`](crate::Error::Read) for its heads.
+    pub fn configured(config: PolicyConfig, model: &dyn CausalLm) -> Result<Self> {
+        Ok(Self {
+            label: config.policy.name().into(),
+            // Other heads by the same name are another policy.
+            heads_sha256: config.heads.as_deref().map(file_sha256).transpose()?,
+            policy: config.build_for(model)?,
+            evicts_while_decoding: config.decode.is_some(),
+            settings: Settings::Config(config),
+            store: Store::F32,
+        })
+    }
+}
+
+/// What a candidate was run with.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum Settings {
+    /// Of a policy of `locret-policies`.
+    Config(PolicyConfig),
+    /// Of any other.
+    Own {
+        /// Its name.
+        policy: String,
+        /// Its positions.
+        positions: Positions,
+        /// Whatever else its results depend on.
+        settings: Value,
+    },
+}
+
+impl Settings {
+    /// What each KV head keeps, where that is said.
+    pub fn budget(&self) -> Option<Budget> {
+        match self {
+            Self::Config(config) => config.budget,
+            Self::Own { settings, .. } => {
+                let budget = settings.get("budget")?;
+                Some(Budget::deserialize(budget).ok()?)
+            }
+        }
+    }
+
+    /// The positions that attention used.
+    pub fn positions(&self) -> Positions {
+        match self {
+            Self::Config(c) => c.positions.unwrap_or(c.policy.default_positions()),
+            Self::Own { positions, .. } => *positions,
+        }
+    }
+
+    /// Whether a policy was run with other positions than it was published with.
+    pub fn moved(&self) -> bool {
+        match self {
+            Self::Config(config) => self.positions() != config.policy.default_positions(),
+            Self::Own { .. } => false,
+        }
+    }
+}
+
+/// Tasks that all candidates are run on.
+#[derive(Debug, Clone, Default)]
+pub struct TaskSet {
+    /// Tokens of a context; 0 for tasks that a grid did not make.
+    pub length: usize,
+    /// Seed of the tasks; 0 for tasks that a grid did not make.
+    pub seed: u64,
+    /// Whether texts are turns of a chat.
+    pub chat: bool,
+    /// The file that they are from.
+    pub file: Option<PathBuf>,
+    /// The tasks.
+    pub tasks: Vec<Task>,
+}
+
+impl TaskSet {
+    /// Tasks from anywhere.
+    pub fn of(tasks: Vec<Task>) -> Self {
+        Self {
+            tasks,
+            ..Self::default()
+        }
+    }
+}
+
+/// What candidates are compared on: a model, and how it reads.
+#[derive(Debug, Clone)]
+pub struct Ablation {
+    /// The model.
+    pub model: Arc<dyn CausalLm>,
+    /// How contexts are read.
+    pub prefill: Prefill,
+    /// What results say of where they came about.
+    pub origin: Origin,
+}
+
+impl Ablation {
+    /// What reads with a candidate's policy.
+    pub fn reader(&self, candidate: &Candidate) -> Reader {
+        Reader {
+            model: self.model.clone(),
+            policy: candidate.policy.clone(),
+            cache: CacheOptions {
+                dtype: candidate.store.dtype(),
+                ..CacheOptions::default()
+            },
+            prefill: self.prefill,
+            evicts_while_decoding: candidate.evicts_while_decoding,
+        }
+    }
+
+    /// The results of candidates, one after the other: those that `journal` has, and the others as
+    /// they are run, each of which is added to it at once. `on_event` hears of every task.
+    ///
+    /// # Errors
+    /// As [`Reader::run`] and [`Journal::add`].
+    pub fn run(
+        &self,
+        candidates: &[Candidate],
+        set: &TaskSet,
+        encode: Encode<'_>,
+        journal: &mut Journal,
+        on_event: &mut dyn FnMut(Event<'_>),
+    ) -> Result<Vec<Record>> {
+        let mut records = Vec::with_capacity(candidates.len() * set.tasks.len());
+        for candidate in candidates {
+            let reader = self.reader(candidate);
+            let policy = &candidate.label;
+            for task in &set.tasks {
+                on_event(Event::Next { policy, task });
+                let mut record = self.record(candidate, set, task);
+                match journal.get(&record.key()) {
+                    Some(known) => {
+                        record.case = known.case.clone();
+                        record.origin = known.origin.clone();
+                        on_event(Event::Known);
+                    }
+                    None => {
+                        record.case = reader.run(task, encode, &mut |_| {})?;
+                        journal.add(&record)?;
+                        on_event(Event::Done);
+                    }
+                }
+                records.push(record);
+            }
+        }
+        Ok(records)
+    }
+
+    /// The results of a grid, on its own [`TaskSet`]s.
+    ///
+    /// # Errors
+    /// As [`Ablation::run`] and [`Candidate::configured`].
+    pub fn run_grid(
+        &self,
+        grid: &Grid,
+        sets: &[TaskSet],
+        encode: Encode<'_>,
+        journal: &mut Journal,
+        on_event: &mut dyn FnMut(Event<'_>),
+    ) -> Result<Vec<Record>> {
+        let points = grid.points();
+        for point in &points {
+            // A policy that cannot be made should say so before hours are spent on others.
+            point.candidate(&*self.model)?;
+        }
+        let mut records = Vec::new();
+        for point in &points {
+            let candidate = [point.candidate(&*self.model)?];
+            for set in sets.iter().filter(|set| point.takes(set)) {
+                records.extend(self.run(&candidate, set, encode, journal, on_event)?);
+            }
+        }
+        Ok(records)
+    }
+
+    /// A case that has not been run.
+    fn record(&self, candidate: &Candidate, set: &TaskSet, task: &Task) -> Record {
+        Record {
+            label: candidate.label.clone(),
+            policy: candidate.settings.clone(),
+            store: candidate.store,
+            length: set.length,
+            seed: set.seed,
+            chunk: self.prefill.chunk,
+            local: self.prefill.local,
+            chat: set.chat,
+            tasks_file: set.file.clone(),
+            heads_sha256: candidate.heads_sha256.clone(),
+            case: task.into(),
+            origin: self.origin.clone(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        ablation::{markdown, rows},
+        random::{self, RandomWeights},
+        tasks::Query,
+    };
+    use burn::tensor::Device;
+    use locret_models::LoadOptions;
+    use locret_policies::{KeyNorm, Method};
+    use serde_json::json;
+
+    #[test]
+    fn settings_of_any_policy_are_told_apart_from_configurations() {
+        let policy = Arc::new(KeyNorm::policy(Budget::Units(16)));
+        let own = |settings| Candidate::new("mine", policy.clone(), settings).settings;
+        let configured = PolicyConfig::new(Method::KeyNorm).budget(Budget::Units(16));
+        let configured = Settings::Config(configured.positions(Positions::Compact));
+        let shared = own(json!({ "budget": { "ratio": 0.25 } }));
+        for settings in [&configured, &shared, &own(json!({})), &own(json!(null))] {
+            let text = serde_json::to_string(settings).unwrap();
+            assert_eq!(serde_json::from_str::<Settings>(&text).unwrap(), *settings);
+        }
+        assert_eq!(shared.budget(), Some(Budget::Ratio(0.25)));
+        assert_eq!(own(json!({ "budget": 7 })).budget(), Some(Budget::Units(7)));
+        assert_eq!(own(json!({ "budget": "much" })).budget(), None);
+        assert!(configured.moved() && !shared.moved());
+        assert_eq!(shared.positions(), Positions::Original);
+    }
+    #[test]
+    fn any_policy_stands_beside_built_in_ones_and_is_run_once() {
+        let config = random::tests::config(32, 256);
+        let weights = RandomWeights::new(&config, 1);
+        let options = LoadOptions::default();
+        let model = random::decoder(&config, &weights, &options, &Device::flex()).unwrap();
+        let ablation = Ablation {
+            model: Arc::new(model),
+            prefill: Prefill::new(16, 4),
+            origin: Origin::here("random".into(), None),
+        };
+        let task = |id: &str| Task {
+            id: id.into(),
+            task: "letters".into(),
+            context: "The quick brown fox jumps over the lazy dog. ".repeat(2),
+            queries: vec![Query {
+                query: "The".into(),
+                answer: " quick".into(),
+            }],
+        };
+        let set = TaskSet::of(vec![task("a"), task("b")]);
+        let encode = |text: &str| Ok(text.bytes().map(u32::from).collect());
+        let units = Budget::Units(24);
+        let policy = || Arc::new(KeyNorm::policy(units).recent(2));
+        let built_in = |config| Candidate::configured(config, &*ablation.model).unwrap();
+        let candidates = [
+            built_in(PolicyConfig::new(Method::Full)),
+            built_in(PolicyConfig::new(Method::Window).budget(units)),
+            Candidate::new("mine", policy(), json!({ "budget": 24 })),
+        ];
+        let mut journal = Journal::default();
+        let mut ran = |candidates: &[Candidate]| {
+            let (mut known, mut done) = (0, 0);
+            let records = ablation.run(candidates, &set, &encode, &mut journal, &mut |e| match e {
+                Event::Known => known += 1,
+                Event::Done => done += 1,
+                Event::Next { .. } => {}
+            });
+            (records.unwrap(), known, done)
+        };
+        let (records, known, done) = ran(&candidates);
+        assert_eq!((records.len(), known, done), (6, 0, 6));
+        assert_eq!(ran(&candidates), (records.clone(), 6, 0));
+        // Other settings are another policy.
+        let other = Candidate::new("mine", policy(), json!({ "budget": 24, "recent": 2 }));
+        assert_eq!(ran(&[other]).2, 2);
+
+        let kept: Vec<f64> = rows(&records, 1).iter().map(|r| r.kept).collect();
+        assert!(kept[1] < kept[0] / 2.0 && kept[2] == kept[1], "{kept:?}");
+        let table = markdown(&rows(&records, 1));
+        let mine = table.lines().find(|l| l.starts_with("| mine")).unwrap();
+        assert!(
+            mine.contains("| original") && mine.contains(" 24 |"),
+            "{table}"
+        );
+    }
+}

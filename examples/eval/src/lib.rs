@@ -1,0 +1,30 @@
+//! How well a policy does: what a model is asked, how it answers from a bounded cache, and what that
+//! looks like as tables and pictures.
+//!
+//! - [`tasks`] are contexts and questions, of the texts in [`corpus`] or from a file;
+//!   [`training_data`] is what retaining heads are trained on.
+//! - [`evaluate`] runs tasks under one policy, [`ablation`] under many, and [`trace`] writes down what
+//!   a policy kept.
+//! - [`report`] and [`pictures`] show results. [`golden`], [`random`] and [`memory`] measure adapters,
+//!   models of published dimensions, and the process.
+//!
+//! Nothing here reads a command line or prints; that is the examples' part.
+#![deny(missing_docs)]
+
+pub mod ablation;
+pub mod corpus;
+#[cfg(doctest)]
+mod documents;
+mod error;
+pub mod evaluate;
+pub mod files;
+pub mod golden;
+pub mod memory;
+pub mod pictures;
+pub mod random;
+pub mod report;
+pub mod tasks;
+pub mod trace;
+pub mod training_data;
+
+pub use error::{Error, Result};

@@ -1,0 +1,174 @@
+//! A grid of policies, budgets, stores, positions, tasks and lengths as one run.
+
+use crate::{
+    Error, Result,
+    args::ModelArgs,
+    progress::{Progress, Unit},
+    report,
+    runtime::{self, Runtime},
+    shipped_heads,
+};
+use clap::Parser;
+use locret_core::Session;
+use locret_eval::{
+    ablation::{self, Ablation, Grid, Journal, Origin, Point, Record, TaskSet},
+    files::write_text,
+    pictures,
+    trace::{kept_positions, survival},
+};
+use locret_policies::Method;
+use std::path::{Path, PathBuf};
+
+/// Compares policies, budgets, stores and positions
+#[derive(Debug, Parser)]
+pub struct Args {
+    /// What is compared, as TOML
+    #[arg(long, value_name = "FILE.toml")]
+    grid: PathBuf,
+    /// Folder for results, tables and pictures
+    #[arg(long, value_name = "DIR")]
+    out: PathBuf,
+    /// Retaining heads for each Locret that names none; by default those that are shipped
+    #[arg(long, value_name = "FILE")]
+    heads: Option<PathBuf>,
+    #[command(flatten)]
+    model: ModelArgs,
+}
+
+/// The example.
+///
+/// # Errors
+/// Those of its parts.
+pub fn run(args: &Args) -> Result<()> {
+    let mut grid = Grid::load(&args.grid)?;
+    let runtime = args.model.load()?;
+    for entry in &mut grid.policies {
+        if entry.config.policy == Method::Locret && entry.config.heads.is_none() {
+            entry.config.heads = args.heads.clone().or_else(|| shipped_heads(&runtime));
+        }
+    }
+    std::fs::create_dir_all(&args.out).map_err(|e| Error::write(&args.out, e))?;
+    let frame = runtime.frame(grid.chat)?;
+    let essays = || runtime::essays(&args.model.fetch());
+    let sets = grid.task_sets(&frame, &essays, &|text| runtime.count(text))?;
+    let ablation = Ablation {
+        model: runtime.model(),
+        prefill: grid.prefill(),
+        origin: Origin::here(runtime.name.clone(), runtime.sha256()?),
+    };
+    let mut journal = Journal::open(&args.out.join("results.jsonl"))?;
+    let points = grid.points();
+    let all: usize = (points.iter())
+        .flat_map(|p| sets.iter().filter(|set| p.takes(set)))
+        .map(|set| set.tasks.len())
+        .sum();
+    let mut bar = Progress::new("cases", Some(all as u64), Unit::Cases);
+    let encode = |text: &str| runtime.encode(text);
+    let records = ablation.run_grid(&grid, &sets, &encode, &mut journal, &mut |event| {
+        bar.follow(event);
+    })?;
+    bar.finish_with_line();
+    let mut lengths: Vec<usize> = points.iter().map(|p| p.length).collect();
+    lengths.dedup();
+    tables(&records, &lengths, &ablation, &args.out)?;
+    maps(&grid, &sets, &ablation, &runtime, &args.out)
+}
+
+/// The tables and curves of a run.
+fn tables(records: &[Record], lengths: &[usize], ablation: &Ablation, out: &Path) -> Result<()> {
+    let rows = ablation::rows(records, ablation.model.spec().full_cache_bytes(1, 2));
+    let table = ablation::markdown(&rows);
+    write_text(&out.join("table.md"), &table)?;
+    println!("{table}");
+    for &length in lengths {
+        let end = if length == 0 {
+            String::new()
+        } else {
+            format!("-{length}")
+        };
+        for (name, chart) in [
+            ("quality", ablation::quality_chart(&rows, length)),
+            ("memory", ablation::memory_chart(&rows, length)),
+        ] {
+            if let Some(chart) = chart {
+                chart.write(&out.join(format!("{name}{end}.svg")))?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// For one prompt, what each policy kept.
+fn maps(
+    grid: &Grid,
+    sets: &[TaskSet],
+    ablation: &Ablation,
+    runtime: &Runtime,
+    out: &Path,
+) -> Result<()> {
+    let Some(first) = sets.first() else {
+        return Ok(());
+    };
+    // Facts strewn over the text show most.
+    let task = first.tasks.iter().max_by_key(|t| t.queries.len());
+    let Some(task) = task else {
+        return Ok(());
+    };
+    let points = grid.points();
+    let ids = runtime.encode(&task.context)?;
+    let pieces = runtime.pieces(&ids)?;
+    for entry in &grid.policies {
+        let drawn = match &grid.maps {
+            Some(labels) => labels.contains(&entry.label),
+            None => entry.config.policy != Method::Full,
+        };
+        let own: Vec<&Point> = (points.iter())
+            .filter(|p| p.label == entry.label)
+            .filter(|p| p.takes(first))
+            .collect();
+        let Some(point) = own.get(own.len() / 2).filter(|_| drawn) else {
+            continue;
+        };
+        let reader = ablation.reader(&point.candidate(&*ablation.model)?);
+        let mut session = Session::with_options(reader.model, reader.policy, reader.cache)?;
+        let mut bar = Progress::new(
+            format!("map: {}", point.label),
+            Some(ids.len() as u64),
+            Unit::Tokens,
+        );
+        session.prefill_with(&ids, &reader.prefill, &mut |chunk| {
+            bar.set(chunk.done as u64);
+            Ok(())
+        })?;
+        bar.finish();
+        let kept = kept_positions(session.cache());
+        let units = report::grouped(session.cache().units());
+        let title = format!("{}: what is left of {} tokens", point.label, ids.len());
+        let note = format!(
+            "{} of {}; chunks of {}. {units} units in all heads, {} of keys and values.",
+            task.id,
+            runtime.name,
+            grid.chunk,
+            report::bytes(session.cache().bytes())
+        );
+        let name = slug(&point.label);
+        let map = pictures::kept_map(&title, &kept, ids.len());
+        write_text(&out.join(format!("kept-{name}.svg")), &map)?;
+        let share = survival(&kept, ids.len());
+        let page = pictures::survival_page(&title, &note, &map, &pieces, &share);
+        write_text(&out.join(format!("kept-{name}.html")), &page)?;
+    }
+    Ok(())
+}
+
+/// A label as part of a file name.
+fn slug(label: &str) -> String {
+    let plain = |c: char| {
+        if c.is_ascii_alphanumeric() {
+            c.to_ascii_lowercase()
+        } else {
+            '-'
+        }
+    };
+    label.chars().map(plain).collect()
+}

@@ -1,0 +1,85 @@
+//! Scores of a policy on questions about long contexts.
+
+use crate::{
+    Result,
+    args::{ModelArgs, PolicyArgs, PrefillArgs, TaskArgs},
+    progress::{Progress, Unit},
+    report, with_shipped_heads,
+};
+use clap::Parser;
+use locret_eval::{
+    evaluate::{Reader, Results, run_all},
+    files::{file_sha256, write_json},
+};
+use serde_json::json;
+use std::{fs, path::PathBuf};
+
+/// Reads contexts in a bounded cache and answers questions about them
+#[derive(Debug, Parser)]
+pub struct Args {
+    #[command(flatten)]
+    tasks: TaskArgs,
+    /// Where the scores go
+    #[arg(long, value_name = "OUT")]
+    json: PathBuf,
+    #[command(flatten)]
+    policy: PolicyArgs,
+    #[command(flatten)]
+    prefill: PrefillArgs,
+    #[command(flatten)]
+    model: ModelArgs,
+}
+
+/// The example.
+///
+/// # Errors
+/// Those of its parts.
+pub fn run(args: &Args) -> Result<()> {
+    let config = args.policy.config()?;
+    let runtime = args.model.load()?;
+    let config = with_shipped_heads(config, &runtime);
+    // Other heads by the same name are another policy.
+    let heads = config.heads.as_deref().map(file_sha256).transpose()?;
+    let tasks = args.tasks.tasks(&runtime, &args.model.fetch())?;
+    let model = runtime.model();
+    let policy = config.build_for(&*model)?;
+    let settings = json!({
+        "model": runtime.name,
+        "weights": args.model.weights,
+        "policy": config,
+        "heads_sha256": heads,
+        "chunk": args.prefill.chunk,
+        "local": args.prefill.local,
+        "kv": args.prefill.kv,
+        "tasks": args.tasks.settings(&tasks),
+    });
+    let reader = Reader {
+        model,
+        policy,
+        cache: args.prefill.cache(),
+        prefill: args.prefill.prefill(),
+        evicts_while_decoding: config.decode.is_some(),
+    };
+    let partial = args.json.with_added_extension("part");
+    let mut bar = Progress::new("tasks", Some(tasks.len() as u64), Unit::Cases);
+    let cases = run_all(
+        &reader,
+        &tasks,
+        &|text| runtime.encode(text),
+        Some((&partial, &settings)),
+        &mut |event| bar.follow(event),
+    )?;
+    bar.finish();
+    let results = Results::of(&reader.policy.name(), settings, &cases);
+    write_json(&args.json, &results)?;
+    // What is in it is in the results now; if it stays, it does no harm.
+    let _ = fs::remove_file(partial);
+    println!(
+        "{}: at most {} of keys and values, {}\n\n{}",
+        results.policy,
+        report::bytes(results.peak_kv_bytes),
+        report::duration(results.seconds),
+        results.table()
+    );
+    Ok(())
+}

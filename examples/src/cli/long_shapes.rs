@@ -1,0 +1,267 @@
+//! Time and memory at the dimensions of published models.
+
+use crate::{
+    Error, Result,
+    args::{ModelArgs, PolicyArgs, PrefillArgs},
+    plan::{Request, Shape},
+    progress::{Progress, Unit},
+    report::{self, Table, bytes},
+    runtime,
+};
+use clap::Parser;
+use locret_core::{
+    CausalLm, KvCachePolicy, LongRopeSwitch, ModelSpec, RopeConfig, RopeScaling, Session,
+};
+use locret_eval::{
+    memory::{Memory, Watch},
+    random::{self, RandomWeights, resident_bytes},
+};
+use locret_models::{DecoderConfig, Layout, Weights};
+use locret_policies::Method;
+use std::sync::Arc;
+
+/// Loads a model of published dimensions and streams random tokens through it
+#[derive(Debug, Parser)]
+#[command(
+    after_help = "--model takes the presets of the plan example, too: llama-3.1-8b, \
+                        phi-3-mini, ...; their weights are random"
+)]
+pub struct Args {
+    /// Tokens to read; none: load the model and stop
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    tokens: usize,
+    /// Layers of a preset
+    #[arg(long, value_name = "N", default_value_t = 2)]
+    layers: usize,
+    /// Tokens in the vocabulary of a preset
+    #[arg(long, value_name = "N", default_value_t = 4096)]
+    vocab: usize,
+    /// Width of Locret's heads, which are random unless there is a file of --heads
+    #[arg(long, value_name = "N", default_value_t = 1024)]
+    d_r: usize,
+    /// Seed of weights, heads and tokens
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    seed: u64,
+    #[command(flatten)]
+    policy: PolicyArgs,
+    #[command(flatten)]
+    prefill: PrefillArgs,
+    #[command(flatten)]
+    model: ModelArgs,
+}
+
+/// The example.
+///
+/// # Errors
+/// Those of its parts; [`Error::Usage`] if keys and values took other bytes than planned.
+pub fn run(args: &Args) -> Result<()> {
+    let (model, shape) = load(args)?;
+    if args.tokens == 0 {
+        return Ok(());
+    }
+    let config = args.policy.config()?;
+    let policy: Arc<dyn KvCachePolicy> = match (config.policy, &config.heads) {
+        (Method::Locret, None) => {
+            let heads = random::heads(&*model, args.d_r, args.seed)?;
+            config.build_with_heads(model.spec(), heads)?
+        }
+        _ => config.build_for(&*model)?,
+    };
+    let plan = Request {
+        shape,
+        context: args.tokens,
+        max_new: 1,
+        policy: config,
+        prefill: args.prefill.prefill(),
+        store: args.prefill.kv,
+        weight_bytes: 0,
+        d_r: 0,
+    }
+    .plan()?;
+    let ids = random::tokens(args.tokens, model.spec().vocab, args.seed);
+    let mut session = Session::with_options(model, policy, args.prefill.cache())?;
+
+    let mut bar = Progress::new("reading", Some(args.tokens as u64), Unit::Tokens);
+    let mut table = Table::new(&[">tokens", ">process memory", ">keys and values"]);
+    let mut tenths = 0;
+    let (mut tenth_chunk, mut later) = (None, 0);
+    session.prefill_with(&ids, &args.prefill.prefill(), &mut |chunk| {
+        bar.set(chunk.done as u64);
+        let resident = Memory::now().map(|m| m.resident);
+        match tenth_chunk {
+            None if chunk.index == 9 => tenth_chunk = resident,
+            None => {}
+            Some(_) => later = later.max(resident.unwrap_or(0)),
+        }
+        if chunk.done * 10 / chunk.tokens > tenths {
+            tenths = chunk.done * 10 / chunk.tokens;
+            table.row([
+                report::grouped(chunk.done),
+                resident.map_or("unknown".into(), bytes),
+                bytes(chunk.cache.bytes()),
+            ]);
+        }
+        Ok(())
+    })?;
+    bar.finish();
+
+    println!("\n{table}");
+    if let (Some(first), true) = (tenth_chunk, later > 0) {
+        let growth = later as f64 / first as f64 - 1.0;
+        println!(
+            "Process memory after the tenth chunk {}, at most {} after any later one ({:+.1} %).",
+            bytes(first),
+            bytes(later),
+            100.0 * growth
+        );
+    }
+    println!("\n{}", report::session(&session));
+    let peak = session.report().prefill_peak;
+    println!(
+        "Keys and values took {} bytes at most; the plan says {}.",
+        report::grouped(peak.bytes),
+        report::grouped(plan.kv_prefill)
+    );
+    if peak.bytes != plan.kv_prefill {
+        return Err(Error::Usage("the plan is not what the run took".into()));
+    }
+    Ok(())
+}
+
+/// Loads a model and prints what that took.
+fn load(args: &Args) -> Result<(Arc<dyn CausalLm>, Shape)> {
+    let watch = Watch::start();
+    let (model, shape, resident) = match Shape::preset(&args.model.model) {
+        Some(shape) => {
+            let shape = Shape {
+                layers: args.layers,
+                vocab: args.vocab,
+                ..shape
+            };
+            let device = runtime::device(&args.model.device)?;
+            let config = decoder(&shape, args.model.always_long);
+            let weights = RandomWeights::new(&config, args.seed);
+            let options = args.model.options();
+            let model = random::decoder(&config, &weights, &options, &device)?;
+            let resident = resident_bytes(&weights, args.model.weights);
+            let model: Arc<dyn CausalLm> = Arc::new(model);
+            (model, shape, resident)
+        }
+        None => {
+            let runtime = args.model.load()?;
+            let weights: Box<dyn Weights> = runtime.loaded.files.weights()?;
+            let resident = resident_bytes(&*weights, args.model.weights);
+            let shape = Shape::of(&args.model.model, &runtime.loaded.config);
+            (runtime.model(), shape, resident)
+        }
+    };
+    let anonymous = watch.stop();
+    let mut table = Table::new(&["loading", ">bytes", ">of the weights"]);
+    let mut row = |what: &str, n: usize| {
+        let share = n as f64 / resident as f64;
+        table.row([what.to_owned(), bytes(n), format!("{share:.3}")]);
+    };
+    row("weights in the type that they are held in", resident);
+    if let Some(memory) = Memory::now() {
+        row("process memory at its peak, mapped pages too", memory.peak);
+        row("memory without mapped pages at its peak", anonymous);
+    }
+    println!("{table}");
+    Ok((model, shape))
+}
+
+/// Rotary settings as the models of that name have them; LongRoPE's factors, which are lists of
+/// numbers in a model's files, are a smooth curve instead.
+fn decoder(shape: &Shape, always_long: bool) -> DecoderConfig {
+    let half = shape.head_dim / 2;
+    let (theta, scaling) = match shape.name.as_str() {
+        name if name.starts_with("llama-3") => (
+            500_000.0,
+            RopeScaling::Llama3 {
+                factor: if name.starts_with("llama-3.2") {
+                    32.0
+                } else {
+                    8.0
+                },
+                low_freq_factor: 1.0,
+                high_freq_factor: 4.0,
+                original_max: 8192,
+            },
+        ),
+        name if name.starts_with("phi-3") => (
+            10_000.0,
+            RopeScaling::LongRope {
+                short: vec![1.0; half],
+                long: (0..half)
+                    .map(|i| 64f64.powf(i as f64 / half as f64))
+                    .collect(),
+                original_max: 4096,
+                attention_factor: (1.0 + 32f64.ln() / 4096f64.ln()).sqrt(),
+                switch: if always_long {
+                    LongRopeSwitch::AlwaysLong
+                } else {
+                    LongRopeSwitch::default()
+                },
+            },
+        ),
+        _ => (10_000.0, RopeScaling::None),
+    };
+    let spec = ModelSpec::new(
+        shape.layers,
+        shape.heads,
+        shape.kv_heads,
+        shape.hidden,
+        shape.vocab,
+    )
+    .with_head_dim(shape.head_dim)
+    .with_rope(RopeConfig {
+        theta,
+        rotary_dim: shape.head_dim,
+        scaling,
+    })
+    .with_softmax_scale((shape.head_dim as f32).sqrt().recip())
+    .with_max_positions(Some(131_072));
+    DecoderConfig {
+        spec,
+        intermediate: shape.intermediate,
+        norm_epsilon: 1e-5,
+        tied: shape.tied,
+        layout: if shape.name.starts_with("phi-3") {
+            Layout::Fused
+        } else {
+            Layout::Separate
+        },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use burn::tensor::Device;
+    use locret_models::{LoadOptions, WeightDtype};
+
+    #[test]
+    fn every_preset_has_the_weights_that_its_decoder_asks_for() {
+        for name in Shape::PRESETS {
+            let mut shape = Shape::preset(name).unwrap();
+            // Small, with the proportions of heads and the layout kept.
+            (shape.layers, shape.hidden, shape.intermediate) = (2, 48, 64);
+            (shape.head_dim, shape.vocab) = (8, 96);
+            let config = decoder(&shape, true);
+            let weights = RandomWeights::new(&config, 1);
+            let device = Device::default();
+            let options = LoadOptions {
+                weights: WeightDtype::BF16,
+                ..LoadOptions::default()
+            };
+            let model = random::decoder(&config, &weights, &options, &device).unwrap();
+            assert_eq!(model.spec().heads, shape.heads, "{name}");
+            let phi = name.starts_with("phi-3");
+            assert_eq!(model.spec().rope.is_long(1), phi, "{name}");
+            let bytes = resident_bytes(&weights, WeightDtype::BF16);
+            assert_eq!(bytes, 2 * shape.parameters(), "{name}");
+            assert_eq!(resident_bytes(&weights, WeightDtype::F32), 2 * bytes);
+            random::heads(&model, 8, 1).unwrap();
+        }
+    }
+}

@@ -1,0 +1,10 @@
+//! The examples that are longer than a screen: flags, and what is done with them.
+
+pub mod ablation;
+pub mod evaluate;
+pub mod generate;
+pub mod long_shapes;
+pub mod plan;
+pub mod quickstart;
+pub mod trace;
+pub mod train_heads;

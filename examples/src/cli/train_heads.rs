@@ -1,0 +1,449 @@
+//! Trains retaining heads for a model.
+
+use crate::{
+    Error, Result,
+    args::{ModelArgs, parse_dtype},
+    progress::{Fetching, Progress, Unit},
+    report::{self, Table},
+    runtime::{self, Runtime},
+};
+use clap::{Parser, ValueEnum};
+use locret_core::DType;
+use locret_eval::{
+    pictures::{Chart, Scale, Series},
+    training_data::{self, Recipe, TrainingCorpus},
+};
+use locret_policies::{
+    HeadAdvice,
+    training::{
+        CollectConfig, InputDtype, LabelKind, RECALL_AT, Sample, Shards, Split, Target,
+        TrainConfig, TrainProgress, Trained, collect, epochs_within, train,
+    },
+};
+use std::{
+    ops::ControlFlow,
+    path::{Path, PathBuf},
+    sync::Mutex,
+    time::{Duration, Instant},
+};
+
+/// Trains retaining heads for a model
+#[derive(Debug, Clone, Parser)]
+pub struct Args {
+    /// builtin, plain (nothing planted), or a file: JSON lines or an array, ShareGPT or prompts
+    /// with answers
+    #[arg(long, value_name = "DATA", default_value = "builtin")]
+    pub data: String,
+    /// Where the heads go (safetensors); pictures go beside it
+    #[arg(long, value_name = "FILE")]
+    pub out: PathBuf,
+    /// Where unfinished work is kept [default: OUT with .work]
+    #[arg(long, value_name = "DIR")]
+    pub workdir: Option<PathBuf>,
+    /// Built-in texts to make
+    #[arg(long, value_name = "N", default_value_t = 140)]
+    pub samples: usize,
+    /// Width of a head, d_R
+    #[arg(long, value_name = "N", default_value_t = 256)]
+    pub d_r: usize,
+    /// How often each text is seen
+    #[arg(long, value_name = "N", default_value_t = 4)]
+    pub epochs: usize,
+    /// Take fewer texts, then fewer epochs, to be done after this time
+    #[arg(long, value_name = "M")]
+    pub minutes_limit: Option<f64>,
+    /// Seed of texts, weights and order
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub seed: u64,
+    /// Type of the weights in the file: f32, f16 or bf16
+    #[arg(long, value_name = "TYPE", default_value = "f16", value_parser = parse_dtype)]
+    pub dtype: DType,
+    /// Layers that are trained at the same time
+    #[arg(long, value_name = "N", default_value_t = 2)]
+    pub threads: usize,
+    /// Tokens after which the middle of a text from a file is cut out; 0 for never
+    #[arg(long, value_name = "N", default_value_t = 10_240)]
+    pub max_tokens: usize,
+    /// Tokens of a text that are trained on; 0 for all
+    #[arg(long, value_name = "N", default_value_t = 832)]
+    pub max_rows: usize,
+    /// Locret-Q: put the last N tokens of each query before its text
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub query_aware: usize,
+    /// What a label is: the largest logit, as published, or the share of attention
+    #[arg(long, value_name = "KIND", default_value = "logit")]
+    pub label: Label,
+    /// Weigh attention by the norm of the value
+    #[arg(long)]
+    pub value_norm: bool,
+    /// Labels from the last N tokens of each query, too, not from its answer alone
+    #[arg(long, value_name = "N", default_value_t = 16)]
+    pub query_tokens: usize,
+    /// Bring labels of each head and text to one scale
+    #[arg(long)]
+    pub standardise: bool,
+    /// A label becomes the largest of N around it
+    #[arg(long, value_name = "N", default_value_t = 3)]
+    pub pool_labels: usize,
+    /// The first N units of a text are fitted to its highest label
+    #[arg(long, value_name = "N", default_value_t = 4)]
+    pub sinks: usize,
+    /// Weight of the smoothing loss, summed over layers
+    #[arg(long, value_name = "X", default_value_t = 0.0025)]
+    pub alpha: f32,
+    /// Weight of a ranking loss at the cut
+    #[arg(long, value_name = "X", default_value_t = 0.0)]
+    pub ranking: f32,
+    /// Advise, in the file, that the first N units of a text stay
+    #[arg(long, value_name = "N")]
+    pub advise_sinks: Option<usize>,
+    /// Advise, in the file, selection on scores max-pooled over N neighbours (odd)
+    #[arg(long, value_name = "N")]
+    pub advise_pool: Option<usize>,
+    /// Highest learning rate
+    #[arg(long, value_name = "X", default_value_t = 5e-4)]
+    pub learning_rate: f64,
+    /// Keep what was collected in the work folder, for another training on it
+    #[arg(long)]
+    pub keep_work: bool,
+    /// The model
+    #[command(flatten)]
+    pub model: ModelArgs,
+}
+
+/// What a label is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Label {
+    /// The largest attention logit.
+    Logit,
+    /// The share of attention.
+    Mass,
+}
+
+/// The example.
+///
+/// # Errors
+/// Those of its parts; [`Error::Usage`] if the time was too short for one text.
+pub fn run(args: &Args) -> Result<()> {
+    let started = Instant::now();
+    let left = |share: f64| {
+        let limit = args
+            .minutes_limit
+            .map(|m| Duration::from_secs_f64(m.max(0.0) * 60.0 * share));
+        limit.map(|l| l.saturating_sub(started.elapsed()).as_secs_f64())
+    };
+    if args.advise_pool.is_some_and(|n| n.is_multiple_of(2)) {
+        return Err(Error::Usage("--advise-pool must be odd".into()));
+    }
+    // A place that cannot be written to is found out before the work, not after it.
+    if let Some(folder) = args.out.parent() {
+        std::fs::create_dir_all(folder).map_err(|e| Error::write(folder, e))?;
+    }
+    let runtime = args.model.load()?;
+    let samples = samples(args, &runtime)?;
+    let work = match &args.workdir {
+        Some(dir) => dir.clone(),
+        None => args.out.with_added_extension("work"),
+    };
+    // Reading takes most of the time; a quarter is left for training.
+    let shards = gather(args, &runtime, &samples, &work.join("samples"), &|| {
+        left(0.75)
+    })?;
+    let mut config = args.training();
+    let device = runtime.device.clone().autodiff();
+    if let Some(seconds) = left(1.0) {
+        config.epochs = epochs_within(&shards, &config, &device, seconds * 0.9)?;
+    }
+    let trained = fit(&shards, &work.join("heads"), &config, &device)?;
+    let texts = shards.all().len();
+    drop(shards);
+    save(args, &runtime, &config, texts, trained, started)?;
+    if !args.keep_work {
+        // All that is in it is in the heads now; if it stays, it does no harm.
+        let _ = std::fs::remove_dir_all(&work);
+    }
+    Ok(())
+}
+
+impl Args {
+    fn training(&self) -> TrainConfig {
+        TrainConfig {
+            d_r: self.d_r,
+            epochs: self.epochs,
+            learning_rate: self.learning_rate,
+            alpha: self.alpha,
+            ranking: self.ranking,
+            target: if self.standardise {
+                Target::Standardised
+            } else {
+                Target::Raw
+            },
+            pool: self.pool_labels,
+            sinks: self.sinks,
+            seed: self.seed,
+            threads: self.threads,
+            ..TrainConfig::default()
+        }
+    }
+
+    fn collecting(&self) -> CollectConfig {
+        CollectConfig {
+            label: match self.label {
+                Label::Logit => LabelKind::MaxLogit,
+                Label::Mass => LabelKind::Mass,
+            },
+            value_norm: self.value_norm,
+            query_tokens: self.query_tokens,
+            inputs: InputDtype::Q8,
+            max_rows: self.max_rows,
+            seed: self.seed,
+            ..CollectConfig::default()
+        }
+    }
+}
+
+/// The texts, tokenised.
+fn samples(args: &Args, runtime: &Runtime) -> Result<Vec<Sample>> {
+    let frame = runtime.frame(None)?;
+    let encode = |text: &str| runtime.encode(text);
+    let (texts, most) = if let Ok(recipe) = args.data.parse::<Recipe>() {
+        let fetch = args.model.fetch();
+        let (essays, shown) = (runtime::essays(&fetch)?, Fetching::new());
+        let corpus = TrainingCorpus::fetch(&fetch, &essays, &|p| shown.show(p))?;
+        let count = |text: &str| runtime.count(text);
+        let made =
+            training_data::generate(recipe, args.samples, args.seed, &corpus, &frame, &count)?;
+        (made, 0)
+    } else {
+        let texts = training_data::read(Path::new(&args.data), &frame)?;
+        (texts, args.max_tokens)
+    };
+    let samples = training_data::tokenise(&texts, most, &encode)?;
+    if args.query_aware == 0 {
+        return Ok(samples);
+    }
+    let begin = runtime.count(&frame.begin)?;
+    let aware = samples
+        .iter()
+        .flat_map(|s| s.query_aware(args.query_aware, begin));
+    Ok(aware.collect())
+}
+
+/// Inputs and labels of as many samples as `left` leaves time for.
+fn gather(
+    args: &Args,
+    runtime: &Runtime,
+    samples: &[Sample],
+    folder: &Path,
+    left: &dyn Fn() -> Option<f64>,
+) -> Result<Shards> {
+    let model = runtime.model();
+    let config = args.collecting();
+    let mut bar = Progress::new("reading texts", None, Unit::Tokens);
+    let mut done = 0;
+    let read = collect(&*model, samples, folder, &config, &mut |at| {
+        bar.set_total(at.of_tokens as u64);
+        bar.set(at.tokens as u64);
+        done = at.samples;
+        let late = done < at.of && left().is_some_and(|seconds| seconds <= 0.0);
+        if late {
+            ControlFlow::Break(())
+        } else {
+            ControlFlow::Continue(())
+        }
+    })?;
+    let shards = match read {
+        Some(shards) => shards,
+        None => {
+            bar.note(&format!("time for {done} of {} texts", samples.len()));
+            // They are all there, so that nothing is read again.
+            let some = collect(&*model, &samples[..done], folder, &config, &mut |_| {
+                ControlFlow::Continue(())
+            })?;
+            some.ok_or_else(|| Error::Usage("no text was read in time".into()))?
+        }
+    };
+    bar.finish_with_line();
+    eprintln!(
+        "{} tokens to train on, {} to measure with, {} on disk",
+        report::grouped(shards.rows(Split::Train)),
+        report::grouped(shards.rows(Split::Validation)),
+        report::bytes(shards.bytes() as usize)
+    );
+    Ok(shards)
+}
+
+fn fit(
+    shards: &Shards,
+    folder: &Path,
+    config: &TrainConfig,
+    device: &burn::tensor::Device,
+) -> Result<Trained> {
+    let layers = shards.layers();
+    let bar = Progress::new(format!("training {layers} layers"), None, Unit::Cases);
+    let state = Mutex::new((bar, vec![0; layers], 0));
+    let trained = train(shards, folder, config, device, &|progress| {
+        let mut state = state.lock().unwrap_or_else(|e| e.into_inner());
+        let (bar, done, each) = &mut *state;
+        match progress {
+            TrainProgress::Step {
+                layer, step, steps, ..
+            } => {
+                *each = *steps;
+                done[*layer] = *step;
+            }
+            TrainProgress::Layer(report) => done[report.layer] = *each,
+            _ => {}
+        }
+        if *each > 0 {
+            bar.set_total((*each * layers) as u64);
+            bar.set(done.iter().sum::<usize>() as u64);
+        }
+        ControlFlow::Continue(())
+    })?;
+    let (bar, ..) = state.into_inner().unwrap_or_else(|e| e.into_inner());
+    bar.finish_with_line();
+    trained.ok_or_else(|| Error::Usage("the training was stopped".into()))
+}
+
+/// Writes heads and pictures, and says how it went.
+fn save(
+    args: &Args,
+    runtime: &Runtime,
+    config: &TrainConfig,
+    texts: usize,
+    mut trained: Trained,
+    started: Instant,
+) -> Result<()> {
+    // Where a file lay says nothing to others.
+    let data = Path::new(&args.data)
+        .file_name()
+        .map(|name| name.to_string_lossy());
+    let settings = serde_json::json!({
+        "data": data,
+        "texts": texts,
+        "collect": args.collecting(),
+        "train": config,
+        "query_aware": args.query_aware,
+    });
+    let metadata = &mut trained.heads.metadata;
+    metadata.insert("model".into(), runtime.name.clone());
+    if let Some(hash) = runtime.sha256()? {
+        metadata.insert("model_sha256".into(), hash);
+    }
+    metadata.insert("training".into(), settings.to_string());
+    let advice = HeadAdvice {
+        pool: args.advise_pool,
+        sinks: args.advise_sinks,
+        ..HeadAdvice::default()
+    };
+    if advice != HeadAdvice::default() {
+        trained.heads.advise(&advice);
+    }
+    trained.heads.save(&args.out, args.dtype)?;
+    pictures(&args.out, &trained)?;
+    let mut table = Table::new(&["", ">before", ">after"]);
+    let mean = |epoch: fn(&[(usize, f32)]) -> Option<&(usize, f32)>| {
+        let all = trained.layers.iter().filter_map(|l| epoch(&l.curve));
+        all.map(|(_, loss)| f64::from(*loss)).sum::<f64>() / trained.layers.len() as f64
+    };
+    let (first, last) = (mean(|c| c.first()), mean(|c| c.last()));
+    table.row([
+        "loss".to_owned(),
+        format!("{first:.3}"),
+        format!("{last:.3}"),
+    ]);
+    if let Some(validation) = trained.validation() {
+        for (share, recall) in RECALL_AT.iter().zip(validation.recall) {
+            let name = format!("recall of the top {:.0} %", share * 100.0);
+            table.row([name, format!("{share:.3}"), format!("{recall:.3}")]);
+        }
+        let row = [
+            "correlation".to_owned(),
+            "0".into(),
+            format!("{:.3}", validation.pearson),
+        ];
+        table.row(row);
+    }
+    println!(
+        "{}: {} weights in {} heads, {} epochs, {}\n\n{table}",
+        args.out.display(),
+        report::grouped(trained.heads.parameters()),
+        trained.layers.len(),
+        config.epochs,
+        report::duration(started.elapsed().as_secs_f64()),
+    );
+    Ok(())
+}
+
+/// Loss by step and recall by epoch, over all layers, beside the heads.
+fn pictures(out: &Path, trained: &Trained) -> Result<()> {
+    let steps: Vec<usize> = match trained.layers.first() {
+        Some(layer) => layer.curve.iter().map(|(step, _)| *step).collect(),
+        None => return Ok(()),
+    };
+    let over = |pick: &dyn Fn(Vec<f32>) -> f32| -> Vec<(f64, f64)> {
+        let at = |(i, step): (usize, &usize)| {
+            let all = trained.layers.iter().filter_map(|l| l.curve.get(i));
+            let mut all: Vec<f32> = all.map(|(_, loss)| *loss).collect();
+            all.sort_by(f32::total_cmp);
+            (*step as f64, f64::from(pick(all)))
+        };
+        steps.iter().enumerate().map(at).collect()
+    };
+    let line = |name: &str, points| Series {
+        name: name.into(),
+        points,
+    };
+    Chart {
+        title: "Training of retaining heads".into(),
+        x: ("steps of a layer".into(), Scale::Linear),
+        y: ("loss".into(), Scale::Linear),
+        series: vec![
+            line(
+                "best layer",
+                over(&|all| all.first().copied().unwrap_or_default()),
+            ),
+            line(
+                "median",
+                over(&|all| all.get(all.len() / 2).copied().unwrap_or_default()),
+            ),
+            line(
+                "worst layer",
+                over(&|all| all.last().copied().unwrap_or_default()),
+            ),
+        ],
+    }
+    .write(&out.with_extension("loss.svg"))?;
+    let epochs = trained
+        .layers
+        .iter()
+        .map(|l| l.validation.len())
+        .min()
+        .unwrap_or(0);
+    if epochs == 0 {
+        return Ok(());
+    }
+    let recall = |which: usize| {
+        let at = |epoch: usize| {
+            let all = trained
+                .layers
+                .iter()
+                .map(|l| l.validation[epoch].recall[which]);
+            (
+                epoch as f64 + 1.0,
+                all.sum::<f64>() / trained.layers.len() as f64,
+            )
+        };
+        (0..epochs).map(at).collect()
+    };
+    Chart {
+        title: "Units that matter and are found".into(),
+        x: ("epochs".into(), Scale::Linear),
+        y: ("recall on texts put aside".into(), Scale::Share),
+        series: (RECALL_AT.iter().enumerate())
+            .map(|(i, share)| line(&format!("top {:.0} %", share * 100.0), recall(i)))
+            .collect(),
+    }
+    .write(&out.with_extension("recall.svg"))
+}
