@@ -151,7 +151,8 @@ impl Request {
     /// Works the plan out, chunk by chunk as the engine reads ([`locret_core::plan`]).
     ///
     /// # Errors
-    /// [`Error::Policy`] for a policy without a budget, [`Error::Core`] for an empty prompt, a chunk of 0
+    /// [`Error::Policy`](crate::Error::Policy) for a policy without a budget,
+    /// [`Error::Core`](crate::Error::Core) for an empty prompt, a chunk of 0
     /// or an impossible budget.
     pub fn plan(&self) -> Result<Plan> {
         let (shape, spec) = (&self.shape, self.shape.spec());

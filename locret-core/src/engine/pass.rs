@@ -110,10 +110,19 @@ impl<'a> Pass<'a> {
             ));
         }
         let turning = |step: &SequenceStep<'_>| step.phase == Phase::Turn;
-        if steps.iter().any(|step| turning(step) && step.incoming > 0)
-            || steps.iter().any(turning) && !steps.iter().all(turning)
+        if steps
+            .iter()
+            .any(|step| turning(step) == (step.incoming > 0))
         {
-            let expected = "no new tokens where a further prompt begins, in no step";
+            let expected = "new tokens, unless a further prompt begins, and then none";
+            return Err(Error::setting(
+                "steps of a pass",
+                expected,
+                "the other way round",
+            ));
+        }
+        if steps.iter().any(turning) && !steps.iter().all(turning) {
+            let expected = "further prompts that begin in all steps or in none";
             return Err(Error::setting("steps of a pass", expected, "some"));
         }
         for step in &mut steps {

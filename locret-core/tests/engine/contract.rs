@@ -136,6 +136,7 @@ fn steps_that_do_not_go_together_make_no_pass() {
     let (mut a, mut b) = (cache(Everything::default()), cache(Everything::default()));
     setting(Pass::new([a.step(BODY, 3, 3), b.step(Phase::Turn, 0, 3)]));
     setting(Pass::new([a.step(Phase::Turn, 1, 3)]));
+    setting(Pass::new([a.step(BODY, 0, 3)]));
     let mut small = spec();
     small.layers = 1;
     let policy = Arc::new(Everything::default());
