@@ -74,7 +74,12 @@ fn every_method_is_built_by_name_and_holds_its_budget() {
 fn constructors_have_the_defaults_of_configuration() {
     let spec = spec(2, 2, 3, 8);
     let budgets = (1..40).chain([256, 6000]).map(Budget::Units);
-    for budget in budgets.chain([Budget::Ratio(0.02), Budget::Ratio(0.5)]) {
+    let others = [
+        Budget::Ratio(0.02),
+        Budget::Ratio(0.5),
+        Budget::Bytes(100_000),
+    ];
+    for budget in budgets.chain(others) {
         let same = |method, made: &dyn KvCachePolicy, config: &PolicyConfig| {
             let built = config.build(&spec, &*compute(&Device::default())).unwrap();
             assert_eq!(format!("{built:?}"), format!("{made:?}"), "{method}");

@@ -14,7 +14,7 @@ use locret_kernels::{
     awake::awake,
     elementwise, linear, observe,
     perceptron::perceptron,
-    rope,
+    rope::{self, RopeTable},
     tiles::{DenseTiles, KvTiles},
 };
 use serde::{Deserialize, Serialize};
@@ -93,10 +93,7 @@ impl Compute for Host {
     }
 
     fn matrix(&self, parts: Vec<Weight>) -> Result<Arc<dyn Matrix>> {
-        let columns = parts.first().map_or(0, |part| part.columns);
-        if let Some(other) = parts.iter().find(|part| part.columns != columns) {
-            return Err(Error::shape("columns of a matrix", columns, other.columns));
-        }
+        let columns = super::columns(&parts)?;
         Ok(Arc::new(HostMatrix {
             parts: parts.into_iter().map(weight).collect::<Result<_>>()?,
             columns,
@@ -238,6 +235,12 @@ impl Attention<'_> {
             {
                 return Err(Error::shape("rotation table", [units], [table.len()]));
             }
+        }
+        if let Some(turned) = self.rotation.map(RopeTable::rotary_dim)
+            && turned > layer.head_dim
+        {
+            let expected = format!("at most {}, a head's", layer.head_dim);
+            return Err(Error::shape("features to rotate", expected, turned));
         }
         Ok(AttnShape {
             tokens,

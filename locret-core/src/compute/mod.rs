@@ -46,9 +46,8 @@ pub trait Compute: Debug + Send + Sync {
     /// A matrix of weights: `parts`, one below the other, which have equally many columns.
     ///
     /// # Errors
-    /// [`Error::Shape`] for bytes that are not the matrix they are said to be, and for
-    /// different columns; [`Error::NotSupported`] for a type that this does
-    /// not compute with.
+    /// [`Error::Shape`] for bytes that are not the matrix they are said to be, for different columns or
+    /// none, and for no parts; [`Error::NotSupported`] for a type that this does not compute with.
     fn matrix(&self, parts: Vec<Weight>) -> Result<Arc<dyn Matrix>>;
 
     /// Whether [`matrix`](Self::matrix) computes with weights of this type as they are. Others have to be
@@ -128,8 +127,10 @@ pub fn compute(device: &Device) -> Arc<dyn Compute> {
 
 /// Which implementation computes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
 pub enum Kernels {
-    /// The CPU kernels where the device's tensors lie in host memory, Burn's operations elsewhere.
+    /// For a model, the CPU kernels where the device's tensors lie in host memory and Burn's operations
+    /// elsewhere; for a cache, what its model computes with.
     #[default]
     Auto,
     /// Burn's operations everywhere.
@@ -275,9 +276,15 @@ impl<'a> Rotation<'a> {
     /// Checks that the table has every row that `[tokens, width]` numbers need.
     fn check(&self, [tokens, width]: [usize; 2]) -> Result<()> {
         let groups = match self.rows {
-            TableRows::From(first) => first.len().max(1),
+            TableRows::From([]) => return Err(Error::shape("groups of heads", "at least one", 0)),
+            TableRows::From(first) => first.len(),
             TableRows::Each(_) => 1,
         };
+        let turned = self.table.rotary_dim();
+        if turned > self.head_dim {
+            let expected = format!("at most {}, a head's", self.head_dim);
+            return Err(Error::shape("features to rotate", expected, turned));
+        }
         if self.head_dim == 0 || !width.is_multiple_of(self.head_dim * groups) {
             let expected = format!("[{tokens}, {groups} groups of heads of {}]", self.head_dim);
             return Err(Error::shape("rows to rotate", expected, [tokens, width]));
@@ -331,6 +338,18 @@ fn gated(gate_up: &Rows) -> Result<[usize; 2]> {
     match width.is_multiple_of(2) {
         true => Ok([rows, width / 2]),
         false => Err(Error::shape("gates and ups", "an even width", width)),
+    }
+}
+
+/// The columns that all parts of a matrix have.
+fn columns(parts: &[Weight]) -> Result<usize> {
+    let columns = parts.first().map_or(0, |part| part.columns);
+    if columns == 0 {
+        return Err(Error::shape("columns of a matrix", "at least one", 0));
+    }
+    match parts.iter().find(|part| part.columns != columns) {
+        Some(other) => Err(Error::shape("columns of a matrix", columns, other.columns)),
+        None => Ok(columns),
     }
 }
 

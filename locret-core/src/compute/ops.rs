@@ -110,6 +110,7 @@ impl Compute for Ops {
     }
 
     fn matrix(&self, parts: Vec<Weight>) -> Result<Arc<dyn Matrix>> {
+        super::columns(&parts)?;
         let parts = parts.into_iter().map(|part| {
             let [rows, columns] = [part.rows, part.columns];
             let tensor = tensor(part, &self.device)?;
@@ -125,14 +126,6 @@ impl Compute for Ops {
         // Transposed in memory once, so that no product has to walk it crosswise.
         let across = |part: Tensor<2>| part.transpose().mul_scalar(1.0);
         let mut parts: Vec<_> = parts.into_iter().map(across).collect();
-        let Some(first) = parts.first() else {
-            return Err(Error::shape("parts of a matrix", "at least one", 0));
-        };
-        let columns = first.dims()[0];
-        if let Some(other) = parts.iter().find(|part| part.dims()[0] != columns) {
-            let found = other.dims()[0];
-            return Err(Error::shape("columns of a matrix", columns, found));
-        }
         Ok(Arc::new(OpsMatrix(match parts.len() {
             1 => parts.remove(0),
             _ => Tensor::cat(parts, 1),

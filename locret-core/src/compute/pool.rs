@@ -1,9 +1,6 @@
 //! Host memory that is written again and again while a pass is under way.
 
-use std::sync::{
-    Arc, Mutex, PoisonError,
-    atomic::{AtomicUsize, Ordering},
-};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// Buffers that are waiting for their next use.
 ///
@@ -11,25 +8,29 @@ use std::sync::{
 /// of a prompt. Buffers stay only while a pass is under way ([`open`](Self::open)); between passes a pool
 /// is empty.
 #[derive(Debug, Default)]
-pub(super) struct Pool {
-    passes: AtomicUsize,
-    free: Mutex<Vec<Vec<f32>>>,
+pub(super) struct Pool(Mutex<State>);
+
+#[derive(Debug, Default)]
+struct State {
+    passes: usize,
+    free: Vec<Vec<f32>>,
 }
 
 impl Pool {
-    fn free(&self) -> std::sync::MutexGuard<'_, Vec<Vec<f32>>> {
-        self.free.lock().unwrap_or_else(PoisonError::into_inner)
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// From here on buffers are kept, until the guard is dropped.
     pub(super) fn open(&self) -> Open<'_> {
-        self.passes.fetch_add(1, Ordering::AcqRel);
+        self.state().passes += 1;
         Open(self)
     }
 
     /// `len` numbers of no particular value.
     pub(super) fn take(self: &Arc<Self>, len: usize) -> Buffer {
-        let mut free = self.free();
+        let mut state = self.state();
+        let free = &mut state.free;
         let fits = |buffer: &&mut Vec<f32>| buffer.capacity() >= len;
         let best = free.iter_mut().filter(fits).map(|b| b.capacity()).min();
         // One that is far too large would be missed by whoever needs it.
@@ -37,7 +38,7 @@ impl Pool {
         // The one that was used last: it may still be in a cache.
         let at = best.and_then(|n| free.iter().rposition(|buffer| buffer.capacity() == n));
         let values = at.map(|at| free.remove(at));
-        drop(free);
+        drop(state);
         let values = match values {
             Some(mut values) => {
                 values.resize(len, 0.0);
@@ -57,8 +58,10 @@ pub(super) struct Open<'a>(&'a Pool);
 
 impl Drop for Open<'_> {
     fn drop(&mut self) {
-        if self.0.passes.fetch_sub(1, Ordering::AcqRel) == 1 {
-            self.0.free().clear();
+        let mut state = self.0.state();
+        state.passes -= 1;
+        if state.passes == 0 {
+            state.free = Vec::new();
         }
     }
 }
@@ -80,9 +83,11 @@ impl Drop for Buffer {
     fn drop(&mut self) {
         if let Some(pool) = &self.pool
             && self.values.capacity() > 0
-            && pool.passes.load(Ordering::Acquire) > 0
         {
-            pool.free().push(std::mem::take(&mut self.values));
+            let mut state = pool.state();
+            if state.passes > 0 {
+                state.free.push(std::mem::take(&mut self.values));
+            }
         }
     }
 }
@@ -98,7 +103,7 @@ mod tests {
         let first = pool.take(100);
         let address = first.values.as_ptr();
         drop(first);
-        assert_eq!(pool.free().len(), 1);
+        assert_eq!(pool.state().free.len(), 1);
         // Far too large for 10 numbers, and right for 90.
         assert_ne!(pool.take(10).values.as_ptr(), address);
         let again = pool.take(90);
@@ -106,10 +111,10 @@ mod tests {
         drop(again);
         let inner = pool.open();
         drop(inner);
-        assert!(!pool.free().is_empty());
+        assert!(!pool.state().free.is_empty());
         drop(open);
-        assert!(pool.free().is_empty());
+        assert!(pool.state().free.is_empty());
         drop(pool.take(100));
-        assert!(pool.free().is_empty());
+        assert!(pool.state().free.is_empty());
     }
 }

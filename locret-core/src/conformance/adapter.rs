@@ -137,7 +137,9 @@ impl Checking<'_> {
 
     fn failed(&self, case: &str, error: Error) -> ConformanceError {
         match error {
-            Error::LayerOrder { .. } => self.broken(Promise::Layers, case, error.to_string()),
+            Error::LayerOrder { .. } | Error::LayersMissing { .. } => {
+                self.broken(Promise::Layers, case, error.to_string())
+            }
             Error::Shape { .. } => self.broken(Promise::Shapes, case, error.to_string()),
             error => ConformanceError::Failed {
                 subject: "the adapter".into(),
@@ -329,11 +331,13 @@ impl Checking<'_> {
             let case = format!("a policy that fails in layer {layer}");
             let cache = self.cache(Failing(layer));
             let mut cache = cache.map_err(|e| self.failed(&case, e))?;
-            let t = self.ids.len();
-            if self
-                .pass(Phase::Prefill { last: true }, &mut cache, self.ids, t)
-                .is_ok()
-            {
+            let step = cache.step(
+                Phase::Prefill { last: true },
+                self.ids.len(),
+                self.ids.len(),
+            );
+            let mut pass = Pass::new([step]).map_err(|e| self.failed(&case, e))?;
+            if forward(&*self.model, self.ids, &mut pass).is_ok() {
                 let found = "hidden states instead of the error";
                 return Err(self.broken(Promise::Layers, &case, found));
             }

@@ -193,7 +193,11 @@ impl Checking<'_> {
             let narrow = self.rows(&dice.values(columns + 1), columns + 1)?;
             self.refused("an input that is too wide", matrix.apply(&narrow))?;
         }
-        Ok(())
+        self.refused("a matrix of no parts", self.compute.matrix(Vec::new()))?;
+        let empty = Weight::from_f32(&[], 2, 0);
+        self.refused("a matrix without columns", self.compute.matrix(vec![empty]))?;
+        let [one, two] = [1, 2].map(|columns| Weight::from_f32(&vec![1.0; columns], 1, columns));
+        self.refused("different columns", self.compute.matrix(vec![one, two]))
     }
 
     /// Random numbers as they lie in a file, and what they stand for.
@@ -317,7 +321,7 @@ impl Checking<'_> {
         let dim = 2 * dice.between(1, 16);
         let rotary = 2 * dice.between(1, dim / 2);
         let factor = dice.pick(&[1.0, 1.19]);
-        let table = table(dice, rotary, factor, 60);
+        let table = table_of(dice, rotary, factor, 60);
         let (groups, per_group) = (dice.between(1, 3), dice.between(1, 3));
         let tokens = dice.between(1, 12);
         let width = groups * per_group * dim;
@@ -372,15 +376,21 @@ impl Checking<'_> {
             let due: Vec<Sum> = x.iter().map(|x| Sum(f64::from(*x), 0.1)).collect();
             self.near("a rotation undone", &back.values()?, &due)?;
         }
-        let far = TableRows::From(&[60]);
-        let by = Rotation {
-            table: &table,
-            head_dim: dim,
-            rows: far,
-            inverse: false,
-        };
-        let beyond = self.compute.rotate(self.rows(&x, width)?, &by);
-        self.refused("a row beyond the table", beyond)
+        let wide = table_of(dice, dim + 2, factor, 60);
+        for (what, table, rows) in [
+            ("a row beyond the table", &table, TableRows::From(&[60])),
+            ("no group of heads", &table, TableRows::From(&[])),
+            ("a table wider than a head", &wide, TableRows::From(&[0])),
+        ] {
+            let by = Rotation {
+                table,
+                head_dim: dim,
+                rows,
+                inverse: false,
+            };
+            self.refused(what, self.compute.rotate(self.rows(&x, width)?, &by))?;
+        }
+        Ok(())
     }
 
     fn attention(&self, dice: &mut Dice) -> Checked {
@@ -427,7 +437,7 @@ impl Checking<'_> {
             }
         }
         let rotary = 2 * dice.between(1, d / 2);
-        let table = table(dice, rotary, 1.0, old + tokens);
+        let table = table_of(dice, rotary, 1.0, old + tokens);
         let rotation = dice.chance(0.5).then_some(&table);
         if let Some(table) = rotation {
             for [keys, _] in &mut rest {
@@ -491,7 +501,16 @@ impl Checking<'_> {
             self.near(&format!("{what:?}"), &found.per_head.concat(), &due)?;
         }
         let wide = self.rows(&dice.values(layer.heads * d + 1), layer.heads * d + 1)?;
-        self.refused("wide queries", self.compute.attend(wide, &over))
+        self.refused("wide queries", self.compute.attend(wide, &over))?;
+        let turned = table_of(dice, d + 2, 1.0, old + tokens);
+        let over = Attention {
+            rotation: Some(&turned),
+            ..over
+        };
+        self.refused(
+            "a table wider than a head",
+            self.compute.attend(rows, &over),
+        )
     }
 
     fn selection(&self, dice: &mut Dice) -> Checked {
@@ -526,7 +545,7 @@ impl Checking<'_> {
 }
 
 /// Cosines and sines of random frequencies.
-fn table(dice: &mut Dice, rotary: usize, factor: f32, rows: usize) -> RopeTable {
+fn table_of(dice: &mut Dice, rotary: usize, factor: f32, rows: usize) -> RopeTable {
     let config = RopeConfig::plain(dice.pick(&[100.0, 10_000.0]), rotary);
     RopeTable::new(&config.frequencies(false).0, factor, 0..rows)
 }

@@ -110,8 +110,8 @@ pub enum Promise {
     Bound,
     /// Policies.
     #[error(
-        "while a prompt is read a head keeps as many units as its limit allows, and in the tail \
-         and (without eviction while decoding) in generated text nothing is dropped"
+        "while a prompt is read a head keeps as many units as its limit allows, and in the tail, in \
+         forced text and (without eviction while decoding) in generated text nothing is dropped"
     )]
     FillsBudget,
     /// Policies.

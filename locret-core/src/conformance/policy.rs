@@ -9,7 +9,7 @@ use super::{
 use crate::{
     CacheOptions, CausalLm, DType, DecodeEviction, Error, Generate, Kernels, KvCachePolicy,
     LayerUnits, LongRopeSwitch, ModelSpec, Needs, Peak, Phase, Positions, Prefill, Result,
-    RopeConfig, RopeScaling, Sampling, SequenceCache, Session, Step, Verdict,
+    RopeConfig, RopeScaling, Sampling, SequenceCache, Session, Step, Verdict, stores::RESERVE,
 };
 use burn::tensor::Device;
 use std::{collections::VecDeque, fmt, ops::Range, sync::Arc};
@@ -179,6 +179,8 @@ struct Turn {
     ids: Vec<u32>,
     prefill: Prefill,
     generate: usize,
+    /// Tokens that are forced on the model after that.
+    forced: Vec<u32>,
 }
 
 impl Plan {
@@ -218,6 +220,10 @@ impl Plan {
                         local: dice.pick(&[0, 1, 5, chunk + 3]),
                     },
                     generate: dice.between(0, 9),
+                    forced: {
+                        let tokens = dice.pick(&[0, 1, 12]);
+                        dice.ids(tokens, spec.vocab)
+                    },
                 }
             })
             .collect();
@@ -260,7 +266,9 @@ impl Plan {
 
     fn tokens(&self) -> usize {
         let turns = self.turns.iter();
-        turns.map(|turn| turn.ids.len() + turn.generate).sum()
+        turns
+            .map(|turn| turn.ids.len() + turn.generate + turn.forced.len())
+            .sum()
     }
 }
 
@@ -290,11 +298,12 @@ impl fmt::Display for Plan {
         for turn in &self.turns {
             write!(
                 f,
-                "; {} tokens in chunks of {}, {} local, {} generated",
+                "; {} tokens in chunks of {}, {} local, {} generated, {} forced",
                 turn.ids.len(),
                 turn.prefill.chunk,
                 turn.prefill.local,
-                turn.generate
+                turn.generate,
+                turn.forced.len()
             )?;
         }
         Ok(())
@@ -413,6 +422,9 @@ impl Checking<'_> {
         };
         for token in session.generate(generate.sampling(sampling))? {
             token?;
+        }
+        if !turn.forced.is_empty() {
+            session.score(&turn.forced)?;
         }
         Ok(())
     }
@@ -539,7 +551,7 @@ impl Checking<'_> {
                     ),
                 ));
             }
-            walk.peaks(&before, pass.ids.len(), needs.surprisal, &group);
+            walk.peaks(&before, pass.ids.len(), needs.later(), &group);
             for (layer, decision) in group.iter().enumerate() {
                 let Step {
                     layer: found,
@@ -557,7 +569,7 @@ impl Checking<'_> {
                 walk.verdict(&mut oracle, decision)?;
             }
             singles |= pass.ids.len() == 1;
-            if group[0].step.phase == Phase::Decode {
+            if let Phase::Decode | Phase::Forced = group[0].step.phase {
                 continue;
             }
             left = left.saturating_sub(pass.ids.len());
@@ -575,8 +587,10 @@ impl Checking<'_> {
                 walk.compare_peak(*peak, singles || turn > 0)?;
                 turn += 1;
                 if let Some(next) = self.plan.turns.get(turn) {
-                    // The last generated token is read with the next prompt.
-                    left = next.ids.len() + usize::from(self.plan.turns[turn - 1].generate > 0);
+                    // The last generated token is read with the next prompt, if none was forced after it.
+                    let before = &self.plan.turns[turn - 1];
+                    let pending = before.generate > 0 && before.forced.is_empty();
+                    left = next.ids.len() + usize::from(pending);
                 }
             }
         }
@@ -751,8 +765,7 @@ impl Walk<'_> {
         (0..spec.layers).map(|l| heads(l).collect()).collect()
     }
 
-    /// Counts what was held at each moment of a pass: with surprisal, all layers wait with their
-    /// eviction.
+    /// Counts what was held at each moment of a pass; all layers may have to wait with their eviction.
     fn peaks(&mut self, before: &[Vec<usize>], new: usize, wait: bool, group: &[Decision]) {
         let mut held = before.to_vec();
         let mut note = |held: &[Vec<usize>]| {
@@ -785,8 +798,6 @@ impl Walk<'_> {
         let spec = &of.plan.spec;
         let unit = spec.unit_bytes(of.plan.options.dtype.block_bytes());
         let exact = self.peak.units * unit;
-        /// What the dense store reserves for tokens that come one by one, in units a head.
-        const RESERVE: usize = 64;
         let most = if reserve {
             exact + spec.layers * spec.kv_heads * RESERVE * unit
         } else {

@@ -19,6 +19,7 @@ use std::{fmt, str::FromStr};
 /// ```
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 #[serde(rename_all = "snake_case")]
+#[non_exhaustive]
 pub enum Budget {
     /// This many units.
     Units(usize),
@@ -194,7 +195,7 @@ pub struct Guard {
     pub sinks: usize,
     /// The newest units, always.
     pub recent: usize,
-    /// The newest units while more of the sequence follows (Locret's stabilizers, arXiv 2410.01805
+    /// The newest units while more of the sequence follows (stabilizers, arXiv 2410.01805
     /// §3.3): in every chunk of a prompt but the last one, when a further prompt begins, and
     /// whenever units are dropped while text is generated ([`DecodeEviction::Every`], which the
     /// paper does not have). Their scores stay what they are.
@@ -205,7 +206,7 @@ pub struct Guard {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum DecodeEviction {
-    /// Never, as the authors of Locret do: the cache grows by the generated tokens.
+    /// Never, as in arXiv 2410.01805: the cache grows by the generated tokens.
     #[default]
     Off,
     /// Back to the budget whenever it is exceeded by this many units (at least 1).

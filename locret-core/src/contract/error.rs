@@ -47,6 +47,14 @@ pub enum Error {
         /// The number of layers.
         layers: usize,
     },
+    /// The adapter came back before it had attended all layers.
+    #[error("{attended} of {layers} layers were attended")]
+    LayersMissing {
+        /// The layers that were.
+        attended: usize,
+        /// The number of layers.
+        layers: usize,
+    },
     /// A number that has to be finite is not.
     #[error("{what} is not finite at {at}")]
     NotFinite {

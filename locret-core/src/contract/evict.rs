@@ -17,12 +17,21 @@ use std::{borrow::Cow, ops::Range};
 pub struct Evict<S> {
     scorer: S,
     budget: Budget,
-    guard: Guard,
+    guard: Protect,
     positions: Positions,
     decode: DecodeEviction,
     pool: usize,
     pyramid: Option<f64>,
     ada: Option<f64>,
+}
+
+/// What is set of a guard, and whether the scorer has a say in the rest.
+#[derive(Debug, Clone, Copy, Default)]
+struct Protect {
+    by_scorer: bool,
+    sinks: Option<usize>,
+    recent: Option<usize>,
+    stabilizers: Option<usize>,
 }
 
 impl<S: Scorer> Evict<S> {
@@ -32,7 +41,7 @@ impl<S: Scorer> Evict<S> {
         Self {
             scorer,
             budget,
-            guard: Guard::default(),
+            guard: Protect::default(),
             positions: Positions::Original,
             decode: DecodeEviction::Off,
             pool: 1,
@@ -42,26 +51,50 @@ impl<S: Scorer> Evict<S> {
     }
 
     /// Protects units whatever their score.
-    pub fn guard(mut self, guard: Guard) -> Self {
-        self.guard = guard;
+    pub fn guard(self, guard: Guard) -> Self {
+        self.sinks(guard.sinks)
+            .recent(guard.recent)
+            .stabilizers(guard.stabilizers)
+    }
+
+    /// Protects what the scorer's method does ([`Scorer::guard`]), but for those parts of the guard that
+    /// are set. It shrinks with the budget, so that at least one unit is left to choose.
+    pub fn protecting(mut self) -> Self {
+        self.guard.by_scorer = true;
         self
+    }
+
+    /// What is protected in a budget of `units`.
+    pub fn protected(&self, units: usize) -> Guard {
+        let own = match self.guard.by_scorer {
+            true => self.scorer.guard(units),
+            false => Guard::default(),
+        };
+        let sinks = own.sinks.min(units.saturating_sub(1));
+        let sinks = self.guard.sinks.unwrap_or(sinks);
+        let room = units.saturating_sub(sinks).saturating_sub(1);
+        Guard {
+            sinks,
+            recent: self.guard.recent.unwrap_or(own.recent.min(room)),
+            stabilizers: self.guard.stabilizers.unwrap_or(own.stabilizers.min(room)),
+        }
     }
 
     /// Protects the first units of the sequence.
     pub fn sinks(mut self, units: usize) -> Self {
-        self.guard.sinks = units;
+        self.guard.sinks = Some(units);
         self
     }
 
     /// Protects the newest units, always.
     pub fn recent(mut self, units: usize) -> Self {
-        self.guard.recent = units;
+        self.guard.recent = Some(units);
         self
     }
 
     /// Protects the newest units while further chunks follow; see [`Guard::stabilizers`].
     pub fn stabilizers(mut self, units: usize) -> Self {
-        self.guard.stabilizers = units;
+        self.guard.stabilizers = Some(units);
         self
     }
 
@@ -106,11 +139,6 @@ impl<S: Scorer> Evict<S> {
         self
     }
 
-    /// The scorer.
-    pub fn scorer(&self) -> &S {
-        &self.scorer
-    }
-
     /// Units for a head of `layer` (on average, where heads share).
     fn units(&self, layer: &LayerSpec, total: usize) -> usize {
         let budget = self.budget.units(layer, total).max(1);
@@ -132,43 +160,46 @@ impl<S: Scorer> Evict<S> {
     fn evicts_now(&self, at: &Step, units: &LayerUnits<'_>, budget: usize) -> bool {
         let slack = match (at.phase, self.decode) {
             (Phase::Turn | Phase::Prefill { .. }, _) => 0,
-            (Phase::Decode, DecodeEviction::Every(n)) => n - 1,
+            (Phase::Decode, DecodeEviction::Every(n)) => n.saturating_sub(1),
             (Phase::Tail | Phase::Forced, _) | (Phase::Decode, DecodeEviction::Off) => {
                 return false;
             }
         };
+        let most = budget.saturating_add(slack);
         if self.ada.is_some() {
             let held: usize = (0..units.kv_heads()).map(|head| units.len(head)).sum();
-            return held > units.kv_heads() * (budget + slack);
+            return held > units.kv_heads().saturating_mul(most);
         }
-        units.longest() > budget + slack
+        units.longest() > most
     }
 
     /// The first and the newest units that are protected in a layer with `budget` units.
-    fn protected(&self, at: &Step, budget: usize) -> (usize, usize) {
+    fn ends(&self, at: &Step, budget: usize) -> (usize, usize) {
+        let average = self.budget.units(&at.layer, at.total).max(1);
         let Guard {
             sinks,
             recent,
             stabilizers,
-        } = self.guard;
+        } = self.protected(average);
         let newest = match at.phase {
             Phase::Prefill { last: true } => recent,
             _ => recent.max(stabilizers),
         };
-        let average = self.budget.units(&at.layer, at.total).max(1);
-        let shrunk = |units: usize| (units * budget / average).min(units);
+        let shrunk = |units: usize| (units.saturating_mul(budget) / average).min(units);
         (shrunk(sinks), shrunk(newest))
     }
 
     fn select(&self, at: &Step, units: &LayerUnits<'_>, scores: &Scores) -> Result<Selection> {
         let heads = units.kv_heads();
         let budget = self.units(&at.layer, at.total);
-        let (sinks, newest) = self.protected(at, budget);
+        let (sinks, newest) = self.ends(at, budget);
         let mut ranked = Vec::with_capacity(heads);
         let mut kept = Vec::with_capacity(heads);
         for head in 0..heads {
             let scores = max_pool(scores.head(head), self.pool);
-            let own = self.own(budget).max((sinks + newest).min(budget));
+            let own = self
+                .own(budget)
+                .max(sinks.saturating_add(newest).min(budget));
             let at = protected_of(&scores, units.len(head), own, sinks, newest)?;
             kept.push(units.compute().select(&scores, own, &at)?);
             ranked.push(scores);
@@ -200,16 +231,16 @@ impl<S: Scorer> KvCachePolicy for Evict<S> {
     fn validate(&self, model: &ModelSpec, _prefill: &Prefill) -> Result<()> {
         let layer = model.layer(0);
         self.budget.validate(&layer)?;
-        let Guard {
-            sinks,
-            recent,
-            stabilizers,
-        } = self.guard;
         if let Budget::Units(_) | Budget::Bytes(_) = self.budget {
             let budget = self.budget.units(&layer, 0);
+            let Guard {
+                sinks,
+                recent,
+                stabilizers,
+            } = self.protected(budget);
             for (what, newest) in [("recent", recent), ("stabilizers", stabilizers)] {
                 // Equality would leave no unit to choose.
-                if newest > 0 && sinks + newest >= budget {
+                if newest > 0 && sinks.saturating_add(newest) >= budget {
                     return Err(Error::setting(
                         what,
                         format!("sinks ({sinks}) + {what} below the budget of {budget} units"),

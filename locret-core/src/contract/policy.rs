@@ -5,8 +5,8 @@
 //! sequence can be forked or saved without asking it, and any policy works with any store.
 
 use crate::{
-    Dense, Error, Fold, KvStore, LayerSpec, LayerUnits, ModelSpec, Placement, Prefill, Result,
-    Scores, Selection,
+    Dense, Error, Fold, Guard, KvStore, LayerSpec, LayerUnits, ModelSpec, Placement, Prefill,
+    Result, Scores, Selection,
 };
 use serde::{Deserialize, Serialize};
 use std::{fmt::Debug, sync::Arc};
@@ -227,6 +227,12 @@ pub trait Scorer: Debug + Send + Sync {
     /// Whether newer units always score higher, for plans ([`Held::newest`]).
     fn keeps_newest(&self) -> bool {
         false
+    }
+
+    /// What the method keeps whatever its score, in a budget of `units`: see
+    /// [`Evict::protecting`](crate::Evict::protecting).
+    fn guard(&self, _units: usize) -> Guard {
+        Guard::default()
     }
 
     /// Checks against a model before anything is computed.

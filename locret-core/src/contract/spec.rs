@@ -176,7 +176,7 @@ impl LayerSpec {
         self.heads / self.kv_heads
     }
 
-    /// Features of a retaining head's input, `(H + 2G) · d`.
+    /// Features of a token's queries, keys and values together, `(H + 2G) · d`.
     pub fn qkv_features(&self) -> usize {
         (self.heads + 2 * self.kv_heads) * self.head_dim
     }

@@ -8,7 +8,7 @@ use super::{
 };
 use crate::{
     Compute, DType, Error, Keep, Kernels, KvCachePolicy, KvStore, ModelSpec, Needs, Phase,
-    Placement, Positions, Result, Rotation, TableRows, Verdict, contract::HeadMeta, stores,
+    Placement, Positions, Result, Rotation, Scores, TableRows, Verdict, contract::HeadMeta, stores,
 };
 use std::sync::Arc;
 
@@ -19,6 +19,19 @@ pub struct CacheOptions {
     pub dtype: DType,
     /// Which implementation computes attention: the model's, or Burn's operations.
     pub kernels: Kernels,
+}
+
+impl CacheOptions {
+    /// Where a model that `compute` computes keeps its units.
+    pub(super) fn placement(self, compute: &Arc<dyn Compute>) -> Placement {
+        Placement {
+            compute: match self.kernels {
+                Kernels::Auto => compute.clone(),
+                kernels => kernels.on(compute.device()),
+            },
+            dtype: self.dtype,
+        }
+    }
 }
 
 /// The bounded key-value cache of one sequence.
@@ -38,6 +51,7 @@ pub struct SequenceCache {
     /// A pass was begun and not finished: the layers may not agree.
     pub(super) midway: bool,
     peak: Peak,
+    prefill_peak: Peak,
     /// What the scores are called that the units have, if they have any of a known kind.
     scored_by: Option<String>,
 }
@@ -63,6 +77,14 @@ pub struct Peak {
     pub bytes: usize,
 }
 
+impl Peak {
+    pub(super) fn note(&mut self, now: &Self) {
+        self.units_per_head = self.units_per_head.max(now.units_per_head);
+        self.units = self.units.max(now.units);
+        self.bytes = self.bytes.max(now.bytes);
+    }
+}
+
 impl SequenceCache {
     /// An empty cache for a model of shape `spec` that `compute` computes.
     ///
@@ -77,13 +99,7 @@ impl SequenceCache {
     ) -> Result<Self> {
         spec.validate()?;
         let needs = needs(spec, &*policy, Needs::NOTHING)?;
-        let place = Placement {
-            compute: match options.kernels {
-                Kernels::Auto => compute.clone(),
-                kernels => kernels.on(compute.device()),
-            },
-            dtype: options.dtype,
-        };
+        let place = options.placement(compute);
         let layers = (0..spec.layers)
             .map(|index| {
                 let store = policy.store(&spec.layer(index), &place)?;
@@ -106,6 +122,7 @@ impl SequenceCache {
             seen: 0,
             midway: false,
             peak: Peak::default(),
+            prefill_peak: Peak::default(),
             scored_by: None,
         })
     }
@@ -136,6 +153,7 @@ impl SequenceCache {
             seen: self.seen,
             midway: false,
             peak: self.peak,
+            prefill_peak: self.prefill_peak,
             scored_by: self.scored_by.clone(),
         })
     }
@@ -203,6 +221,9 @@ impl SequenceCache {
     }
 
     /// Units that a KV head of a layer holds.
+    ///
+    /// # Panics
+    /// Here and below, for a layer or a head that the model does not have.
     pub fn len(&self, layer: usize, head: usize) -> usize {
         self.layers[layer].heads[head].positions.len()
     }
@@ -251,6 +272,11 @@ impl SequenceCache {
         self.peak
     }
 
+    /// The most that was held at any moment while prompts were read.
+    pub fn prefill_peak(&self) -> Peak {
+        self.prefill_peak
+    }
+
     /// One step of this sequence, for a [`Pass`]: `tokens` new ones, in a sequence that will have
     /// `total` tokens at the end of what is being read.
     pub fn step(&mut self, phase: Phase, tokens: usize, total: usize) -> SequenceStep<'_> {
@@ -268,13 +294,13 @@ impl SequenceCache {
 
     /// What the policy and a probe need of a step.
     pub(super) fn needs_with(&self, probe: &dyn Probe) -> Result<Needs> {
-        let all = needs(&self.spec, &*self.policy, probe.needs())?;
-        match all.later() == self.needs.later() {
+        let (all, own) = (needs(&self.spec, &*self.policy, probe.needs())?, self.needs);
+        match (all.surprisal, all.all_layers) == (own.surprisal, own.all_layers) {
             true => Ok(all),
             false => Err(Error::setting(
                 "needs of a probe",
-                "verdicts when the policy gives them",
-                "those of all layers at once",
+                "surprisal, or verdicts on all layers at once, only if the policy needs them",
+                format!("{all:?}"),
             )),
         }
     }
@@ -288,78 +314,48 @@ impl SequenceCache {
         self.midway = false;
     }
 
+    /// Carries out a verdict on one layer.
     pub(super) fn apply(&mut self, layer: usize, verdict: Verdict) -> Result<()> {
-        let policy = &self.policy;
-        let broken = |message: String| Error::Policy {
-            policy: policy.name(),
-            message,
-        };
-        let d = self.spec.head_dim;
-        let this = &mut self.layers[layer];
-        let heads = this.heads.len();
-        if let Some(scores) = &verdict.scores
-            && scores.heads().len() != heads
-        {
-            return Err(broken(format!(
-                "scores for {} KV heads of {heads}",
-                scores.heads().len()
-            )));
-        }
-        let mut scores = verdict.scores.map(|s| s.into_inner().into_iter());
-        for head in &mut this.heads {
-            head.scores = scores.as_mut().and_then(Iterator::next).unwrap_or_default();
-            let (found, expected) = (head.scores.len(), head.positions.len());
-            if found != 0 && found != expected {
-                return Err(broken(format!("{found} scores for {expected} units")));
-            }
-        }
-        let (selection, folds) = match verdict.keep {
+        let Verdict { keep, scores } = verdict;
+        let (kept, folds) = match keep {
             Keep::All => (None, Vec::new()),
             Keep::Slots(kept) => (Some(kept), Vec::new()),
             Keep::Merged { kept, folds } => (Some(kept), folds),
         };
+        let this = &mut self.layers[layer];
+        let policy = &self.policy;
+        let broken = |message| Error::policy(policy.name(), message);
+        this.set_scores(scores).map_err(broken)?;
+        let heads = this.heads.len();
         if !folds.is_empty() && folds.len() != heads {
-            return Err(broken(format!(
-                "folds for {} KV heads of {heads}",
-                folds.len()
-            )));
+            let found = format!("folds for {} KV heads of {heads}", folds.len());
+            return Err(broken(found));
         }
         for (head, folds) in folds.iter().enumerate().filter(|(_, f)| !f.is_empty()) {
             this.store.fold_values(head, folds)?;
         }
-        if let Some(selection) = selection {
-            let kept = selection.heads();
+        if let Some(kept) = kept {
+            let kept = kept.heads();
             stores::check_retain(kept, this.heads.iter().map(|h| h.positions.len()))
                 .map_err(|e| broken(e.to_string()))?;
-            let changed = kept
-                .iter()
-                .zip(&this.heads)
-                .any(|(k, h)| k.len() < h.positions.len());
-            if changed {
-                if this.rotated {
-                    let table = self.rope.contiguous(this.longest());
-                    this.turn(
-                        &*self.place.compute,
-                        &Rotation::contiguous(&table, d).undone(),
-                    )?;
-                }
-                this.store.retain(kept)?;
-                for (head, kept) in this.heads.iter_mut().zip(kept) {
-                    gather(&mut head.positions, kept);
-                    gather(&mut head.scores, kept);
-                }
-            }
+            let head_dim = self.spec.head_dim;
+            this.retain(kept, &mut self.rope, head_dim, &*self.place.compute)?;
         }
         this.store.settle()?;
         this.bytes = this.store.bytes();
         Ok(())
     }
 
-    pub(super) fn note_peak(&mut self, layer: usize) {
-        let longest = self.layers[layer].longest();
-        self.peak.units_per_head = self.peak.units_per_head.max(longest);
-        self.peak.units = self.peak.units.max(self.units());
-        self.peak.bytes = self.peak.bytes.max(self.bytes());
+    pub(super) fn note_peak(&mut self, layer: usize, phase: Phase) {
+        let now = Peak {
+            units_per_head: self.layers[layer].longest(),
+            units: self.units(),
+            bytes: self.bytes(),
+        };
+        self.peak.note(&now);
+        if let Phase::Prefill { .. } | Phase::Tail = phase {
+            self.prefill_peak.note(&now);
+        }
     }
 
     /// Whether a sequence of `total` tokens needs the kept keys rotated with other factors than now, and
@@ -418,7 +414,7 @@ impl SequenceCache {
 }
 
 /// What the engine has to compute for a policy and a probe, if the model's adapter can give it.
-fn needs(spec: &ModelSpec, policy: &dyn KvCachePolicy, probe: Needs) -> Result<Needs> {
+pub(super) fn needs(spec: &ModelSpec, policy: &dyn KvCachePolicy, probe: Needs) -> Result<Needs> {
     let needs = policy.needs().and(probe)?;
     if needs.input && !spec.layer_input {
         return Err(Error::NotSupported {
@@ -434,6 +430,49 @@ impl LayerCache {
     pub(super) fn longest(&self) -> usize {
         let lens = self.heads.iter().map(|head| head.positions.len());
         lens.max().unwrap_or(0)
+    }
+
+    /// Scores of all heads' units, or of none.
+    fn set_scores(&mut self, scores: Option<Scores>) -> Result<(), String> {
+        let heads = self.heads.len();
+        let scores = scores.map_or(vec![Vec::new(); heads], Scores::into_inner);
+        if scores.len() != heads {
+            return Err(format!("scores for {} KV heads of {heads}", scores.len()));
+        }
+        for (head, scores) in self.heads.iter_mut().zip(scores) {
+            head.scores = scores;
+            let (found, expected) = (head.scores.len(), head.positions.len());
+            if found != 0 && found != expected {
+                return Err(format!("{found} scores for {expected} units"));
+            }
+        }
+        Ok(())
+    }
+
+    /// Drops all units but those that are listed for each head.
+    fn retain(
+        &mut self,
+        kept: &[Vec<u32>],
+        rope: &mut Rope,
+        head_dim: usize,
+        compute: &dyn Compute,
+    ) -> Result<()> {
+        let mut heads = kept.iter().zip(&self.heads);
+        if heads.all(|(kept, head)| kept.len() == head.positions.len()) {
+            return Ok(());
+        }
+        if self.rotated {
+            // What is kept will stand elsewhere.
+            let table = rope.contiguous(self.longest());
+            let turn = Rotation::contiguous(&table, head_dim);
+            self.turn(compute, &turn.undone())?;
+        }
+        self.store.retain(kept)?;
+        for (head, kept) in self.heads.iter_mut().zip(kept) {
+            gather(&mut head.positions, kept);
+            gather(&mut head.scores, kept);
+        }
+        Ok(())
     }
 
     /// Rotates the stored keys at compact positions, or back. Leaves them alone where the store

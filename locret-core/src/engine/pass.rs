@@ -8,7 +8,7 @@ use crate::{
     Attention, CausalLm, Error, LayerUnits, ModelSpec, Needs, Observed, Phase, Positions, Qkv,
     Result, RopeTable, Rotation, Rows, Step, TableRows,
 };
-use std::{fmt, time::Instant};
+use std::{fmt, sync::Arc, time::Instant};
 
 /// What a model computes on: the new tokens of one or several sequences, and their caches.
 ///
@@ -17,14 +17,23 @@ use std::{fmt, time::Instant};
 /// one thing: [`attend`](Self::attend). Where tokens stand and what stays of them is none of its
 /// business:
 ///
+/// ```
+/// # use locret_core::{Pass, Qkv, Result, Rows};
+/// fn adapter(pass: &mut Pass<'_>, qkv: Qkv) -> Result<Rows> {
+///     pass.attend(0, qkv)
+/// }
+/// ```
+///
 /// ```compile_fail,E0599
-/// fn adapter(pass: &mut locret_core::Pass<'_>) -> usize {
+/// # use locret_core::{Pass, Qkv, Result, Rows};
+/// fn adapter(pass: &mut Pass<'_>, _: Qkv) -> usize {
 ///     pass.seen() // A position.
 /// }
 /// ```
 ///
 /// ```compile_fail,E0616
-/// fn adapter(pass: &mut locret_core::Pass<'_>) -> String {
+/// # use locret_core::{Pass, Qkv, Result, Rows};
+/// fn adapter(pass: &mut Pass<'_>, _: Qkv) -> String {
 ///     pass.steps[0].cache.policy().name() // A policy.
 /// }
 /// ```
@@ -53,6 +62,8 @@ pub struct Pass<'a> {
     steps: Vec<SequenceStep<'a>>,
     /// The layer that is due.
     next: usize,
+    /// A layer was begun and not ended: whatever comes now, the caches do not agree.
+    broken: bool,
 }
 
 /// One sequence's part in a [`Pass`].
@@ -80,9 +91,7 @@ struct Pending {
 impl fmt::Debug for SequenceStep<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("SequenceStep")
-            .field("phase", &self.phase)
             .field("incoming", &self.incoming)
-            .field("total", &self.total)
             .finish_non_exhaustive()
     }
 }
@@ -94,7 +103,8 @@ impl<'a> Pass<'a> {
     /// [`Error::Unusable`] for a cache that an earlier pass left half-way; [`Error::NotSupported`] if a
     /// sequence outgrows LongRoPE's original context and the store cannot turn its keys;
     /// [`Error::Setting`] for no steps, caches of different models, or a probe that needs what is not to
-    /// be had. The caches are then as they were.
+    /// be had. The caches are then as they were. [`Error::Device`] if it fails while keys are turned for a
+    /// longer sequence (LongRoPE); the caches are then unusable.
     pub fn new(steps: impl IntoIterator<Item = SequenceStep<'a>>) -> Result<Self> {
         let mut steps: Vec<_> = steps.into_iter().collect();
         let Some(first) = steps.first() else {
@@ -137,7 +147,11 @@ impl<'a> Pass<'a> {
         for step in &mut steps {
             step.begin()?;
         }
-        Ok(Self { steps, next: 0 })
+        Ok(Self {
+            steps,
+            next: 0,
+            broken: false,
+        })
     }
 
     /// Attention of one layer: appends the new units, attends over what is kept, and evicts.
@@ -145,9 +159,13 @@ impl<'a> Pass<'a> {
     /// Returns `[tokens, heads * head_dim]`, before the output projection.
     ///
     /// # Errors
-    /// [`Error::Shape`], [`Error::LayerOrder`], the policy's and the device's errors. The caches are
-    /// unusable afterwards.
+    /// [`Error::Shape`] and [`Error::LayerOrder`] for a call that is not due, which changes nothing. The
+    /// policy's, the store's and the device's errors end the pass: from then on there is
+    /// [`Error::Unusable`].
     pub fn attend(&mut self, layer: usize, qkv: Qkv) -> Result<Rows> {
+        if self.broken {
+            return Err(Error::Unusable);
+        }
         let spec = self.spec();
         if layer != self.next || layer >= spec.layers {
             return Err(Error::LayerOrder {
@@ -159,6 +177,13 @@ impl<'a> Pass<'a> {
         let hidden = spec.layer_input.then_some(spec.hidden);
         qkv.check(&spec.layer(layer), self.tokens(), hidden)?;
         self.next += 1;
+        self.broken = true;
+        let out = self.attend_each(layer, qkv)?;
+        self.broken = false;
+        Ok(out)
+    }
+
+    fn attend_each(&mut self, layer: usize, qkv: Qkv) -> Result<Rows> {
         if let [only] = &mut self.steps[..] {
             return only.attend(layer, qkv);
         }
@@ -177,14 +202,16 @@ impl<'a> Pass<'a> {
     ///
     /// # Errors
     /// [`Error::LayerOrder`] if layers were left out, [`Error::Shape`] for a missing or wrong
-    /// `surprisal`, the policies' errors. The caches are unusable then.
+    /// `surprisal`, the policies' errors. The caches, all of them, are unusable then.
     pub fn finish(mut self, surprisal: Option<&[f32]>) -> Result<()> {
+        if self.broken {
+            return Err(Error::Unusable);
+        }
         let (layers, tokens) = (self.spec().layers, self.tokens());
         let turning = self.steps.iter().all(|step| step.phase == Phase::Turn);
         if !turning && self.next != layers {
-            return Err(Error::LayerOrder {
-                expected: self.next,
-                found: layers,
+            return Err(Error::LayersMissing {
+                attended: self.next,
                 layers,
             });
         }
@@ -200,6 +227,10 @@ impl<'a> Pass<'a> {
             let own = first..first + step.incoming;
             first = own.end;
             step.finish(surprisal.map(|all| &all[own]))?;
+        }
+        // Only now: an error of one sequence must not leave another one ahead of its neighbours.
+        for step in &mut self.steps {
+            step.cache.end(step.incoming);
         }
         Ok(())
     }
@@ -259,43 +290,8 @@ impl<'a> SequenceStep<'a> {
         let input = qkv.take_input().filter(|_| needs.input);
         let kept = needs.qkv.then(|| qkv.clone());
         let (Qkv { q, k, v, .. }, t) = (qkv, self.incoming);
+        let (q, k, rotation) = rotated(cache, layer, self.table.as_ref(), self.phase, q, k)?;
         let this = &mut cache.layers[layer];
-
-        let lens: Vec<usize> = this.heads.iter().map(|h| h.positions.len()).collect();
-        let mut rotation = None;
-        let by = |table, first| Rotation {
-            table,
-            head_dim: spec.head_dim,
-            rows: TableRows::From(first),
-            inverse: false,
-        };
-        let (q, k) = match &self.table {
-            Some(table) => {
-                let by = by(table, &[0]);
-                (compute.rotate(q, &by)?, compute.rotate(k, &by)?)
-            }
-            None => {
-                let longest = this.longest() + t;
-                let table = cache.rope.contiguous(longest);
-                // Single tokens meet keys that are rotated once and for all; chunks are followed by
-                // evictions, after which every key stands elsewhere.
-                let decoding = self.phase == Phase::Decode;
-                if this.rotated != decoding {
-                    let turn = Rotation::contiguous(&table, spec.head_dim);
-                    let turn = if decoding { turn } else { turn.undone() };
-                    this.turn(&*compute, &turn)?;
-                }
-                let by = by(&table, &lens);
-                let q = compute.rotate(q, &by)?;
-                let k = if this.rotated {
-                    compute.rotate(k, &by)?
-                } else {
-                    k
-                };
-                rotation = (!this.rotated).then(|| table.clone());
-                (q, k)
-            }
-        };
         this.store.append(&k, &v)?;
         drop((k, v));
         let first = cache.seen as u32;
@@ -314,7 +310,7 @@ impl<'a> SequenceStep<'a> {
         };
         let out = compute.attend(q, &over)?;
         this.bytes = this.store.bytes();
-        cache.note_peak(layer);
+        cache.note_peak(layer, self.phase);
         self.pending.push(Pending {
             qkv: kept,
             input,
@@ -411,8 +407,47 @@ impl<'a> SequenceStep<'a> {
                 self.decide(layer, None)?;
             }
         }
-        self.cache.end(self.incoming);
         Ok(())
+    }
+}
+
+/// Queries and new keys of a layer, rotated where they stand; and, in compact positions, the table that
+/// the stored keys are still to be rotated by when they are read.
+fn rotated(
+    cache: &mut SequenceCache,
+    layer: usize,
+    original: Option<&RopeTable>,
+    phase: Phase,
+    q: Rows,
+    k: Rows,
+) -> Result<(Rows, Rows, Option<Arc<RopeTable>>)> {
+    let (head_dim, compute) = (cache.spec.head_dim, cache.place.compute.clone());
+    let by = |table, first| Rotation {
+        table,
+        head_dim,
+        rows: TableRows::From(first),
+        inverse: false,
+    };
+    if let Some(table) = original {
+        let by = by(table, &[0]);
+        return Ok((compute.rotate(q, &by)?, compute.rotate(k, &by)?, None));
+    }
+    let this = &mut cache.layers[layer];
+    let lens: Vec<usize> = this.heads.iter().map(|h| h.positions.len()).collect();
+    let table = cache.rope.contiguous(this.longest() + k.rows());
+    // Single tokens meet keys that are rotated once and for all; chunks are followed by evictions, after
+    // which every key stands elsewhere.
+    let decoding = phase == Phase::Decode;
+    if this.rotated != decoding {
+        let turn = Rotation::contiguous(&table, head_dim);
+        let turn = if decoding { turn } else { turn.undone() };
+        this.turn(&*compute, &turn)?;
+    }
+    let by = by(&table, &lens);
+    let q = compute.rotate(q, &by)?;
+    match this.rotated {
+        true => Ok((q, compute.rotate(k, &by)?, None)),
+        false => Ok((q, k, Some(table))),
     }
 }
 

@@ -1,8 +1,8 @@
 //! What a cache will take, before anything is computed.
 
+use super::cache::needs;
 use crate::{
-    CacheOptions, Compute, Error, Growth, Kernels, KvCachePolicy, ModelSpec, Peak, Placement,
-    Prefill, Result,
+    CacheOptions, Compute, Error, Growth, KvCachePolicy, ModelSpec, Needs, Peak, Prefill, Result,
 };
 use std::sync::Arc;
 
@@ -44,13 +44,8 @@ pub fn plan(
     if prompt == 0 {
         return Err(Error::EmptyPrompt);
     }
-    let place = Placement {
-        compute: match options.kernels {
-            Kernels::Auto => compute.clone(),
-            kernels => kernels.on(compute.device()),
-        },
-        dtype: options.dtype,
-    };
+    let later = needs(spec, policy, Needs::NOTHING)?.later();
+    let place = options.placement(compute);
     let mut layers = Vec::with_capacity(spec.layers);
     for index in 0..spec.layers {
         let layer = spec.layer(index);
@@ -60,17 +55,16 @@ pub fn plan(
             budget: held.map(|held| (held.units.div_ceil(spec.kv_heads), held.newest)),
         });
     }
-    let later = policy.needs().later();
     let local = prefill.local.min(prompt);
     let chunks = pieces(prompt - local, prefill.chunk).map(|tokens| (tokens, true));
     let tail = pieces(local, prefill.chunk).map(|tokens| (tokens, false));
     let mut plan = Plan::default();
     let mut now = Peak::default();
-    for (tokens, evict) in chunks.chain(tail) {
+    let mut step = |tokens, evict, peak: &mut Peak| {
         // Layers are cut back one after the other, or all of them once the last one is done.
         for layer in &mut layers {
             layer.grow(tokens, spec.kv_heads, &mut now);
-            plan.prefill.note(&now);
+            peak.note(&now);
             if !later {
                 layer.settle(evict, spec.kv_heads, &mut now);
             }
@@ -80,15 +74,14 @@ pub fn plan(
                 layer.settle(evict, spec.kv_heads, &mut now);
             }
         }
+    };
+    for (tokens, evict) in chunks.chain(tail) {
+        step(tokens, evict, &mut plan.prefill);
     }
     plan.peak = plan.prefill;
     // The last token is never fed back.
     for _ in 1..generated {
-        for layer in &mut layers {
-            layer.grow(1, spec.kv_heads, &mut now);
-            plan.peak.note(&now);
-            layer.settle(false, spec.kv_heads, &mut now);
-        }
+        step(1, false, &mut plan.peak);
     }
     plan.bytes = now.bytes;
     Ok(plan)
@@ -121,14 +114,6 @@ impl Layer {
         f(&mut *self.growth);
         now.bytes = now.bytes - bytes + self.growth.bytes();
         now.units = now.units - heads * units + heads * self.growth.units();
-    }
-}
-
-impl Peak {
-    fn note(&mut self, now: &Self) {
-        self.units_per_head = self.units_per_head.max(now.units_per_head);
-        self.units = self.units.max(now.units);
-        self.bytes = self.bytes.max(now.bytes);
     }
 }
 

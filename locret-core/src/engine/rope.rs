@@ -70,7 +70,7 @@ pub enum LongRopeSwitch {
     /// with, and short prompts are read as they were trained.
     #[default]
     ByLength,
-    /// As the authors of Locret do: always the long factors.
+    /// Always the long factors, as the published procedure of arXiv 2410.01805 does.
     AlwaysLong,
 }
 

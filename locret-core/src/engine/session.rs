@@ -128,6 +128,8 @@ pub struct Session {
     logits: Option<Vec<f32>>,
     /// A prompt was begun and not read to its end.
     midway: bool,
+    /// How the last prompt was read.
+    prefill: Prefill,
     times: Report,
 }
 
@@ -167,6 +169,7 @@ impl Session {
             pending: None,
             logits: None,
             midway: false,
+            prefill: Prefill::default(),
             times: Report::default(),
         })
     }
@@ -183,6 +186,7 @@ impl Session {
             pending: self.pending,
             logits: self.logits.clone(),
             midway: self.midway,
+            prefill: self.prefill,
             times: self.times,
         })
     }
@@ -210,13 +214,14 @@ impl Session {
     /// Logits `[vocab]` for the next token; `None` before the first prompt, in the middle of one,
     /// and after a generated token that was not fed back yet.
     pub fn logits(&self) -> Option<&[f32]> {
-        let there = self.pending.is_none() && !self.midway;
+        let there = self.pending.is_none() && !self.midway && self.cache.usable().is_ok();
         self.logits.as_deref().filter(|_| there)
     }
 
     /// Times and memory so far.
     pub fn report(&self) -> Report {
         Report {
+            prefill_peak: self.cache.prefill_peak(),
             peak: self.cache.peak(),
             kv_bytes: self.cache.bytes(),
             metadata_bytes: self.cache.metadata_bytes(),
@@ -278,6 +283,7 @@ impl Session {
             Pass::new([turn])?.finish(None)?;
         }
         self.midway = true;
+        self.prefill = *prefill;
         let body = ids.len() - prefill.local.min(ids.len());
         let chunks = ids[..body].chunks(prefill.chunk);
         let last = chunks.len().saturating_sub(1);
@@ -295,7 +301,6 @@ impl Session {
             done += chunk.len();
             self.times.prefill_tokens += chunk.len();
             self.times.prefill_time += started.elapsed();
-            self.times.prefill_peak = self.cache.peak();
             probe.chunk(&ChunkDone {
                 index,
                 done,
@@ -313,7 +318,7 @@ impl Session {
     ///
     /// # Errors
     /// [`Error::EmptyPrompt`] if no prompt was read to its end before, [`Error::Setting`] for
-    /// impossible sampling settings, [`Error::Unusable`] after an error in the middle of a pass.
+    /// impossible sampling settings and those of the policy, [`Error::Unusable`] after an error in the middle of a pass.
     pub fn generate(&mut self, generate: Generate) -> Result<Tokens<'_>> {
         self.ready()?;
         Ok(Tokens {
@@ -344,16 +349,18 @@ impl Session {
         let total = self.cache.seen() + ids.len();
         let mut at = 0;
         for chunk in ids.chunks(SCORE_BLOCK) {
-            let hidden = self.step(Phase::Forced, chunk, total, None)?;
-            self.history.extend_from_slice(chunk);
-            let logits = self.model.logits(hidden)?.into_values()?;
-            for (i, row) in logits.chunks(vocab).enumerate() {
-                if let Some(next) = ids.get(at + i + 1) {
-                    scores.push(TokenScore::of(row, *next)?);
+            let last = self.step(Phase::Forced, chunk, total, None, |model, hidden| {
+                let logits = model.logits(hidden)?.into_values()?;
+                for (i, row) in logits.chunks(vocab).enumerate() {
+                    if let Some(next) = ids.get(at + i + 1) {
+                        scores.push(TokenScore::of(row, *next)?);
+                    }
                 }
-            }
+                Ok(logits[logits.len() - vocab..].to_vec())
+            })?;
+            self.logits = Some(last);
+            self.history.extend_from_slice(chunk);
             at += chunk.len();
-            self.logits = Some(logits[logits.len() - vocab..].to_vec());
         }
         Ok(scores)
     }
@@ -364,7 +371,9 @@ impl Session {
         if self.midway || (self.logits.is_none() && self.pending.is_none()) {
             return Err(Error::EmptyPrompt);
         }
-        Ok(())
+        // The policy may be another one than read the prompt.
+        let cache = &self.cache;
+        cache.policy().validate(cache.spec(), &self.prefill)
     }
 
     fn check_ids(&self, ids: &[u32]) -> Result<()> {
@@ -395,29 +404,35 @@ impl Session {
         phase: Phase,
         ids: &[u32],
         total: usize,
-        logits: bool,
+        wanted: bool,
         probe: Option<&mut dyn Probe>,
     ) -> Result<()> {
-        let hidden = self.step(phase, ids, total, probe)?;
         // Where surprisal is needed, the last logits are there already.
-        if !self.cache.policy().needs().surprisal {
-            // Those of an earlier token must not be taken for this one's.
-            self.logits = None;
-            if logits {
-                let last = hidden.slice(ids.len() - 1..ids.len())?;
-                self.logits = Some(self.model.logits(last)?.into_values()?);
-            }
+        if self.cache.policy().needs().surprisal {
+            return self.step(phase, ids, total, probe, |_, _| Ok(()));
         }
+        self.logits = self.step(phase, ids, total, probe, |model, hidden| {
+            if !wanted {
+                // Those of an earlier token must not be taken for this one's.
+                return Ok(None);
+            }
+            let last = hidden.slice(ids.len() - 1..ids.len())?;
+            model.logits(last)?.into_values().map(Some)
+        })?;
         Ok(())
     }
 
-    fn step(
+    /// Puts `ids` through the model and the cache. `read` makes what is wanted of the hidden states
+    /// `[ids, hidden]` before the pass is finished: if it fails the cache is unusable, and not ahead of
+    /// what this session knows.
+    fn step<T>(
         &mut self,
         phase: Phase,
         ids: &[u32],
         total: usize,
         probe: Option<&mut dyn Probe>,
-    ) -> Result<Rows> {
+        read: impl FnOnce(&dyn CausalLm, Rows) -> Result<T>,
+    ) -> Result<T> {
         let needed = self.cache.policy().needs().surprisal;
         let step = self.cache.step(phase, ids.len(), total);
         let mut pass = Pass::new([match probe {
@@ -429,8 +444,9 @@ impl Session {
             true => Some(surprisal(&*self.model, &mut self.logits, ids, &hidden)?),
             false => None,
         };
+        let made = read(&*self.model, hidden)?;
         pass.finish(surprisal.as_deref())?;
-        Ok(hidden)
+        Ok(made)
     }
 }
 

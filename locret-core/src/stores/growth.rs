@@ -26,7 +26,7 @@ pub trait Growth {
 }
 
 /// Units that a buffer grows by when single tokens are appended.
-pub(super) const RESERVE: usize = 64;
+pub(crate) const RESERVE: usize = 64;
 
 /// Rows to make room for when `new` do not fit: exactly these for a chunk, so that memory is what the
 /// bound says; more for a single token, so that decoding does not copy the cache for every one.

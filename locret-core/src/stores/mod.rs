@@ -11,6 +11,7 @@ mod tensor;
 
 pub use coded::{QuantLayout, Quantization, QuantizedStore};
 pub use growth::Growth;
+pub(crate) use growth::RESERVE;
 pub(crate) use host::HostStore;
 pub(crate) use tensor::TensorStore;
 
@@ -133,7 +134,7 @@ pub trait KvStore: Debug + Send + Sync {
     ///
     /// # Errors
     /// [`Error::Snapshot`] for anything else, with nothing changed. However long a damaged file says
-    /// that it is, no more memory is taken than it has bytes.
+    /// that it is, about twice the memory of what it really has is taken at most.
     fn read(&mut self, _from: &mut dyn Read) -> Result<()> {
         Err(not_saved(&self.name()))
     }

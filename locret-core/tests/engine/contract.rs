@@ -8,10 +8,11 @@ use crate::{
 };
 use burn::tensor::Tensor;
 use locret_core::{
-    Budget, CacheOptions, CausalLm, Compute, DType, Decided, Dense, Error, Evict, Fold, Generate,
-    Growth, Keep, KvCachePolicy, KvStore, KvTiles, LayerSpec, LayerUnits, ModelSpec, Needs,
-    Observation, Pass, Phase, Placement, Positions, Prefill, Probe, Qkv, Queries, Result, Rows,
-    Scorer, Scores, Selection, SequenceCache, Session, Step, TurnKeys, Verdict, compute,
+    Budget, CacheOptions, CausalLm, Compute, DType, Decided, DecodeEviction, Dense, Error, Evict,
+    Fold, Generate, Growth, Keep, KvCachePolicy, KvStore, KvTiles, LayerSpec, LayerUnits,
+    ModelSpec, Needs, Observation, Pass, Phase, Placement, Positions, Prefill, Probe, Qkv, Queries,
+    Result, Rows, Scorer, Scores, Selection, SequenceCache, Session, Step, TurnKeys, Verdict,
+    compute,
     conformance::{
         AdapterCheck, ConformanceError, PolicyCheck, Promise, RandomModel, StoreCheck,
         check_adapter, check_policy, check_store,
@@ -79,7 +80,8 @@ fn layers_are_due_once_and_in_order() {
     assert_eq!(one.seen(), 3);
     let mut pass = begin(&mut one, 3).unwrap();
     pass.attend(0, qkv(3)).unwrap();
-    due(pass.finish(None).unwrap_err(), [1, 2]);
+    let missing = pass.finish(None).unwrap_err();
+    assert_eq!(missing.to_string(), "1 of 2 layers were attended");
     assert!(matches!(begin(&mut one, 3), Err(Error::Unusable)));
 }
 
@@ -189,7 +191,16 @@ fn a_probe_sees_what_it_needs_beside_the_policy() {
         ..Everything::default()
     };
     let mut other = cache(policy);
-    for (cache, needs) in [(&mut one, Needs::NOTHING.surprisal()), (&mut other, needs)] {
+    let mut at_once = cache(Everything {
+        needs: Needs::NOTHING.all_layers(),
+        ..Everything::default()
+    });
+    let surprisal = Needs::NOTHING.surprisal();
+    for (cache, needs) in [
+        (&mut one, surprisal),
+        (&mut at_once, surprisal),
+        (&mut other, needs),
+    ] {
         let mut probe = Needing(needs, Vec::new());
         let pass = Pass::new([cache.step(BODY, 3, 9).watched(&mut probe)]);
         assert!(matches!(pass, Err(Error::Setting { .. })), "{pass:?}");
@@ -232,6 +243,75 @@ fn a_policy_can_decide_on_all_layers_at_once() {
     assert_eq!((one.len(0, 0), one.len(1, 1)), (1, 2));
     // All layers held the chunk.
     assert_eq!(one.peak().units, 2 * 2 * 5);
+}
+
+/// As [`Shared`], and fails.
+#[derive(Debug)]
+struct Quarrel;
+
+impl KvCachePolicy for Quarrel {
+    fn name(&self) -> String {
+        "quarrel".into()
+    }
+
+    fn needs(&self) -> Needs {
+        Needs::NOTHING.all_layers()
+    }
+
+    fn step(&self, at: &Step, _units: &LayerUnits<'_>) -> Result<Verdict> {
+        Err(Error::policy(self.name(), format!("{:?}", at.phase)))
+    }
+}
+
+#[test]
+fn no_sequence_of_a_pass_goes_on_if_another_one_fails_at_its_end() {
+    let mut caches = [cache(Everything::default()), cache(Quarrel)];
+    let [first, second] = &mut caches;
+    let mut pass = Pass::new([first.step(BODY, 2, 2), second.step(BODY, 2, 2)]).unwrap();
+    forward(&*model(), &text(4), &mut pass).unwrap();
+    assert!(matches!(pass.finish(None), Err(Error::Policy { .. })));
+    for cache in &mut caches {
+        assert_eq!(cache.seen(), 0);
+        assert!(matches!(cache.turn(2), Err(Error::Unusable)));
+    }
+}
+
+/// Fails in the first layer.
+#[derive(Debug)]
+struct Stubborn;
+
+impl KvCachePolicy for Stubborn {
+    fn name(&self) -> String {
+        "stubborn".into()
+    }
+
+    fn step(&self, _at: &Step, _units: &LayerUnits<'_>) -> Result<Verdict> {
+        Err(Error::policy(self.name(), "does not"))
+    }
+}
+
+#[test]
+fn an_error_that_an_adapter_swallows_still_ends_the_pass() {
+    let mut one = cache(Stubborn);
+    let mut pass = begin(&mut one, 3).unwrap();
+    assert!(matches!(pass.attend(0, qkv(3)), Err(Error::Policy { .. })));
+    assert!(matches!(pass.attend(1, qkv(3)), Err(Error::Unusable)));
+    assert!(matches!(pass.finish(None), Err(Error::Unusable)));
+    assert!(matches!(begin(&mut one, 3), Err(Error::Unusable)));
+}
+
+#[test]
+fn a_policy_that_is_given_later_is_checked_before_it_decides() {
+    let mut session = Session::new(model(), Arc::new(Everything::default())).unwrap();
+    session.prefill(&text(20), &Prefill::new(8, 2)).unwrap();
+    let policy = Evict::new(KeyNorm, Budget::Units(10)).while_decoding(DecodeEviction::Every(0));
+    session.cache_mut().set_policy(Arc::new(policy)).unwrap();
+    let refused = session.generate(Generate::greedy(2)).map(drop);
+    assert!(matches!(refused, Err(Error::Setting { .. })), "{refused:?}");
+    let policy = Evict::new(KeyNorm, Budget::Units(10)).while_decoding(DecodeEviction::Every(1));
+    session.cache_mut().set_policy(Arc::new(policy)).unwrap();
+    let made: Result<Vec<u32>> = session.generate(Generate::greedy(2)).unwrap().collect();
+    assert_eq!(made.unwrap().len(), 2);
 }
 
 /// Notes the input that it is shown.
@@ -484,6 +564,7 @@ struct Naughty {
 enum How {
     FailsBefore,
     FailsAfter,
+    FailsLogits,
     SkipsLayers,
     WrongWidth,
     Swallows,
@@ -576,7 +657,9 @@ impl CausalLm for Naughty {
                 Ok(x.into())
             }
             How::NotANumber => changed(self.model.hidden(ids, pass), &|x| x.mul_scalar(f32::NAN)),
-            How::MixesRows | How::OtherMatrix | How::ShortMatrix => self.model.hidden(ids, pass),
+            How::MixesRows | How::OtherMatrix | How::ShortMatrix | How::FailsLogits => {
+                self.model.hidden(ids, pass)
+            }
             How::NoInput => {
                 for layer in 0..spec().layers {
                     pass.attend(layer, bare(ids.len()))?;
@@ -600,6 +683,9 @@ impl CausalLm for Naughty {
     }
 
     fn logits(&self, hidden: Rows) -> Result<Rows> {
+        if self.how == How::FailsLogits && self.now.load(Ordering::Relaxed) {
+            return Err(Self::fails());
+        }
         self.model.logits(match self.how {
             How::MixesRows => {
                 let hidden = hidden.into_tensor();
@@ -631,6 +717,7 @@ fn an_error_of_the_model_ends_the_sequence_at_any_time() {
     for how in [
         How::FailsBefore,
         How::FailsAfter,
+        How::FailsLogits,
         How::SkipsLayers,
         How::WrongWidth,
     ] {
@@ -640,8 +727,10 @@ fn an_error_of_the_model_ends_the_sequence_at_any_time() {
             (model.clone(), Session::new(model, policy).unwrap())
         };
         let expected = |error: &Error| match how {
-            How::FailsBefore | How::FailsAfter => matches!(error, Error::Model(_)),
-            How::SkipsLayers => matches!(error, Error::LayerOrder { .. }),
+            How::FailsBefore | How::FailsAfter | How::FailsLogits => {
+                matches!(error, Error::Model(_))
+            }
+            How::SkipsLayers => matches!(error, Error::LayersMissing { .. }),
             _ => matches!(error, Error::Shape { .. }),
         };
         let prefill = Prefill::new(8, 2);
@@ -654,7 +743,7 @@ fn an_error_of_the_model_ends_the_sequence_at_any_time() {
         let (model, mut session) = start(false);
         let error = session
             .prefill_with(&text(100), &prefill, &mut |done| {
-                model.now.store(done.index == 3, Ordering::Relaxed);
+                model.now.store(done.index >= 3, Ordering::Relaxed);
                 Ok(())
             })
             .unwrap_err();
@@ -788,9 +877,10 @@ impl KvCachePolicy for Bent {
                 change(&mut |kept| kept[1..].to_vec())?
             }
             Bend::EvictsTail if at.phase == Phase::Tail => change(&mut |kept| kept[1..].to_vec())?,
+            // The sequence of Thue and Morse, which has no period.
             Bend::Moody if evicts => {
                 let call = self.calls.fetch_add(1, Ordering::Relaxed);
-                let start = (call / 7 % 2) as u32;
+                let start = call.count_ones() % 2;
                 change(&mut |kept| (start..kept.len() as u32 + start).collect())?
             }
             _ => verdict,

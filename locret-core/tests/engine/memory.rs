@@ -2,7 +2,7 @@
 
 use crate::{
     device, model_of,
-    policies::{KeyNorm, Newest, Surprise},
+    policies::{Everything, KeyNorm, Newest, Surprise},
     spec, text,
 };
 use locret_core::{
@@ -55,6 +55,30 @@ proptest! {
         let now = layers * budget * kv_heads * 2 * spec.head_dim * dtype.block_bytes();
         prop_assert_eq!(session.cache().bytes(), now);
     }
+}
+
+/// The peak of prompts is that of prompts, whatever was generated before.
+#[test]
+fn a_short_prompt_after_a_long_answer_is_not_charged_with_it() {
+    let policy = Everything::default();
+    let mut session = after(
+        spec(),
+        policy,
+        CacheOptions::default(),
+        10,
+        Prefill::new(8, 2),
+    );
+    let long = session.report();
+    assert_eq!(long.prefill_peak.units_per_head, 10);
+    session
+        .generate(Generate::greedy(30))
+        .unwrap()
+        .for_each(|t| {
+            t.unwrap();
+        });
+    let report = session.report();
+    assert_eq!(report.prefill_peak, long.prefill_peak);
+    assert_eq!(report.peak.units_per_head, 39);
 }
 
 #[test]

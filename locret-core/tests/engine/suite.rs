@@ -106,6 +106,48 @@ fn mixed_values() {
     .unwrap();
 }
 
+/// Another policy's verdicts, on all layers at once.
+#[derive(Debug)]
+struct AtOnce<P>(P);
+
+impl<P: KvCachePolicy> KvCachePolicy for AtOnce<P> {
+    fn name(&self) -> String {
+        format!("{} at once", self.0.name())
+    }
+
+    fn needs(&self) -> Needs {
+        self.0.needs().all_layers()
+    }
+
+    fn positions(&self) -> Positions {
+        self.0.positions()
+    }
+
+    fn carries(&self) -> Option<String> {
+        self.0.carries()
+    }
+
+    fn limit(&self, layer: &LayerSpec, total: usize) -> Option<usize> {
+        self.0.limit(layer, total)
+    }
+
+    fn evicts_while_decoding(&self) -> bool {
+        self.0.evicts_while_decoding()
+    }
+
+    fn step(&self, at: &Step, units: &LayerUnits<'_>) -> Result<Verdict> {
+        self.0.step(at, units)
+    }
+}
+
+#[test]
+fn verdicts_on_all_layers_at_once() {
+    check_policy(&device(), &PolicyCheck::default(), |case| {
+        Arc::new(AtOnce(evict(case, Birth).recent(2)))
+    })
+    .unwrap();
+}
+
 /// Any policy with units of 8 bits.
 #[derive(Debug)]
 struct Packed<P>(P);

@@ -3,10 +3,9 @@
 use super::{Method, PolicyConfig};
 use crate::{
     Full, H2o, HeadAdvice, HeadWeights, KeyDiff, KeyNorm, Locret, Merge, PolicyError, Quantized,
-    Random, Result, RetainingHeads, SirLlm, SnapKv, Tova, Window,
-    published::{Published, Settings},
+    Random, Result, RetainingHeads, SirLlm, SnapKv, Tova, Window, published::Published,
 };
-use locret_core::{Budget, CausalLm, Compute, Evict, KvCachePolicy, ModelSpec};
+use locret_core::{CausalLm, Compute, KvCachePolicy, ModelSpec};
 use std::sync::Arc;
 
 impl PolicyConfig {
@@ -47,14 +46,14 @@ impl PolicyConfig {
                 let positions = self.positions.unwrap_or_default();
                 self.wrap(Full::new().with_positions(positions))
             }
-            Method::Window => self.evict(model, Window)?,
-            Method::Random => self.evict(model, Random::new(self.seed.unwrap_or(0)))?,
-            Method::KeyNorm => self.evict(model, KeyNorm)?,
-            Method::KeyDiff => self.evict(model, KeyDiff)?,
-            Method::SirLlm => self.evict(model, SirLlm::new().decay(self.decay.unwrap_or(1.0)))?,
-            Method::H2o => self.evict(model, H2o)?,
-            Method::SnapKv => self.evict(model, self.snapkv())?,
-            Method::Tova => self.evict(model, Tova)?,
+            Method::Window => self.evict(Window)?,
+            Method::Random => self.evict(Random::new(self.seed.unwrap_or(0)))?,
+            Method::KeyNorm => self.evict(KeyNorm)?,
+            Method::KeyDiff => self.evict(KeyDiff)?,
+            Method::SirLlm => self.evict(SirLlm::new().decay(self.decay.unwrap_or(1.0)))?,
+            Method::H2o => self.evict(H2o)?,
+            Method::SnapKv => self.evict(self.snapkv())?,
+            Method::Tova => self.evict(Tova)?,
             Method::Locret => {
                 let file = self.heads.as_ref().ok_or_else(|| {
                     PolicyError::setting(self.policy, "needs `heads`, a file of retaining heads")
@@ -64,7 +63,7 @@ impl PolicyConfig {
                 let advice = weights
                     .advice()
                     .map_err(|e| PolicyError::file(file, e.to_string()))?;
-                self.advised(&advice).evict(model, Locret::new(heads))?
+                self.advised(&advice).evict(Locret::new(heads))?
             }
         };
         policy.validate(model, &Default::default())?;
@@ -84,7 +83,7 @@ impl PolicyConfig {
         if self.policy != Method::Locret {
             return Err(PolicyError::setting(self.policy, "has no retaining heads"));
         }
-        let policy = self.evict(model, Locret::new(heads))?;
+        let policy = self.evict(Locret::new(heads))?;
         policy.validate(model, &Default::default())?;
         Ok(policy)
     }
@@ -138,30 +137,24 @@ impl PolicyConfig {
         }
     }
 
-    fn evict<S: Published + 'static>(
-        &self,
-        model: &ModelSpec,
-        scorer: S,
-    ) -> Result<Arc<dyn KvCachePolicy>> {
+    fn evict<S: Published + 'static>(&self, scorer: S) -> Result<Arc<dyn KvCachePolicy>> {
         let budget = self.budget.ok_or_else(|| {
             PolicyError::setting(self.policy, "needs `budget`, the units that it keeps")
         })?;
-        // Here, unlike in the scorers' constructors, the model says how many units bytes are.
-        let counted = match budget {
-            Budget::Bytes(_) => Budget::Units(budget.units(&model.layer(0), 0)),
-            other => other,
-        };
-        let set = Settings {
-            sinks: self.sinks,
-            recent: self.recent,
-            stabilizers: self.stabilizers,
-        };
-        let guard = scorer.guard_with(counted, set);
-        let mut policy = Evict::new(scorer, budget)
-            .guard(guard)
+        let mut policy = scorer
+            .published(budget)
             .pool(self.pool.unwrap_or(1))
             .with_positions(self.positions.unwrap_or(S::POSITIONS))
             .while_decoding(self.decode.unwrap_or_default());
+        if let Some(units) = self.sinks {
+            policy = policy.sinks(units);
+        }
+        if let Some(units) = self.recent {
+            policy = policy.recent(units);
+        }
+        if let Some(units) = self.stabilizers {
+            policy = policy.stabilizers(units);
+        }
         if let Some(beta) = self.pyramid {
             policy = policy.pyramid(beta);
         }

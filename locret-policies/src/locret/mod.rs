@@ -69,14 +69,6 @@ impl Locret {
 
 impl Published for Locret {
     const POSITIONS: Positions = Positions::Compact;
-
-    /// Stabilizers: an eighth of the budget.
-    fn guard(&self, units: usize) -> Guard {
-        Guard {
-            stabilizers: units / 8,
-            ..Guard::default()
-        }
-    }
 }
 
 impl Scorer for Locret {
@@ -93,6 +85,14 @@ impl Scorer for Locret {
 
     fn carries(&self) -> bool {
         true
+    }
+
+    /// Stabilizers: an eighth of the budget.
+    fn guard(&self, units: usize) -> Guard {
+        Guard {
+            stabilizers: units / 8,
+            ..Guard::default()
+        }
     }
 
     fn validate(&self, model: &ModelSpec) -> Result<()> {

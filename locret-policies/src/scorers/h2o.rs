@@ -32,14 +32,7 @@ impl H2o {
     }
 }
 
-impl Published for H2o {
-    fn guard(&self, units: usize) -> Guard {
-        Guard {
-            recent: units / 2,
-            ..Guard::default()
-        }
-    }
-}
+impl Published for H2o {}
 
 impl Scorer for H2o {
     fn name(&self) -> String {
@@ -52,6 +45,13 @@ impl Scorer for H2o {
 
     fn carries(&self) -> bool {
         true
+    }
+
+    fn guard(&self, units: usize) -> Guard {
+        Guard {
+            recent: units / 2,
+            ..Guard::default()
+        }
     }
 
     fn score(&self, at: &Step, units: &LayerUnits<'_>) -> Result<Scores> {

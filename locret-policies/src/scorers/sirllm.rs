@@ -64,14 +64,6 @@ impl SirLlm {
 
 impl Published for SirLlm {
     const POSITIONS: Positions = Positions::Compact;
-
-    fn guard(&self, units: usize) -> Guard {
-        Guard {
-            sinks: Self::SINKS,
-            recent: units / 4,
-            ..Guard::default()
-        }
-    }
 }
 
 impl Scorer for SirLlm {
@@ -85,6 +77,14 @@ impl Scorer for SirLlm {
 
     fn carries(&self) -> bool {
         true
+    }
+
+    fn guard(&self, units: usize) -> Guard {
+        Guard {
+            sinks: Self::SINKS,
+            recent: units / 4,
+            ..Guard::default()
+        }
     }
 
     fn validate(&self, _model: &ModelSpec) -> Result<()> {

@@ -62,14 +62,7 @@ impl SnapKv {
     }
 }
 
-impl Published for SnapKv {
-    fn guard(&self, units: usize) -> Guard {
-        Guard {
-            recent: self.window.min(units / 2),
-            ..Guard::default()
-        }
-    }
-}
+impl Published for SnapKv {}
 
 impl Scorer for SnapKv {
     fn name(&self) -> String {
@@ -82,6 +75,13 @@ impl Scorer for SnapKv {
 
     fn carries(&self) -> bool {
         true
+    }
+
+    fn guard(&self, units: usize) -> Guard {
+        Guard {
+            recent: self.window.min(units / 2),
+            ..Guard::default()
+        }
     }
 
     fn validate(&self, _model: &ModelSpec) -> Result<()> {

@@ -32,14 +32,7 @@ impl Tova {
     }
 }
 
-impl Published for Tova {
-    fn guard(&self, _units: usize) -> Guard {
-        Guard {
-            recent: 1,
-            ..Guard::default()
-        }
-    }
-}
+impl Published for Tova {}
 
 impl Scorer for Tova {
     fn name(&self) -> String {
@@ -52,6 +45,13 @@ impl Scorer for Tova {
 
     fn carries(&self) -> bool {
         true
+    }
+
+    fn guard(&self, _units: usize) -> Guard {
+        Guard {
+            recent: 1,
+            ..Guard::default()
+        }
     }
 
     fn score(&self, at: &Step, units: &LayerUnits<'_>) -> Result<Scores> {

@@ -32,13 +32,6 @@ impl Window {
 
 impl Published for Window {
     const POSITIONS: Positions = Positions::Compact;
-
-    fn guard(&self, _units: usize) -> Guard {
-        Guard {
-            sinks: Self::SINKS,
-            ..Guard::default()
-        }
-    }
 }
 
 impl Scorer for Window {
@@ -48,6 +41,13 @@ impl Scorer for Window {
 
     fn keeps_newest(&self) -> bool {
         true
+    }
+
+    fn guard(&self, _units: usize) -> Guard {
+        Guard {
+            sinks: Self::SINKS,
+            ..Guard::default()
+        }
     }
 
     fn score(&self, _at: &Step, units: &LayerUnits<'_>) -> Result<Scores> {

@@ -89,6 +89,7 @@ impl Row {
             Some(Budget::Units(n)) => n.to_string(),
             Some(Budget::Ratio(r)) => format!("{} %", r * 100.0),
             Some(Budget::Bytes(n)) => report::bytes(n),
+            Some(other) => other.to_string(),
         }
     }
 }
