@@ -65,11 +65,6 @@ impl RopeTable {
         self.positions.is_empty()
     }
 
-    /// The positions that the rows stand for.
-    pub fn positions(&self) -> Range<usize> {
-        self.positions.clone()
-    }
-
     /// How many features of a head are rotated.
     pub fn rotary_dim(&self) -> usize {
         2 * self.inv_freq.len()

@@ -20,8 +20,8 @@ use locret_kernels::{
 use serde::{Deserialize, Serialize};
 use std::{borrow::Cow, sync::Arc};
 
-/// How few tokens at once (a decoded one) meet matrices in blocks of packed integers; other
-/// matrices, and more than eight tokens, are computed exactly in any case.
+/// How products of matrices in blocks of packed integers with few tokens at once (a decoded one) are
+/// computed; those of other matrices, and of more than eight tokens, are exact in any case.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Activations {
@@ -52,7 +52,7 @@ impl Host {
         }
     }
 
-    /// Chooses how few tokens meet packed weights.
+    /// Chooses how products of packed weights with few tokens are computed.
     pub fn with_activations(self, activations: Activations) -> Self {
         Self {
             activations,

@@ -90,7 +90,7 @@ pub enum Error {
     /// A model adapter failed.
     #[error("the model failed: {0}")]
     Model(#[source] Box<dyn std::error::Error + Send + Sync>),
-    /// A saved cache cannot be read.
+    /// A store cannot be saved, or what was saved cannot be read.
     #[error("snapshot: {0}")]
     Snapshot(String),
 }

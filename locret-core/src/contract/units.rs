@@ -42,11 +42,6 @@ impl Qkv {
         }
     }
 
-    /// The number of tokens.
-    pub fn tokens(&self) -> usize {
-        self.q.rows()
-    }
-
     /// What [`made_from`](Self::made_from) was told.
     pub(crate) fn take_input(&mut self) -> Option<Rows> {
         self.input.take()
@@ -173,6 +168,9 @@ impl<'a> LayerUnits<'a> {
     }
 
     /// Units that `head` holds, the new ones included.
+    ///
+    /// # Panics
+    /// Here and below, for a head that the layer does not have.
     pub fn len(&self, head: usize) -> usize {
         self.heads[head].positions.len()
     }

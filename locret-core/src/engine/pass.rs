@@ -435,8 +435,8 @@ fn rotated(
     let this = &mut cache.layers[layer];
     let lens: Vec<usize> = this.heads.iter().map(|h| h.positions.len()).collect();
     let table = cache.rope.contiguous(this.longest() + k.rows());
-    // Single tokens meet keys that are rotated once and for all; chunks are followed by evictions, after
-    // which every key stands elsewhere.
+    // While single tokens come nothing moves, so that keys are rotated once and for all; chunks are
+    // followed by evictions, after which every key stands elsewhere.
     let decoding = phase == Phase::Decode;
     if this.rotated != decoding {
         let turn = Rotation::contiguous(&table, head_dim);

@@ -56,14 +56,7 @@ pub(super) fn few_tokens(
     ];
     let mut memory = Scratch::for_lengths(&lengths);
     let [plain, sums, codes, turned] = memory.slices(lengths);
-    // A copy, since each vector of activations is loaded once for each row: half as fast where it
-    // lies in two lines of the cache.
-    for (token, mut to) in plain.chunks_exact_mut(columns).enumerate() {
-        for x in xs {
-            let width = x.len() / tokens;
-            take(&mut to, width).copy_from_slice(&x[token * width..][..width]);
-        }
-    }
+    side_by_side(xs, tokens, plain);
     let each = plain.chunks_exact(columns);
     for (x, sums) in each.clone().zip(sums.chunks_exact_mut(sum_layout.len())) {
         dispatch!(isa, s => sum_layout.of(s, x, sums));
@@ -102,12 +95,30 @@ pub(super) fn few_tokens(
         jobs.into_par_iter().for_each(run);
     }
     if tokens > 1 {
-        let mut by_row = turned.chunks_exact(tokens);
-        for (out, width) in outs.iter_mut().zip(widths) {
-            for (column, row) in by_row.by_ref().take(width).enumerate() {
-                for (token, x) in row.iter().enumerate() {
-                    out[token * width + column] = *x;
-                }
+        by_token(turned, tokens, &widths, outs);
+    }
+}
+
+/// The parts of each token's activations, `[tokens, …]` each, in one row. A copy even of a single part,
+/// since each vector of activations is loaded once for each row of weights: half as fast where it lies in
+/// two lines of the cache.
+fn side_by_side(xs: &[&[f32]], tokens: usize, rows: &mut [f32]) {
+    let columns = rows.len() / tokens;
+    for (token, mut row) in rows.chunks_exact_mut(columns).enumerate() {
+        for x in xs {
+            let width = x.len() / tokens;
+            take(&mut row, width).copy_from_slice(&x[token * width..][..width]);
+        }
+    }
+}
+
+/// Outputs by row of the weights, `[widths together, tokens]`, to `[tokens, width]` each.
+fn by_token(turned: &[f32], tokens: usize, widths: &[usize], outs: &mut [&mut [f32]]) {
+    let mut rows = turned.chunks_exact(tokens);
+    for (out, width) in outs.iter_mut().zip(widths) {
+        for (column, row) in rows.by_ref().take(*width).enumerate() {
+            for (token, x) in row.iter().enumerate() {
+                out[token * width + column] = *x;
             }
         }
     }

@@ -146,11 +146,6 @@ impl<'a> Weight<'a> {
         Self::new(DType::F32, rows, columns, bytemuck::cast_slice(x))
     }
 
-    /// The type of the numbers.
-    pub fn dtype(&self) -> DType {
-        self.dtype
-    }
-
     /// Outputs.
     pub fn rows(&self) -> usize {
         self.rows
