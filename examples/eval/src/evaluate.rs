@@ -33,8 +33,6 @@ pub struct Reader {
     /// How contexts are read. Their last `local` tokens are not evicted, nor is any token of a
     /// query or an answer.
     pub prefill: Prefill,
-    /// Whether the policy evicts while it generates, so that greedy answers have to be generated.
-    pub evicts_while_decoding: bool,
 }
 
 /// How one query was answered.
@@ -112,7 +110,8 @@ impl Reader {
                 )));
             }
             let mut fork = session.fork()?;
-            let exact = if self.evicts_while_decoding && !task.is_continuation() {
+            let generate = self.policy.evicts_while_decoding() && !task.is_continuation();
+            let exact = if generate {
                 let mut fork = session.fork()?;
                 fork.score(&asked)?;
                 let greedy = fork.generate(Generate::greedy(answer.len()))?;

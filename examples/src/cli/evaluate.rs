@@ -58,7 +58,6 @@ pub fn run(args: &Args) -> Result<()> {
         policy,
         cache: args.prefill.cache(),
         prefill: args.prefill.prefill(),
-        evicts_while_decoding: config.decode.is_some(),
     };
     let partial = args.json.with_added_extension("part");
     let mut bar = Progress::new("tasks", Some(tasks.len() as u64), Unit::Cases);

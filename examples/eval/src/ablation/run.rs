@@ -25,8 +25,6 @@ pub struct Candidate {
     /// How keys and values are kept. Whether as integers is the policy's own affair
     /// ([`Quantized`](locret_policies::Quantized)); the name is for tables then.
     pub store: Store,
-    /// Whether the policy evicts while it generates, so that greedy answers have to be generated.
-    pub evicts_while_decoding: bool,
     /// SHA-256 of the retaining heads, where the policy has any.
     pub heads_sha256: Option<String>,
 }
@@ -36,8 +34,7 @@ impl Candidate {
     /// over where its name and settings are the same. Tables show a `budget` among them, a number of
     /// units or a [`Budget`].
     ///
-    /// Keys and values are kept in 32 bits, and answers are generated, which is right whether or
-    /// not the policy evicts meanwhile.
+    /// Keys and values are kept in 32 bits.
     pub fn new(label: impl Into<String>, policy: Arc<dyn KvCachePolicy>, settings: Value) -> Self {
         Self {
             label: label.into(),
@@ -48,13 +45,12 @@ impl Candidate {
             },
             policy,
             store: Store::F32,
-            evicts_while_decoding: true,
             heads_sha256: None,
         }
     }
 
-    /// A policy of `locret-policies` for `model`, called by its method's name. Keys and values are kept in 32 bits unless the
-    /// policy does otherwise.
+    /// A policy of `locret-policies` for `model`, called by its method's name. Keys and values are kept in
+    /// 32 bits unless the policy does otherwise.
     ///
     /// # Errors
     /// As [`PolicyConfig::build_for`]; [`Error::Read`](crate::Error::Read) for its heads.
@@ -64,7 +60,6 @@ impl Candidate {
             // Other heads by the same name are another policy.
             heads_sha256: config.heads.as_deref().map(file_sha256).transpose()?,
             policy: config.build_for(model)?,
-            evicts_while_decoding: config.decode.is_some(),
             settings: Settings::Config(config),
             store: Store::F32,
         })
@@ -164,7 +159,6 @@ impl Ablation {
                 ..CacheOptions::default()
             },
             prefill: self.prefill,
-            evicts_while_decoding: candidate.evicts_while_decoding,
         }
     }
 
