@@ -2,6 +2,7 @@
 
 use crate::{
     Error, Result,
+    files::write_atomically,
     report::{self, Table},
     tasks::Task,
 };
@@ -11,7 +12,7 @@ use locret_core::{
 use serde::{Deserialize, Serialize};
 use std::{
     collections::{BTreeMap, HashMap},
-    fs::{self, File},
+    fs::{self, File, OpenOptions},
     io::Write,
     path::{Path, PathBuf},
     sync::Arc,
@@ -243,19 +244,18 @@ impl Log {
                 }
             }
         }
-        let write = || -> std::io::Result<File> {
-            if let Some(folder) = path.parent().filter(|p| !p.as_os_str().is_empty()) {
-                fs::create_dir_all(folder)?;
-            }
-            let mut file = File::create(path)?;
-            let mut text = format!("{head}\n");
+        // Beside its place first: a kill in between leaves what was there.
+        write_atomically(path, |out| {
+            writeln!(out, "{head}")?;
             for case in known.values() {
-                text += &format!("{}\n", serde_json::to_string(case)?);
+                writeln!(out, "{}", serde_json::to_string(case)?)?;
             }
-            file.write_all(text.as_bytes())?;
-            Ok(file)
-        };
-        let file = write().map_err(|e| Error::write(path, e))?;
+            Ok(())
+        })?;
+        let file = OpenOptions::new()
+            .append(true)
+            .open(path)
+            .map_err(|e| Error::write(path, e))?;
         Ok(Self {
             path: path.to_owned(),
             file,
@@ -388,6 +388,7 @@ impl Scores {
 mod tests {
     use super::*;
     use serde_json::json;
+    use std::io::Read;
 
     fn case(task: &str, id: &str, continuation: bool, queries: &[(bool, usize, usize)]) -> Case {
         Case {
@@ -462,8 +463,14 @@ mod tests {
         drop(log);
         // As if the run had been killed while it wrote.
         let text = fs::read_to_string(&path).unwrap();
-        fs::write(&path, &text[..text.len() - 20]).unwrap();
+        let cut = &text[..text.len() - 20];
+        fs::write(&path, cut).unwrap();
+        let mut before = File::open(&path).unwrap();
         let mut log = Log::open(&path, &settings).unwrap();
+        // What was there is replaced, never emptied: a kill at any moment loses nothing.
+        let mut left = String::new();
+        before.read_to_string(&mut left).unwrap();
+        assert_eq!(left, cut);
         assert_eq!(
             log.take("a", "1"),
             Some(case("a", "1", false, &[(true, 1, 1)]))
