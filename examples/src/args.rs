@@ -9,11 +9,13 @@ use locret_core::{
     Budget, CacheOptions, DType, DecodeEviction, Error as CoreError, Positions, Prefill,
     Quantization, Sampling,
 };
-use locret_eval::tasks::{self, Kind, Recipe, Task};
+use locret_eval::{
+    files::sha256,
+    tasks::{self, Kind, Recipe, Task},
+};
 use locret_models::{Activations, FetchOptions, LoadOptions, WeightDtype};
 use locret_policies::{Method, PolicyConfig};
 use serde_json::json;
-use sha2::{Digest, Sha256};
 use std::{fs, path::PathBuf};
 
 /// Which model runs, and where.
@@ -320,10 +322,8 @@ impl TaskArgs {
     pub fn settings(&self, tasks: &[Task]) -> serde_json::Value {
         // Two files of one name with other content are other tasks.
         let text = serde_json::to_vec(tasks).unwrap_or_default();
-        let digest: String = (Sha256::digest(&text).iter())
-            .take(8)
-            .map(|byte| format!("{byte:02x}"))
-            .collect();
+        let mut digest = sha256(&text);
+        digest.truncate(16);
         match &self.file {
             Some(file) => json!({ "file": file, "sha256": digest }),
             None => json!({

@@ -78,6 +78,10 @@ pub struct Record {
     pub chat: bool,
     /// The task file, where there is one.
     pub tasks_file: Option<PathBuf>,
+    /// [`Task::sha256`](crate::tasks::Task::sha256). Results from before it was written down have none, and
+    /// are those of no task that can be run.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub task_sha256: Option<String>,
     /// SHA-256 of the retaining heads, where the policy has any.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub heads_sha256: Option<String>,
@@ -102,6 +106,7 @@ impl Record {
             local,
             chat,
             tasks_file,
+            task_sha256: task,
             heads_sha256: heads,
             case,
             origin,
@@ -110,7 +115,7 @@ impl Record {
         let model = origin.model_sha256.as_ref().unwrap_or(&origin.model);
         let id = (&case.task, &case.id);
         let parts = (
-            policy, store, length, seed, chunk, local, chat, tasks_file, id, model, heads,
+            policy, store, length, seed, chunk, local, chat, tasks_file, id, task, model, heads,
         );
         // None of these types can fail to become JSON.
         serde_json::to_string(&parts).unwrap_or_default()
@@ -207,6 +212,7 @@ pub(super) mod tests {
             local: 32,
             chat: false,
             tasks_file: None,
+            task_sha256: Some("a task".into()),
             heads_sha256: None,
             case: Case {
                 id: format!("{task}-{exact}"),
@@ -268,10 +274,19 @@ pub(super) mod tests {
         renamed.chunk = others[0].chunk;
         renamed.heads_sha256 = Some("other heads".into());
         assert!(journal.get(&renamed.key()).is_none());
+        renamed.heads_sha256 = None;
+        renamed.task_sha256 = Some("another task".into());
+        assert!(journal.get(&renamed.key()).is_none());
         journal.add(last).unwrap();
         drop(journal);
         let journal = Journal::open(&path).unwrap();
         assert!(all.iter().all(|r| journal.get(&r.key()) == Some(r)));
+        // A line from before tasks were told apart by their text is read, and stands for none.
+        let mut old = serde_json::to_value(&all[0]).unwrap();
+        assert!(old.as_object_mut().unwrap().remove("task_sha256").is_some());
+        fs::write(&path, format!("{old}\n")).unwrap();
+        let journal = Journal::open(&path).unwrap();
+        assert_eq!(journal.get(&all[0].key()), None);
         fs::write(&path, "{}\n").unwrap();
         assert!(matches!(
             Journal::open(&path),

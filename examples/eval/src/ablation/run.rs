@@ -15,6 +15,7 @@ use std::{path::PathBuf, sync::Arc};
 
 /// A policy that is compared with others.
 #[derive(Debug, Clone)]
+#[non_exhaustive]
 pub struct Candidate {
     /// What tables say.
     pub label: String,
@@ -239,6 +240,7 @@ impl Ablation {
             local: self.prefill.local,
             chat: set.chat,
             tasks_file: set.file.clone(),
+            task_sha256: Some(task.sha256()),
             heads_sha256: candidate.heads_sha256.clone(),
             case: task.into(),
             origin: self.origin.clone(),
@@ -276,6 +278,7 @@ mod tests {
         assert!(configured.moved() && !shared.moved());
         assert_eq!(shared.positions(), Positions::Original);
     }
+
     #[test]
     fn any_policy_stands_beside_built_in_ones_and_is_run_once() {
         let config = random::tests::config(32, 256);
@@ -307,21 +310,33 @@ mod tests {
             Candidate::new("mine", policy(), json!({ "budget": 24 })),
         ];
         let mut journal = Journal::default();
-        let mut ran = |candidates: &[Candidate]| {
+        let mut ran = |candidates: &[Candidate], set: &TaskSet| {
             let (mut known, mut done) = (0, 0);
-            let records = ablation.run(candidates, &set, &encode, &mut journal, &mut |e| match e {
+            let records = ablation.run(candidates, set, &encode, &mut journal, &mut |e| match e {
                 Event::Known => known += 1,
                 Event::Done => done += 1,
                 Event::Next { .. } => {}
             });
             (records.unwrap(), known, done)
         };
-        let (records, known, done) = ran(&candidates);
+        let (records, known, done) = ran(&candidates, &set);
         assert_eq!((records.len(), known, done), (6, 0, 6));
-        assert_eq!(ran(&candidates), (records.clone(), 6, 0));
+        assert_eq!(ran(&candidates, &set), (records.clone(), 6, 0));
         // Other settings are another policy.
         let other = Candidate::new("mine", policy(), json!({ "budget": 24, "recent": 2 }));
-        assert_eq!(ran(&[other]).2, 2);
+        assert_eq!(ran(&[other], &set).2, 2);
+        // Another question by an old name is another task, wherever it differs.
+        for change in [
+            (|t: &mut Task| t.context += "It sleeps.") as fn(&mut Task),
+            |t| t.queries[0].query = "A".into(),
+            |t| t.queries[0].answer = " lazy".into(),
+            |t| t.task = "words".into(),
+        ] {
+            let mut edited = set.clone();
+            change(&mut edited.tasks[1]);
+            let (_, known, done) = ran(&candidates[..1], &edited);
+            assert_eq!((known, done), (1, 1));
+        }
 
         let kept: Vec<f64> = rows(&records, 1).iter().map(|r| r.kept).collect();
         assert!(kept[1] < kept[0] / 2.0 && kept[2] == kept[1], "{kept:?}");

@@ -12,6 +12,7 @@ pub use file::{read, write};
 pub use frame::Frame;
 pub use generate::{Count, Kind, Recipe};
 
+use crate::files::sha256;
 use serde::{Deserialize, Serialize};
 
 /// A context, and what is asked about it.
@@ -43,5 +44,12 @@ impl Task {
     /// Whether the task measures how well a text is predicted and asks nothing.
     pub fn is_continuation(&self) -> bool {
         self.queries.iter().all(|q| q.query.is_empty())
+    }
+
+    /// SHA-256 of all that is asked, in hexadecimal: tasks by one name in two files, or before and after
+    /// a file was edited, are not one task.
+    pub fn sha256(&self) -> String {
+        // Strings cannot fail to become JSON.
+        sha256(&serde_json::to_vec(self).unwrap_or_default())
     }
 }
