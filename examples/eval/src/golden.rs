@@ -1,10 +1,11 @@
 //! Logits that transformers gives for a small model, to compare an adapter with.
 
 use crate::{Error, Result};
+use base64::{Engine, prelude::BASE64_STANDARD};
 use locret_core::{CacheOptions, CausalLm, Pass, Phase, SequenceCache, forward};
 use locret_policies::Full;
-use serde::Deserialize;
-use std::{collections::BTreeMap, path::Path, sync::Arc};
+use serde::{Deserialize, Deserializer, de};
+use std::{borrow::Cow, collections::BTreeMap, path::Path, sync::Arc};
 
 /// A file of golden logits as `locret-models/tests/golden/make_tiny.py` writes it.
 #[derive(Debug, Clone, Deserialize)]
@@ -22,8 +23,9 @@ struct Variant {
 struct Case {
     ids: Vec<u32>,
     positions: Vec<usize>,
-    /// `[positions, vocab]`, little-endian `f32` in base64.
-    logits: String,
+    /// `[positions, vocab]`
+    #[serde(deserialize_with = "floats")]
+    logits: Vec<f32>,
 }
 
 /// How far an adapter is from its golden logits.
@@ -66,7 +68,7 @@ impl GoldenLogits {
             let hidden = forward(model, &case.ids, &mut pass)?;
             pass.finish(None)?;
             let found = model.logits(hidden)?.into_values()?;
-            let expected = floats(&case.logits);
+            let expected = &case.logits;
             for (row, position) in case.positions.iter().enumerate() {
                 for token in 0..self.vocab {
                     let a = found.get(position * self.vocab + token);
@@ -82,34 +84,41 @@ impl GoldenLogits {
     }
 }
 
-/// Little-endian `f32` in base64; what is no digit is passed over.
-fn floats(text: &str) -> Vec<f32> {
-    const DIGITS: &[u8] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
-    let (mut bytes, mut bits, mut have) = (Vec::new(), 0u32, 0);
-    for c in text.bytes() {
-        let Some(digit) = DIGITS.iter().position(|d| *d == c) else {
-            continue;
-        };
-        bits = bits << 6 | digit as u32;
-        have += 6;
-        if have >= 8 {
-            have -= 8;
-            bytes.push((bits >> have) as u8);
-        }
+/// Little-endian `f32` in base64.
+fn floats<'de, D: Deserializer<'de>>(from: D) -> std::result::Result<Vec<f32>, D::Error> {
+    let text = <Cow<'de, str>>::deserialize(from)?;
+    let bytes = BASE64_STANDARD.decode(&*text).map_err(de::Error::custom)?;
+    let (quads, rest) = bytes.as_chunks();
+    if !rest.is_empty() {
+        let message = format!("{} bytes are no whole 32-bit numbers", bytes.len());
+        return Err(de::Error::custom(message));
     }
-    let quads = bytes.chunks_exact(4);
-    quads
-        .map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]))
-        .collect()
+    Ok(quads.iter().map(|quad| f32::from_le_bytes(*quad)).collect())
 }
 
 #[cfg(test)]
 mod tests {
-    use super::floats;
+    use super::*;
 
     #[test]
-    fn floats_come_out_of_base64() {
+    fn floats_come_out_of_base64_or_the_file_is_damaged() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("golden.json");
+        let read = |logits: &str| {
+            let case = serde_json::json!({ "ids": [1], "positions": [0], "logits": logits });
+            let golden =
+                serde_json::json!({ "vocab": 3, "variants": { "a": { "cases": [case] } } });
+            std::fs::write(&path, golden.to_string()).unwrap();
+            let golden = GoldenLogits::read(&path);
+            golden.map(|golden| golden.variants["a"].cases[0].logits.clone())
+        };
         // 1, -2.5 and 3.5e-3, as Python's base64 and struct write them.
-        assert_eq!(floats("AACAPwAAIMBCYGU7"), [1.0, -2.5, 3.5e-3]);
+        assert_eq!(read("AACAPwAAIMBCYGU7").unwrap(), [1.0, -2.5, 3.5e-3]);
+        for damaged in ["AACAPwAAIM!CYGU7", "AACAPwAAIMBCYGU", "AACAPwAA"] {
+            assert!(
+                matches!(read(damaged), Err(Error::Read { .. })),
+                "{damaged}"
+            );
+        }
     }
 }
