@@ -5,8 +5,7 @@ use burn::tensor::{Device, Tensor};
 use locret_core::CausalLm;
 use locret_eval::{corpus::Essays, files::file_sha256, tasks::Frame};
 use locret_models::{
-    ChatTemplate, FetchOptions, LoadedModel, Message, ModelFiles, SpecialTokens, Tokenizer,
-    load_model, resolve,
+    FetchOptions, LoadedModel, Message, SpecialTokens, Tokenizer, load_model, resolve,
 };
 use std::{
     cell::OnceCell,
@@ -70,10 +69,7 @@ impl Runtime {
         if let Some(made) = self.tokenizer.get() {
             return Ok(made);
         }
-        let made = match &self.loaded.files {
-            ModelFiles::Gguf(gguf) => Tokenizer::from_gguf(gguf)?,
-            ModelFiles::Folder(dir) => Tokenizer::from_dir(dir)?,
-        };
+        let made = self.loaded.files.tokenizer()?;
         Ok(self.tokenizer.get_or_init(|| made))
     }
 
@@ -102,7 +98,8 @@ impl Runtime {
     /// [`Error::Model`]; [`Error::Usage`] if a chat is asked for and there is no template for it.
     pub fn prompt(&self, text: &str, chat: bool, control: bool) -> Result<Vec<u32>> {
         if chat {
-            let template = self.chat_template()?.ok_or_else(no_template)?;
+            let template = self.loaded.files.chat_template()?;
+            let template = template.ok_or_else(no_template)?;
             let turn = [Message::new("user", text)];
             if control {
                 return self.encode(&template.render(&turn, true)?);
@@ -147,7 +144,7 @@ impl Runtime {
         if chat == Some(false) {
             return Ok(Frame::plain(&self.begin()?));
         }
-        let template = self.chat_template()?;
+        let template = self.loaded.files.chat_template()?;
         let framed = match &template {
             None => None,
             Some(template) => Frame::chat(&self.begin()?, |turns| {
@@ -160,13 +157,6 @@ impl Runtime {
             (None, None) => Ok(Frame::plain(&self.begin()?)),
             (None, Some(_)) => Err(no_template()),
         }
-    }
-
-    fn chat_template(&self) -> Result<Option<ChatTemplate>> {
-        Ok(match &self.loaded.files {
-            ModelFiles::Gguf(gguf) => ChatTemplate::from_gguf(gguf)?,
-            ModelFiles::Folder(dir) => ChatTemplate::from_dir(dir)?,
-        })
     }
 
     /// The beginning-of-text token's name where texts begin with it.
