@@ -344,6 +344,10 @@ fn published_dimensions_take_what_is_planned() {
         "--policy locret --budget 64 --d-r 16",
         "--policy window --budget 40",
         "--policy full",
+        "--policy window --budget 40 --pyramid 4",
+        // Of these the plan is an estimate.
+        "--policy window --budget 40 --quantize 4",
+        "--policy key-norm --budget 40 --ada 0.2",
     ] {
         // The run itself compares its bytes with the plan's.
         let flags = format!("{preset} {policy} --tokens 400");
