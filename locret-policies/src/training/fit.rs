@@ -411,6 +411,11 @@ impl<'a> Data<'a> {
     }
 
     fn head(&self, config: &TrainConfig, device: &Device) -> Result<HeadTrainer> {
+    /// Of a head's two matrices.
+    fn shapes(&self, config: &TrainConfig) -> [[usize; 2]; 2] {
+        [[self.features, config.d_r], [config.d_r, self.kv_heads]]
+    }
+
         let seed = config.seed ^ ((self.layer as u64 + 1) << 32);
         let (fc1, fc2) =
             HeadTrainer::new(self.features, config.d_r, self.kv_heads, seed, device)?.save()?;
@@ -551,7 +556,7 @@ impl<'a> Layer<'a> {
         let data = Data::new(shards, config, layer)?;
         let path = folder.join(format!("head-{layer:03}.safetensors"));
         let fingerprint = config.fingerprint(shards.fingerprint(), layer)?;
-        let (head, epoch, report) = match read(&path, fingerprint) {
+        let (head, epoch, report) = match read(&path, fingerprint, data.shapes(config)) {
             Some((fc1, fc2, meta)) => {
                 let head = HeadTrainer::of(fc1, fc2, config.optimisation(), device)?;
                 (head, meta.epoch, meta.report)
@@ -668,9 +673,13 @@ impl<'a> Layer<'a> {
     }
 }
 
-/// A checkpoint of the training with this fingerprint. `None` for anything else: training then starts
-/// from the beginning.
-fn read(path: &Path, fingerprint: u64) -> Option<(SavedParam, SavedParam, Meta)> {
+/// A checkpoint of the training with this fingerprint, of matrices of these shapes. `None` for anything
+/// else: training then starts from the beginning.
+fn read(
+    path: &Path,
+    fingerprint: u64,
+    shapes: [[usize; 2]; 2],
+) -> Option<(SavedParam, SavedParam, Meta)> {
     let file = File::open(path).ok()?;
     // SAFETY: checkpoints are written beside their place and renamed, never changed in place.
     let map = unsafe { Mmap::map(&file) }.ok()?;
@@ -680,32 +689,32 @@ fn read(path: &Path, fingerprint: u64) -> Option<(SavedParam, SavedParam, Meta)>
         return None;
     }
     let tensors = SafeTensors::deserialize(&map).ok()?;
-    let values = |name: &str| -> Option<([usize; 2], Vec<f32>)> {
+    // The fingerprint is of settings and data. What the file holds beside it can still be damaged.
+    let values = |name: &str, shape: [usize; 2]| -> Option<Vec<f32>> {
         let view = tensors.tensor(name).ok()?;
-        let shape = <[usize; 2]>::try_from(view.shape()).ok()?;
-        let values = view.data().chunks_exact(4);
-        let values = values
-            .map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]))
-            .collect();
-        (view.dtype() == Dtype::F32).then_some((shape, values))
+        if view.dtype() != Dtype::F32 || view.shape() != shape {
+            return None;
+        }
+        let (quads, _) = view.data().as_chunks();
+        Some(quads.iter().map(|quad| f32::from_le_bytes(*quad)).collect())
     };
-    let param = |name: &str| -> Option<SavedParam> {
-        let (shape, value) = values(name)?;
+    let param = |name: &str, shape: [usize; 2]| -> Option<SavedParam> {
         let moments = match meta.steps {
             0 => None,
             steps => Some((
-                values(&format!("{name}.first"))?.1,
-                values(&format!("{name}.second"))?.1,
+                values(&format!("{name}.first"), shape)?,
+                values(&format!("{name}.second"), shape)?,
                 steps,
             )),
         };
         Some(SavedParam {
             shape,
-            value,
+            value: values(name, shape)?,
             moments,
         })
     };
-    Some((param("fc1")?, param("fc2")?, meta))
+    let [fc1, fc2] = shapes;
+    Some((param("fc1", fc1)?, param("fc2", fc2)?, meta))
 }
 
 #[cfg(test)]
@@ -748,6 +757,59 @@ mod tests {
         assert!(first.iter().sum::<f32>().abs() < 1e-5);
         assert!((first.iter().map(|x| x * x).sum::<f32>() / 4.0 - 1.0).abs() < 1e-5);
         assert_eq!(first.iter().copied().fold(f32::MIN, f32::max), first[3]);
+    #[test]
+    fn a_checkpoint_of_other_lengths_is_none() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("head.safetensors");
+        let shapes = [[6, 4], [4, 2]];
+        let write = |other: Option<(&str, [usize; 2])>| {
+            let tensors = [("fc1", shapes[0]), ("fc2", shapes[1])]
+                .into_iter()
+                .flat_map(|(name, shape)| {
+                    ["", ".first", ".second"].map(|part| (format!("{name}{part}"), shape))
+                })
+                .map(|(name, shape)| {
+                    let shape = match other {
+                        Some((damaged, shape)) if damaged == name => shape,
+                        _ => shape,
+                    };
+                    let data = Bytes {
+                        dtype: Dtype::F32,
+                        shape: shape.to_vec(),
+                        data: vec![0; 4 * shape[0] * shape[1]],
+                    };
+                    (name, data)
+                });
+            let meta = Meta {
+                fingerprint: 3,
+                epoch: 1,
+                steps: 5,
+                report: LayerReport::default(),
+            };
+            let meta = serde_json::to_string(&meta).unwrap();
+            let meta = HashMap::from([(META.to_owned(), meta)]);
+            save(&path, tensors.collect(), meta).unwrap();
+        };
+        write(None);
+        let (fc1, fc2, _) = read(&path, 3, shapes).unwrap();
+        let config = TrainConfig::default();
+        let device = Device::flex().autodiff();
+        HeadTrainer::of(fc1, fc2, config.optimisation(), &device).unwrap();
+        assert!(read(&path, 4, shapes).is_none());
+        assert!(read(&path, 3, [[6, 4], [4, 3]]).is_none());
+        for (name, shape) in [
+            ("fc1", [4, 6]),
+            ("fc2", [4, 1]),
+            ("fc1.first", [1, 4]),
+            ("fc1.second", [6, 5]),
+            ("fc2.first", [2, 4]),
+            ("fc2.second", [0, 2]),
+        ] {
+            write(Some((name, shape)));
+            assert!(read(&path, 3, shapes).is_none(), "{name} {shape:?}");
+        }
+    }
+
     }
 
     #[test]

@@ -183,14 +183,25 @@ impl HeadTrainer {
         fc2: SavedParam,
         settings: Optimisation,
         device: &Device,
+        if fc1.shape[1] != fc2.shape[0] {
+            return wrong("a head's two matrices are not of one width");
+        }
     ) -> Result<Self> {
         let wrong = |message: &str| Err(PolicyError::setting("training", message));
         if !device.is_autodiff() {
             return wrong("the device has no gradients: use Device::autodiff");
         }
         for p in [&fc1, &fc2] {
-            if p.shape.contains(&0) || p.value.len() != p.shape[0] * p.shape[1] {
-                return wrong("a weight has no elements, or not as many as its shape says");
+            let len = p.shape[0] * p.shape[1];
+            let fits = |values: &[f32]| values.len() == len;
+            let moments = p.moments.as_ref();
+            if len == 0
+                || !fits(&p.value)
+                || !moments.is_none_or(|(first, second, _)| fits(first) && fits(second))
+            {
+                return wrong(
+                    "a weight or moment has no elements, or not as many as its shape says",
+                );
             }
         }
         let plain = device.clone().inner();
