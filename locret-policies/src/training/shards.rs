@@ -216,6 +216,17 @@ impl Shard {
         let meta = meta.ok_or_else(|| PolicyError::file(path, "not a collected sample"))?;
         let meta: Meta = serde_json::from_str(meta).map_err(|e| PolicyError::file(path, e))?;
         SafeTensors::deserialize(&map).map_err(|e| PolicyError::file(path, e))?;
+        // What everything else reckons with; rows are compared with those of the tensors there.
+        if meta.head_dim == 0 {
+            return Err(PolicyError::file(path, "heads of no features"));
+        }
+        let rows = |sum: usize, span: &usize| sum.checked_add(*span);
+        if meta.spans.iter().try_fold(0, rows).is_none() {
+            return Err(PolicyError::file(
+                path,
+                "spans of more rows than there can be",
+            ));
+        }
         Ok(Self {
             path: path.to_owned(),
             map,
@@ -270,7 +281,7 @@ impl Shard {
                 .tensor(&name)
                 .map_err(|e| bad(&format!("{name}: {e}")))?;
             match *view.shape() {
-                [rows, columns] if rows == self.rows() && view.dtype() == dtype => {
+                [rows, columns] if (rows, view.dtype()) == (self.rows(), dtype) && columns > 0 => {
                     Ok((view.data(), columns))
                 }
                 _ => Err(bad(&format!(
@@ -288,7 +299,7 @@ impl Shard {
             InputDtype::F16 => &[][..],
             InputDtype::Q8 => {
                 let (scales, heads) = get("scales", Dtype::F16)?;
-                if heads * self.head_dim != features {
+                if heads.checked_mul(self.head_dim) != Some(features) {
                     return Err(bad(&format!("layer {layer}: {heads} scales a row")));
                 }
                 scales
@@ -482,5 +493,44 @@ mod tests {
         let error = Shard::open(&path).unwrap_err().to_string();
         assert!(error.contains("not a collected sample"), "{error}");
         assert!(Shards::new(Vec::new()).is_err());
+    }
+
+    #[test]
+    fn impossible_lengths_are_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = path_of(folder.path(), 0);
+        shard(InputDtype::Q8).write(&path).unwrap();
+        let whole = fs::read(&path).unwrap();
+        let (_, header) = SafeTensors::read_metadata(&whole).unwrap();
+        let meta: Meta = serde_json::from_str(&header.metadata().as_ref().unwrap()[META]).unwrap();
+        let with = |spans: &[usize], head_dim: usize| {
+            let meta = Meta {
+                spans: spans.to_vec(),
+                head_dim,
+                ..serde_json::from_value(serde_json::to_value(&meta).unwrap()).unwrap()
+            };
+            let tensors = SafeTensors::deserialize(&whole).unwrap();
+            let tensors = tensors.iter().map(|(name, view)| {
+                let data = Bytes {
+                    dtype: view.dtype(),
+                    shape: view.shape().to_vec(),
+                    data: view.data().to_vec(),
+                };
+                (name.to_owned(), data)
+            });
+            let meta = serde_json::to_string(&meta).unwrap();
+            let meta = HashMap::from([(META.to_owned(), meta)]);
+            save(&path, tensors.collect(), meta).unwrap();
+            Shard::open(&path)
+        };
+        assert!(with(&[1, 2], 4).unwrap().layer(0).is_ok());
+        // Three rows, if sums wrapped.
+        let wraps = with(&[usize::MAX, 4], 4);
+        assert!(matches!(wraps, Err(PolicyError::File { .. })), "{wraps:?}");
+        let empty = with(&[3], 0);
+        assert!(matches!(empty, Err(PolicyError::File { .. })), "{empty:?}");
+        // Eight features, if products wrapped.
+        let wraps = with(&[3], (1 << 63) + 4).unwrap();
+        assert!(matches!(wraps.layer(0), Err(PolicyError::File { .. })));
     }
 }
