@@ -324,11 +324,6 @@ impl<'a> Loader<'a> {
         self.weights
     }
 
-    /// The type that weights are held in.
-    pub fn dtype(&self) -> WeightDtype {
-        self.dtype
-    }
-
     /// What computes with the weights.
     pub fn compute(&self) -> &Arc<dyn Compute> {
         &self.compute

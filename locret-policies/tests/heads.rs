@@ -3,7 +3,7 @@
 mod common;
 
 use common::{Numbers, spec};
-use locret_core::{DType, ModelSpec, compute};
+use locret_core::{DType, ModelSpec, Rows, compute};
 use locret_policies::{HeadWeights, LayerHead, PolicyError, RetainingHeads};
 use std::path::{Path, PathBuf};
 
@@ -146,7 +146,18 @@ fn widths_can_differ_between_layers() {
     let again = HeadWeights::load(&path, &spec).unwrap();
     assert_eq!(again.layers, heads.layers);
     let on_device = RetainingHeads::new(&again, &spec, &*compute(&Default::default())).unwrap();
-    assert_eq!(on_device.widths(), [4, 6]);
+    on_device.validate(&spec).unwrap();
+    for (layer, head) in again.layers.iter().enumerate() {
+        assert_eq!(head.d_r, [4, 6][layer]);
+        let layer_spec = spec.layer(layer);
+        let part = |heads: usize| {
+            let width = heads * layer_spec.head_dim;
+            Rows::new(vec![0.5; width], width, &Default::default()).unwrap()
+        };
+        let (q, k) = (part(spec.heads), part(spec.kv_heads));
+        let scores = on_device.scores(layer, &[&q, &k, &k]).unwrap();
+        assert_eq!(scores.len(), spec.kv_heads);
+    }
 }
 
 #[test]

@@ -22,7 +22,6 @@ pub struct RetainingHeads {
     folded: bool,
     inputs: usize,
     outputs: usize,
-    widths: Vec<usize>,
 }
 
 impl RetainingHeads {
@@ -112,11 +111,6 @@ impl RetainingHeads {
         }
         Ok(())
     }
-
-    /// Intermediate features of each layer's head, `d_R`.
-    pub fn widths(&self) -> &[usize] {
-        &self.widths
-    }
 }
 
 /// Heads on their way to where they are computed.
@@ -134,7 +128,6 @@ impl<'a> Placing<'a> {
                 folded: false,
                 inputs,
                 outputs: model.kv_heads,
-                widths: Vec::with_capacity(model.layers),
             },
             compute,
             arena: Arena::default(),
@@ -144,7 +137,6 @@ impl<'a> Placing<'a> {
     /// The next layer's head, whose first matrix is `fc1`, `[d_R, inputs]`.
     fn add(&mut self, head: &LayerHead, fc1: &[f32]) -> Result<()> {
         let fc1 = packed(fc1, head.d_r, self.heads.inputs, &mut self.arena);
-        self.heads.widths.push(head.d_r);
         let placed = self.compute.perceptron(fc1, head.fc2.clone())?;
         self.heads.layers.push(placed);
         Ok(())

@@ -410,7 +410,6 @@ impl<'a> Data<'a> {
         })
     }
 
-    fn head(&self, config: &TrainConfig, device: &Device) -> Result<HeadTrainer> {
     /// Of a head's two matrices.
     fn shapes(&self, config: &TrainConfig) -> [[usize; 2]; 2] {
         [[self.features, config.d_r], [config.d_r, self.kv_heads]]

@@ -31,7 +31,8 @@ pub struct Loss {
     pub regression: f32,
     /// Weight of the squared difference between the scores of neighbouring tokens, averaged over
     /// both. The authors' `α`, which they sum over layers while they average the regression: for
-    /// one layer by itself it is `α` times the number of layers ([`Loss::authors`]).
+    /// one layer by itself it is `α` times the number of layers
+    /// ([`TrainConfig::loss`](super::TrainConfig::loss)).
     pub smoothing: f32,
     /// Weight of a ranking loss at the cut, `softplus(-(s_i - s_j))` averaged over random pairs of
     /// a unit `i` whose label is among the best [`cut`](Self::cut) of the span and a unit `j`
@@ -50,25 +51,6 @@ impl Default for Loss {
             cut: 0.125,
         }
     }
-}
-
-impl Loss {
-    /// The paper's loss (§3.2) for one of `layers` layers, with `α = 0.0025`.
-    pub fn authors(layers: usize) -> Self {
-        Self {
-            smoothing: 0.0025 * layers as f32,
-            ..Self::default()
-        }
-    }
-}
-
-/// The parts of the loss of one step, before weights are applied to them.
-#[derive(Debug, Clone, Copy, PartialEq, Default)]
-pub struct StepLoss {
-    /// What was minimised.
-    pub total: f32,
-    /// Smooth L1.
-    pub regression: f32,
 }
 
 /// A head, its gradients' moments, and the device that it is trained on.
@@ -183,9 +165,6 @@ impl HeadTrainer {
         fc2: SavedParam,
         settings: Optimisation,
         device: &Device,
-        if fc1.shape[1] != fc2.shape[0] {
-            return wrong("a head's two matrices are not of one width");
-        }
     ) -> Result<Self> {
         let wrong = |message: &str| Err(PolicyError::setting("training", message));
         if !device.is_autodiff() {
@@ -204,6 +183,9 @@ impl HeadTrainer {
                 );
             }
         }
+        if fc1.shape[1] != fc2.shape[0] {
+            return wrong("a head's two matrices are not of one width");
+        }
         let plain = device.clone().inner();
         Ok(Self {
             fc1: Param::restore(fc1, &plain),
@@ -219,7 +201,7 @@ impl HeadTrainer {
         })
     }
 
-    /// One step: forward, loss, gradients, clip, AdamW.
+    /// One step: forward, loss, gradients, clip, AdamW. Returns what was minimised.
     ///
     /// `inputs` `[tokens, features]` and `labels` `[tokens, kv_heads]`, both row-major, are
     /// consecutive tokens of one text. `seed` draws the pairs of the ranking loss.
@@ -233,7 +215,7 @@ impl HeadTrainer {
         loss: &Loss,
         learning_rate: f64,
         seed: u64,
-    ) -> Result<StepLoss> {
+    ) -> Result<f32> {
         let [features, _] = self.fc1.value.dims();
         let [_, kv_heads] = self.fc2.value.dims();
         let tokens = labels.len() / kv_heads;
@@ -252,7 +234,7 @@ impl HeadTrainer {
         let fc2 = self.fc2.value.clone().autodiff().require_grad();
         let scores = activation::silu(x.matmul(fc1.clone())).matmul(fc2.clone());
         let regression = smooth_l1(scores.clone(), y);
-        let mut total = regression.clone().mul_scalar(loss.regression);
+        let mut total = regression.mul_scalar(loss.regression);
         if loss.smoothing > 0.0 && tokens > 1 {
             total = total + smoothness(scores.clone()).mul_scalar(loss.smoothing);
         }
@@ -271,13 +253,9 @@ impl HeadTrainer {
             .update(&self.optimizer, g1, self.clip, learning_rate);
         self.fc2
             .update(&self.optimizer, g2, self.clip, learning_rate);
-        let scalar = |t: Tensor<1>| -> Result<f32> { Ok(into_f32(t.inner())?[0]) };
-        let step = StepLoss {
-            total: scalar(total)?,
-            regression: scalar(regression)?,
-        };
-        if step.total.is_finite() {
-            Ok(step)
+        let total = into_f32(total.inner())?[0];
+        if total.is_finite() {
+            Ok(total)
         } else {
             Err(PolicyError::setting(
                 "training",

@@ -39,7 +39,7 @@ mod shards;
 
 pub use collect::{CollectConfig, CollectProgress, LabelKind, collect};
 pub use fit::{LayerReport, TrainConfig, TrainProgress, Trained, epochs_within, train};
-pub use head::{HeadTrainer, Loss, StepLoss, Target};
+pub use head::{HeadTrainer, Loss, Target};
 pub use metrics::{Metrics, RECALL_AT, pearson, recall_at};
 pub use sample::{Answer, Sample};
 pub use shards::{InputDtype, Shard, ShardLayer, Shards, Split};

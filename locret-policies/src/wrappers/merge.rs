@@ -34,11 +34,6 @@ impl<P: KvCachePolicy> Merge<P> {
         Self { inner, threshold }
     }
 
-    /// The policy that decides.
-    pub fn inner(&self) -> &P {
-        &self.inner
-    }
-
     /// The same verdict, with what is dropped folded into what stays.
     fn merged(&self, mut verdict: Verdict, units: &LayerUnits<'_>) -> Result<Verdict> {
         if let Keep::Slots(kept) = verdict.keep {

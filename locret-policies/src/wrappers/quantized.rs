@@ -25,11 +25,6 @@ impl<P: KvCachePolicy> Quantized<P> {
     pub fn new(inner: P, config: Quantization) -> Self {
         Self { inner, config }
     }
-
-    /// The policy that decides.
-    pub fn inner(&self) -> &P {
-        &self.inner
-    }
 }
 
 #[deny(clippy::missing_trait_methods)]
