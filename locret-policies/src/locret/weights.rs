@@ -12,7 +12,7 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     fs::File,
     io::{BufWriter, Read, Write},
-    path::{Path, PathBuf},
+    path::{Component, Path, PathBuf},
 };
 
 /// The weights of a model's retaining heads, one head for each layer, without biases.
@@ -417,10 +417,7 @@ fn files(path: &Path) -> Result<Vec<PathBuf>> {
     shards
         .into_iter()
         .map(|shard| {
-            let plain = Path::new(&shard)
-                .file_name()
-                .is_some_and(|name| name == shard.as_str());
-            if plain {
+            if is_plain_name(&shard) {
                 Ok(path.with_file_name(shard))
             } else {
                 Err(PolicyError::file(
@@ -430,6 +427,15 @@ fn files(path: &Path) -> Result<Vec<PathBuf>> {
             }
         })
         .collect()
+}
+
+/// Whether a name is that of a file in the folder itself, on any operating system.
+fn is_plain_name(name: &str) -> bool {
+    let mut components = Path::new(name).components();
+    matches!(
+        (components.next(), components.next()),
+        (Some(Component::Normal(only)), None) if only == name
+    ) && !name.contains(['/', '\\', ':', '\0'])
 }
 
 type Take<'t> = dyn FnMut(&str, Raw<'_>) -> Result<()> + 't;
