@@ -2,16 +2,13 @@
 
 use burn::tensor::Device;
 use locret_core::{
-    Budget, Evict, LayerUnits, ModelSpec, Needs, Prefill, Result, Scorer, Scores, Session, Step,
+    Budget, CausalLm, Decided, Evict, Prefill, Probe, Result, Scorer, Scores, Session,
 };
 use locret_models::{FetchOptions, LoadOptions, WeightDtype, load_model, resolve};
 use locret_policies::{H2o, KeyDiff, KeyNorm, SnapKv, Tova};
 use safetensors::SafeTensors;
 use serde::Deserialize;
-use std::{
-    path::Path,
-    sync::{Arc, Mutex},
-};
+use std::{path::Path, sync::Arc};
 
 #[derive(Deserialize)]
 struct Golden {
@@ -21,34 +18,21 @@ struct Golden {
     kernel: usize,
 }
 
-/// Remembers the scores of every layer.
-#[derive(Debug)]
+/// Scores every layer's units as the policy was shown them, with a scorer like the policy's own.
 struct Spy<S> {
-    inner: S,
-    seen: Arc<Mutex<Vec<Scores>>>,
+    scorer: S,
+    seen: Vec<Scores>,
 }
 
-impl<S: Scorer> Scorer for Spy<S> {
-    fn name(&self) -> String {
-        self.inner.name()
-    }
-
-    fn needs(&self) -> Needs {
-        self.inner.needs()
-    }
-
-    fn carries(&self) -> bool {
-        self.inner.carries()
-    }
-
-    fn validate(&self, model: &ModelSpec) -> Result<()> {
-        self.inner.validate(model)
-    }
-
-    fn score(&self, at: &Step, units: &LayerUnits<'_>) -> Result<Scores> {
-        let scores = self.inner.score(at, units)?;
-        self.seen.lock().unwrap().push(scores.clone());
-        Ok(scores)
+impl<S: Scorer> Probe for Spy<S> {
+    fn decided(&mut self, at: &Decided<'_>) -> Result<()> {
+        let scores = self.scorer.score(at.step, at.units)?;
+        // What the policy carries on is what it scored.
+        if let Some(carried) = &at.verdict.scores {
+            assert_eq!(carried.heads(), scores.heads());
+        }
+        self.seen.push(scores);
+        Ok(())
     }
 }
 
@@ -72,21 +56,19 @@ fn scores_are_those_of_kvpress() {
     let model = load_model(file, &exact(), &Device::flex()).unwrap().model;
     let tokens = golden.prompt.len();
 
-    fn scores<S: Scorer + 'static>(
-        model: &Arc<dyn locret_core::CausalLm>,
+    fn scores<S: Scorer + Clone + 'static>(
+        model: &Arc<dyn CausalLm>,
         scorer: S,
         ids: &[u32],
+        let seen = Vec::new();
+        let mut spy = Spy { scorer, seen };
     ) -> Vec<Scores> {
-        let seen = Arc::new(Mutex::new(Vec::new()));
-        let spy = Spy {
-            inner: scorer,
-            seen: seen.clone(),
-        };
-        let policy = Evict::new(spy, Budget::Units(ids.len() / 2));
+        let policy = Evict::new(scorer.clone(), Budget::Units(ids.len() / 2));
         let mut session = Session::new(model.clone(), Arc::new(policy)).unwrap();
         let prefill = Prefill::new(ids.len(), 0);
-        session.prefill(ids, &prefill).unwrap();
-        seen.lock().unwrap().clone()
+        session.prefill_watched(ids, &prefill, &mut spy).unwrap();
+        assert_eq!(spy.seen.len(), model.spec().layers);
+        spy.seen
     }
 
     let snapkv = SnapKv::new().window(golden.window).kernel(golden.kernel);
