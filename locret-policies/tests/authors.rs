@@ -92,7 +92,6 @@ fn heads(spec: &ModelSpec, settings: &Settings, seed: u64) -> HeadWeights {
     }
 }
 
-/// With heads that read queries, keys and values, as the authors', or with folded ones.
 /// What is scored, and what is kept after each chunk, `[chunk][layer][head]`.
 #[derive(Default)]
 struct Watched {
@@ -116,6 +115,7 @@ impl Probe for Watched {
     }
 }
 
+/// With heads that read queries, keys and values, as the authors', or with folded ones.
 fn check(
     settings: &Settings,
     case: &Case,

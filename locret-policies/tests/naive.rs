@@ -220,7 +220,7 @@ fn any_settings() -> impl Strategy<Value = (ModelSpec, Settings, Talk, u64)> {
         budget,
         reading,
         modes,
-        0usize..10,
+        any::<prop::sample::Index>(),
         shapes,
         any::<u64>(),
     )
@@ -236,8 +236,9 @@ fn any_settings() -> impl Strategy<Value = (ModelSpec, Settings, Talk, u64)> {
             )| {
                 let spec = spec(2, kv_heads, group, 8);
                 let sinks = sinks.min(budget - 2);
+                let mut rules = rules(&spec);
                 let settings = Settings {
-                    rule: rules(&spec).swap_remove(rule),
+                    rule: rules.swap_remove(rule.index(rules.len())),
                     budget,
                     guard: Guard {
                         sinks,
