@@ -4,9 +4,9 @@
 mod common;
 
 use burn::tensor::Device;
-use common::KeepAll;
 use locret_core::{CacheOptions, CausalLm, Generate, Kernels, Prefill, Session};
 use locret_models::{Activations, FetchOptions, LoadOptions, WeightDtype, load_model, resolve};
+use locret_policies::Full;
 use std::{path::PathBuf, sync::Arc};
 
 /// On logits after dequantising the same file.
@@ -35,7 +35,7 @@ fn session(model: &Arc<dyn CausalLm>, kernels: Kernels) -> Session {
         kernels,
         ..CacheOptions::default()
     };
-    Session::with_options(model.clone(), Arc::new(KeepAll), options).unwrap()
+    Session::with_options(model.clone(), Arc::new(Full::new()), options).unwrap()
 }
 
 #[test]

@@ -4,11 +4,12 @@
 mod common;
 
 use burn::tensor::Device;
-use common::{Everything, KeepAll};
+use common::Everything;
 use locret_core::{
     CacheOptions, Generate, Kernels, Pass, Phase, Prefill, SequenceCache, Session, forward,
 };
 use locret_models::{LoadOptions, LoadedModel, ModelError, WeightDtype, load_model};
+use locret_policies::Full;
 use std::{fs, path::Path, sync::Arc};
 
 const TOLERANCE: f32 = 1e-4;
@@ -20,7 +21,7 @@ fn logits(loaded: &LoadedModel, ids: &[u32], chunk: usize, kernels: Kernels) -> 
         kernels,
         ..CacheOptions::default()
     };
-    let policy = Arc::new(KeepAll);
+    let policy = Arc::new(Full::new());
     let mut cache = SequenceCache::new(model.spec(), policy, model.compute(), options).unwrap();
     let mut all = Vec::new();
     for part in ids.chunks(chunk) {
@@ -60,7 +61,7 @@ fn check(name: &str, folder: &Path, case: &common::Case, kernels: Kernels) {
         ..CacheOptions::default()
     };
     let mut session =
-        Session::with_options(loaded.model.clone(), Arc::new(KeepAll), options).unwrap();
+        Session::with_options(loaded.model.clone(), Arc::new(Full::new()), options).unwrap();
     let prefill = Prefill::new(16, 5);
     session.prefill(&case.ids, &prefill).unwrap();
     let tokens = session

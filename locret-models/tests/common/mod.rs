@@ -4,25 +4,10 @@
 pub mod gguf_file;
 
 use base64::{Engine, prelude::BASE64_STANDARD};
-use locret_core::{KvCachePolicy, LayerUnits, Result, Step, Verdict};
 use locret_models::ModelConfig;
 use serde_json::Value;
 use std::path::{Path, PathBuf};
 use tempfile::TempDir;
-
-/// A full cache.
-#[derive(Debug)]
-pub struct KeepAll;
-
-impl KvCachePolicy for KeepAll {
-    fn name(&self) -> String {
-        "keep all".into()
-    }
-
-    fn step(&self, _: &Step, _: &LayerUnits<'_>) -> Result<Verdict> {
-        Ok(Verdict::keep_all())
-    }
-}
 
 pub fn golden(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR"))
