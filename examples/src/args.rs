@@ -63,21 +63,17 @@ impl Default for ModelArgs {
 impl ModelArgs {
     /// Where downloads are kept.
     pub fn fetch(&self) -> FetchOptions {
-        FetchOptions {
-            cache: self.cache.clone(),
-            offline: self.offline,
-            ..FetchOptions::default()
-        }
+        let mut options = FetchOptions::new().offline(self.offline);
+        options.cache.clone_from(&self.cache);
+        options
     }
 
     /// How the model is loaded.
     pub fn options(&self) -> LoadOptions {
-        LoadOptions {
-            weights: self.weights,
-            activations: self.activations,
-            always_long: self.always_long,
-            ..LoadOptions::default()
-        }
+        LoadOptions::new()
+            .weights(self.weights)
+            .activations(self.activations)
+            .always_long(self.always_long)
     }
 
     /// Fetches the model if need be, and loads it.

@@ -93,11 +93,9 @@ fn kernels(on: &str) -> Kernels {
 }
 
 fn model(name: &str, on: &str) -> Arc<dyn CausalLm> {
-    let options = LoadOptions {
-        weights: WeightDtype::F32,
-        kernels: kernels(on),
-        ..LoadOptions::default()
-    };
+    let options = LoadOptions::new()
+        .weights(WeightDtype::F32)
+        .kernels(kernels(on));
     let device = match on {
         "operations" => device("flex"),
         _ => device(on),

@@ -9,7 +9,14 @@ use locret_core::{Activations, CausalLm, Kernels};
 use std::{path::Path, sync::Arc};
 
 /// How a model is loaded.
+///
+/// ```
+/// use locret_models::{LoadOptions, WeightDtype};
+///
+/// let options = LoadOptions::new().weights(WeightDtype::BF16);
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
 pub struct LoadOptions {
     /// The type that weights are held in.
     pub weights: WeightDtype,
@@ -19,6 +26,37 @@ pub struct LoadOptions {
     pub kernels: Kernels,
     /// LongRoPE with its long factors at every length, as the authors of Locret run Phi-3.
     pub always_long: bool,
+}
+
+impl LoadOptions {
+    /// The defaults.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// The same with weights held in this type.
+    pub fn weights(mut self, weights: WeightDtype) -> Self {
+        self.weights = weights;
+        self
+    }
+
+    /// The same with decoded tokens that meet packed weights like this.
+    pub fn activations(mut self, activations: Activations) -> Self {
+        self.activations = activations;
+        self
+    }
+
+    /// The same, computed by this implementation.
+    pub fn kernels(mut self, kernels: Kernels) -> Self {
+        self.kernels = kernels;
+        self
+    }
+
+    /// The same, with LongRoPE's long factors at every length or not.
+    pub fn always_long(mut self, always_long: bool) -> Self {
+        self.always_long = always_long;
+        self
+    }
 }
 
 /// A model, and what its files say of it.

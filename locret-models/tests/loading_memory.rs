@@ -103,10 +103,7 @@ fn loading_takes_little_more_than_the_model() {
     ] {
         let before = LIVE.load(Relaxed);
         PEAK.store(before, Relaxed);
-        let options = LoadOptions {
-            weights,
-            ..LoadOptions::default()
-        };
+        let options = LoadOptions::new().weights(weights);
         let loaded = load_model(dir.path(), &options, &Device::flex()).unwrap();
         let peak = PEAK.load(Relaxed) - before;
         let resident = values * bytes;

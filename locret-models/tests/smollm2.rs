@@ -21,12 +21,10 @@ fn file() -> PathBuf {
 }
 
 fn model(kernels: Kernels, weights: WeightDtype, activations: Activations) -> Arc<dyn CausalLm> {
-    let options = LoadOptions {
-        kernels,
-        weights,
-        activations,
-        ..LoadOptions::default()
-    };
+    let options = LoadOptions::new()
+        .kernels(kernels)
+        .weights(weights)
+        .activations(activations);
     load_model(file(), &options, &Device::flex()).unwrap().model
 }
 

@@ -35,11 +35,9 @@ fn logits(loaded: &LoadedModel, ids: &[u32], chunk: usize, kernels: Kernels) -> 
 }
 
 fn check(name: &str, folder: &Path, case: &common::Case, kernels: Kernels) {
-    let options = LoadOptions {
-        kernels,
-        weights: WeightDtype::F32,
-        ..LoadOptions::default()
-    };
+    let options = LoadOptions::new()
+        .kernels(kernels)
+        .weights(WeightDtype::F32);
     let loaded = load_model(folder, &options, &Device::flex()).unwrap();
     let vocab = loaded.config.vocab;
     for chunk in [case.ids.len(), 1, 7, 16] {
@@ -131,11 +129,7 @@ fn an_unknown_family_is_refused() {
 fn refused(folder: &Path, check: impl Fn(&ModelError) -> bool) {
     for kernels in [Kernels::Auto, Kernels::Operations] {
         for weights in [WeightDtype::F32, WeightDtype::BF16, WeightDtype::File] {
-            let options = LoadOptions {
-                weights,
-                kernels,
-                ..LoadOptions::default()
-            };
+            let options = LoadOptions::new().weights(weights).kernels(kernels);
             let error = load_model(folder, &options, &Device::flex()).unwrap_err();
             assert!(check(&error), "{weights:?}, {kernels:?}: {error}");
         }

@@ -245,10 +245,7 @@ fn floats(tensors: &SafeTensors<'_>, name: &str) -> Vec<f32> {
 
 /// Weights of single precision: the references are computed with them.
 fn exact() -> LoadOptions {
-    LoadOptions {
-        weights: WeightDtype::F32,
-        ..LoadOptions::default()
-    }
+    LoadOptions::new().weights(WeightDtype::F32)
 }
 
 #[test]
@@ -282,11 +279,8 @@ fn small_models_with_scaled_rotations_too() {
         Path::new(env!("CARGO_MANIFEST_DIR")).join("../locret-models/tests/golden");
     for case in &golden.cases {
         for kernels in [Kernels::Auto, Kernels::Operations] {
-            let options = LoadOptions {
-                always_long: case.rope == "always long",
-                kernels,
-                ..exact()
-            };
+            let always_long = case.rope == "always long";
+            let options = exact().always_long(always_long).kernels(kernels);
             let loaded = load_model(models.join(&case.model), &options, &Device::flex()).unwrap();
             for folded in [false, true] {
                 check(

@@ -20,10 +20,7 @@ struct Case {
 
 /// Weights of single precision: the references are computed with them.
 fn exact() -> LoadOptions {
-    LoadOptions {
-        weights: WeightDtype::F32,
-        ..LoadOptions::default()
-    }
+    LoadOptions::new().weights(WeightDtype::F32)
 }
 
 #[test]

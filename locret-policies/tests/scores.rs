@@ -38,10 +38,7 @@ impl<S: Scorer> Probe for Spy<S> {
 
 /// Weights of single precision: the references are computed with them.
 fn exact() -> LoadOptions {
-    LoadOptions {
-        weights: WeightDtype::F32,
-        ..LoadOptions::default()
-    }
+    LoadOptions::new().weights(WeightDtype::F32)
 }
 
 #[test]
@@ -60,11 +57,11 @@ fn scores_are_those_of_kvpress() {
         model: &Arc<dyn CausalLm>,
         scorer: S,
         ids: &[u32],
-        let seen = Vec::new();
-        let mut spy = Spy { scorer, seen };
     ) -> Vec<Scores> {
         let policy = Evict::new(scorer.clone(), Budget::Units(ids.len() / 2));
         let mut session = Session::new(model.clone(), Arc::new(policy)).unwrap();
+        let seen = Vec::new();
+        let mut spy = Spy { scorer, seen };
         let prefill = Prefill::new(ids.len(), 0);
         session.prefill_watched(ids, &prefill, &mut spy).unwrap();
         assert_eq!(spy.seen.len(), model.spec().layers);

@@ -54,10 +54,9 @@ fn samples() -> Vec<Sample> {
 
 /// One of four samples only measures.
 fn collecting() -> CollectConfig {
-    CollectConfig {
-        validation: 0.25,
-        ..CollectConfig::default()
-    }
+    let mut config = CollectConfig::default();
+    config.validation = 0.25;
+    config
 }
 
 fn goes_on<T>(_: T) -> ControlFlow<()> {
@@ -182,14 +181,12 @@ fn labels_equal_a_naive_full_attention() {
         (LabelKind::Mass, 1, false),
     ] {
         let folder = tempfile::tempdir().unwrap();
-        let config = CollectConfig {
-            chunk: 13,
-            label,
-            query_tokens,
-            value_norm,
-            inputs: InputDtype::F16,
-            ..collecting()
-        };
+        let mut config = collecting();
+        config.chunk = 13;
+        config.label = label;
+        config.query_tokens = query_tokens;
+        config.value_norm = value_norm;
+        config.inputs = InputDtype::F16;
         let shards = collected(folder.path(), &config);
         for (sample, shard) in samples().iter().zip(shards.all()) {
             assert_eq!(shard.rows(), sample.prompt.len());
@@ -221,11 +218,9 @@ fn labels_equal_a_naive_full_attention() {
 
 #[test]
 fn a_collection_goes_on_where_it_was_stopped() {
-    let config = CollectConfig {
-        max_rows: 30,
-        span: 10,
-        ..collecting()
-    };
+    let mut config = collecting();
+    config.max_rows = 30;
+    config.span = 10;
     let (whole, parts) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     let expected = collected(whole.path(), &config);
     let mut calls = 0;
@@ -261,10 +256,8 @@ fn a_collection_goes_on_where_it_was_stopped() {
         .unwrap();
     assert_eq!(kept, again, "a sample that is there is not read again");
     // Other settings do not take over what is there.
-    let other = CollectConfig {
-        value_norm: true,
-        ..config
-    };
+    let mut other = config;
+    other.value_norm = true;
     let labels = collected(parts.path(), &other).all()[0]
         .layer(0)
         .unwrap()
@@ -273,14 +266,13 @@ fn a_collection_goes_on_where_it_was_stopped() {
 }
 
 fn settings() -> TrainConfig {
-    TrainConfig {
-        d_r: 16,
-        epochs: 3,
-        span: 16,
-        seed: 4,
-        ranking: 0.3,
-        ..TrainConfig::default()
-    }
+    let mut config = TrainConfig::default();
+    config.d_r = 16;
+    config.epochs = 3;
+    config.span = 16;
+    config.seed = 4;
+    config.ranking = 0.3;
+    config
 }
 
 fn trained(shards: &Shards, folder: &Path, config: &TrainConfig) -> Trained {
@@ -297,10 +289,8 @@ fn a_stopped_training_ends_with_the_same_weights() {
     let shards = collected(data.path(), &collecting());
     let folders: Vec<_> = (0..3).map(|_| tempfile::tempdir().unwrap()).collect();
     let expected = trained(&shards, folders[0].path(), &settings());
-    let one_thread = TrainConfig {
-        threads: 1,
-        ..settings()
-    };
+    let mut one_thread = settings();
+    one_thread.threads = 1;
     assert_eq!(
         trained(&shards, folders[1].path(), &one_thread).heads,
         expected.heads
@@ -341,10 +331,8 @@ fn a_stopped_training_ends_with_the_same_weights() {
         }
     }
     assert!(stops >= 2, "{stops}");
-    let other_seed = TrainConfig {
-        seed: 5,
-        ..settings()
-    };
+    let mut other_seed = settings();
+    other_seed.seed = 5;
     assert_ne!(
         trained(&shards, folders[2].path(), &other_seed).heads,
         expected.heads
@@ -354,10 +342,8 @@ fn a_stopped_training_ends_with_the_same_weights() {
 /// Everything from nothing to heads, in `folder`.
 fn from_nothing(folder: &Path) -> Trained {
     let shards = collected(&folder.join("samples"), &collecting());
-    let config = TrainConfig {
-        epochs: 40,
-        ..settings()
-    };
+    let mut config = settings();
+    config.epochs = 40;
     trained(&shards, &folder.join("heads"), &config)
 }
 
@@ -398,13 +384,11 @@ fn training_lowers_the_loss_and_ranks_units() {
     let data = tempfile::tempdir().unwrap();
     let shards = collected(data.path(), &collecting());
     let folder = tempfile::tempdir().unwrap();
-    let config = TrainConfig {
-        epochs: 60,
-        alpha: 0.0,
-        ranking: 0.0,
-        learning_rate: 3e-3,
-        ..settings()
-    };
+    let mut config = settings();
+    config.epochs = 60;
+    config.alpha = 0.0;
+    config.ranking = 0.0;
+    config.learning_rate = 3e-3;
     let result = trained(&shards, folder.path(), &config);
     for layer in &result.layers {
         let (first, last) = (layer.curve[0].1, layer.curve[layer.curve.len() - 1].1);
@@ -451,11 +435,9 @@ fn impossible_requests_are_errors() {
     let work = folder.path().join("work");
     let error = train(&shards, &work, &settings(), &plain, &|p| goes_on(p)).unwrap_err();
     assert!(error.to_string().contains("autodiff"), "{error}");
-    let hot = TrainConfig {
-        learning_rate: 1e30,
-        warmup: 0.0,
-        ..settings()
-    };
+    let mut hot = settings();
+    hot.learning_rate = 1e30;
+    hot.warmup = 0.0;
     let device = Device::flex().autodiff();
     let error = train(&shards, &work, &hot, &device, &|p| goes_on(p)).unwrap_err();
     assert!(error.to_string().contains("not finite"), "{error}");

@@ -254,10 +254,7 @@ mod tests {
             let config = decoder(&shape, true);
             let weights = RandomWeights::new(&config, 1);
             let device = Device::default();
-            let options = LoadOptions {
-                weights: WeightDtype::BF16,
-                ..LoadOptions::default()
-            };
+            let options = LoadOptions::new().weights(WeightDtype::BF16);
             let model = random::decoder(&config, &weights, &options, &device).unwrap();
             assert_eq!(model.spec().heads, shape.heads, "{name}");
             let phi = name.starts_with("phi-3");

@@ -167,38 +167,36 @@ pub fn run(args: &Args) -> Result<()> {
 
 impl Args {
     fn training(&self) -> TrainConfig {
-        TrainConfig {
-            d_r: self.d_r,
-            epochs: self.epochs,
-            learning_rate: self.learning_rate,
-            alpha: self.alpha,
-            ranking: self.ranking,
-            target: if self.standardise {
-                Target::Standardised
-            } else {
-                Target::Raw
-            },
-            pool: self.pool_labels,
-            sinks: self.sinks,
-            seed: self.seed,
-            threads: self.threads,
-            ..TrainConfig::default()
-        }
+        let mut config = TrainConfig::default();
+        config.d_r = self.d_r;
+        config.epochs = self.epochs;
+        config.learning_rate = self.learning_rate;
+        config.alpha = self.alpha;
+        config.ranking = self.ranking;
+        config.target = if self.standardise {
+            Target::Standardised
+        } else {
+            Target::Raw
+        };
+        config.pool = self.pool_labels;
+        config.sinks = self.sinks;
+        config.seed = self.seed;
+        config.threads = self.threads;
+        config
     }
 
     fn collecting(&self) -> CollectConfig {
-        CollectConfig {
-            label: match self.label {
-                Label::Logit => LabelKind::MaxLogit,
-                Label::Mass => LabelKind::Mass,
-            },
-            value_norm: self.value_norm,
-            query_tokens: self.query_tokens,
-            inputs: InputDtype::Q8,
-            max_rows: self.max_rows,
-            seed: self.seed,
-            ..CollectConfig::default()
-        }
+        let mut config = CollectConfig::default();
+        config.label = match self.label {
+            Label::Logit => LabelKind::MaxLogit,
+            Label::Mass => LabelKind::Mass,
+        };
+        config.value_norm = self.value_norm;
+        config.query_tokens = self.query_tokens;
+        config.inputs = InputDtype::Q8;
+        config.max_rows = self.max_rows;
+        config.seed = self.seed;
+        config
     }
 }
 

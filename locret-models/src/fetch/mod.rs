@@ -18,6 +18,7 @@ const PRESETS: [(&str, &Pinned); 1] = [("smollm2", &SMOLLM2)];
 
 /// Where to look for models, and where to keep them.
 #[derive(Debug, Clone, Default)]
+#[non_exhaustive]
 pub struct FetchOptions {
     /// The cache folder. `None`: the environment's `LOCRET_CACHE`, else `locret` in the user's
     /// cache folder.
@@ -28,6 +29,37 @@ pub struct FetchOptions {
     pub python: Option<PathBuf>,
     /// The hub's address. `None`: the environment's `HF_ENDPOINT`, else the public one.
     pub hub_endpoint: Option<String>,
+}
+
+impl FetchOptions {
+    /// The defaults.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// The same with this cache folder.
+    pub fn cache(mut self, folder: impl Into<PathBuf>) -> Self {
+        self.cache = Some(folder.into());
+        self
+    }
+
+    /// The same, never or possibly with the network.
+    pub fn offline(mut self, offline: bool) -> Self {
+        self.offline = offline;
+        self
+    }
+
+    /// The same with this Python.
+    pub fn python(mut self, python: impl Into<PathBuf>) -> Self {
+        self.python = Some(python.into());
+        self
+    }
+
+    /// The same with the hub at this address.
+    pub fn hub_endpoint(mut self, address: impl Into<String>) -> Self {
+        self.hub_endpoint = Some(address.into());
+        self
+    }
 }
 
 /// What a fetch is doing. Given to a callback, often.

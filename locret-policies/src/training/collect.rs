@@ -32,9 +32,10 @@ pub enum LabelKind {
     Mass,
 }
 
-/// How labels are collected.
+/// How labels are collected. In code, begin with the default and set the fields.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
+#[non_exhaustive]
 pub struct CollectConfig {
     /// Tokens that go through the model together.
     pub chunk: usize,

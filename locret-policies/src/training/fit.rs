@@ -29,9 +29,10 @@ use std::{
 /// How heads are trained.
 ///
 /// The default is the authors' procedure (arXiv 2410.01805 §3.2 and §4.1) with a smaller `d_R`,
-/// short spans and a share of the steps as warm-up.
+/// short spans and a share of the steps as warm-up. In code, begin with it and set the fields.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
+#[non_exhaustive]
 pub struct TrainConfig {
     /// Intermediate features of a head.
     pub d_r: usize,
@@ -415,6 +416,7 @@ impl<'a> Data<'a> {
         [[self.features, config.d_r], [config.d_r, self.kv_heads]]
     }
 
+    fn head(&self, config: &TrainConfig, device: &Device) -> Result<HeadTrainer> {
         let seed = config.seed ^ ((self.layer as u64 + 1) << 32);
         let (fc1, fc2) =
             HeadTrainer::new(self.features, config.d_r, self.kv_heads, seed, device)?.save()?;
@@ -601,10 +603,7 @@ impl<'a> Layer<'a> {
                 let (inputs, labels) = self.data.step(piece);
                 let rate = self.config.rate(step, steps);
                 let seed = seed.wrapping_add(step as u64);
-                let loss = self
-                    .head
-                    .step(inputs, labels, &self.loss, rate, seed)?
-                    .total;
+                let loss = self.head.step(inputs, labels, &self.loss, rate, seed)?;
                 sum += loss;
                 taken += 1;
                 if (i + 1) * 8 / count > i * 8 / count {
@@ -756,6 +755,8 @@ mod tests {
         assert!(first.iter().sum::<f32>().abs() < 1e-5);
         assert!((first.iter().map(|x| x * x).sum::<f32>() / 4.0 - 1.0).abs() < 1e-5);
         assert_eq!(first.iter().copied().fold(f32::MIN, f32::max), first[3]);
+    }
+
     #[test]
     fn a_checkpoint_of_other_lengths_is_none() {
         let folder = tempfile::tempdir().unwrap();
@@ -807,8 +808,6 @@ mod tests {
             write(Some((name, shape)));
             assert!(read(&path, 3, shapes).is_none(), "{name} {shape:?}");
         }
-    }
-
     }
 
     #[test]
