@@ -2,12 +2,12 @@
 #![deny(missing_docs)]
 
 use burn::tensor::Device;
-use locret_core::{ModelSpec, RopeConfig, compute};
-use locret_models::{
-    DType, Decoder, DecoderConfig, Layout, Loader, ModelError, Result, TensorInfo, WeightDtype,
-    Weights,
+use locret_core::{ModelSpec, RopeConfig};
+use locret_eval::{
+    Result,
+    random::{self, RandomWeights},
 };
-use std::{borrow::Cow, collections::BTreeMap, ops::Range, path::Path};
+use locret_models::{Decoder, DecoderConfig, Layout, LoadOptions, WeightDtype};
 
 /// `n` numbers, uniform in `[-scale, scale)`; the same seed gives the same numbers.
 pub fn numbers(n: usize, seed: u64, scale: f32) -> Vec<f32> {
@@ -46,91 +46,9 @@ pub fn smollm2() -> DecoderConfig {
 /// A decoder with random 32-bit weights.
 ///
 /// # Errors
-/// As [`Decoder::load`].
+/// As [`random::decoder`].
 pub fn random_model(config: &DecoderConfig, device: &Device) -> Result<Decoder> {
-    let weights = RandomWeights::new(config);
-    let loader = Loader::new(&weights, WeightDtype::F32, &compute(device));
-    let model = Decoder::load(config, &loader)?;
-    loader.finish()?;
-    Ok(model)
-}
-
-/// Weights that are made when they are read: gains of 1, matrices of `1 / √columns`.
-#[derive(Debug)]
-struct RandomWeights(BTreeMap<String, TensorInfo>);
-
-impl RandomWeights {
-    fn new(config: &DecoderConfig) -> Self {
-        let spec = &config.spec;
-        let (hidden, inner) = (spec.hidden, config.intermediate);
-        let (q, kv) = (spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim);
-        let mut all = BTreeMap::new();
-        let mut add = |name: String, shape: &[usize]| {
-            let info = TensorInfo {
-                shape: shape.to_vec(),
-                dtype: DType::F32,
-            };
-            all.insert(format!("{name}.weight"), info);
-        };
-        add("model.embed_tokens".into(), &[spec.vocab, hidden]);
-        add("model.norm".into(), &[hidden]);
-        if !config.tied {
-            add("lm_head".into(), &[spec.vocab, hidden]);
-        }
-        for layer in 0..spec.layers {
-            let at = |name: &str| format!("model.layers.{layer}.{name}");
-            add(at("input_layernorm"), &[hidden]);
-            add(at("post_attention_layernorm"), &[hidden]);
-            add(at("self_attn.o_proj"), &[hidden, q]);
-            add(at("mlp.down_proj"), &[hidden, inner]);
-            match config.layout {
-                Layout::Separate => {
-                    add(at("self_attn.q_proj"), &[q, hidden]);
-                    add(at("self_attn.k_proj"), &[kv, hidden]);
-                    add(at("self_attn.v_proj"), &[kv, hidden]);
-                    add(at("mlp.gate_proj"), &[inner, hidden]);
-                    add(at("mlp.up_proj"), &[inner, hidden]);
-                }
-                Layout::Fused => {
-                    add(at("self_attn.qkv_proj"), &[q + 2 * kv, hidden]);
-                    add(at("mlp.gate_up_proj"), &[2 * inner, hidden]);
-                }
-            }
-        }
-        Self(all)
-    }
-}
-
-impl Weights for RandomWeights {
-    fn path(&self) -> &Path {
-        Path::new("random weights")
-    }
-
-    fn names(&self) -> Vec<&str> {
-        self.0.keys().map(String::as_str).collect()
-    }
-
-    fn info(&self, name: &str) -> Option<&TensorInfo> {
-        self.0.get(name)
-    }
-
-    fn raw_rows(&self, name: &str, rows: Range<usize>) -> Result<Cow<'_, [u8]>> {
-        let info = self.info(name).ok_or_else(|| ModelError::MissingTensors {
-            path: self.path().to_path_buf(),
-            names: vec![name.to_owned()],
-        })?;
-        let n = rows.len() * info.cols();
-        let values = match info.shape.len() {
-            1 => vec![1.0; n],
-            _ => {
-                let seed = name.bytes().fold(rows.start as u64, |seed, byte| {
-                    seed.wrapping_mul(31).wrapping_add(u64::from(byte))
-                });
-                numbers(n, seed, (3.0 / info.cols() as f32).sqrt())
-            }
-        };
-        Ok(Cow::Owned(
-            values.iter().flat_map(|x| x.to_le_bytes()).collect(),
-        ))
-    }
+    let weights = RandomWeights::new(config, 1);
+    let options = LoadOptions::new().weights(WeightDtype::F32);
+    random::decoder(config, &weights, &options, device)
 }
