@@ -212,10 +212,7 @@ impl PrefillArgs {
 
     /// The cache's settings.
     pub fn cache(&self) -> CacheOptions {
-        CacheOptions {
-            dtype: self.kv,
-            ..CacheOptions::default()
-        }
+        CacheOptions::new().dtype(self.kv)
     }
 }
 

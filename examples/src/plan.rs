@@ -164,10 +164,7 @@ impl Request {
                 .build_with_heads(&spec, stand_in(&spec, &*compute)?)?,
             false => self.policy.build(&spec, &*compute)?,
         };
-        let options = CacheOptions {
-            dtype: self.store,
-            ..CacheOptions::default()
-        };
+        let options = CacheOptions::new().dtype(self.store);
         let tokens = [self.context, self.max_new];
         let cache = plan(&spec, &*policy, &compute, options, &self.prefill, tokens)?;
         let total = self.context + self.max_new.saturating_sub(1);

@@ -238,10 +238,7 @@ fn a_plan_is_within_five_percent_of_what_is_measured() {
             let plan = request.plan().unwrap();
             let model = runtime.model();
             let built = policy.build(model.spec(), &**model.compute()).unwrap();
-            let options = CacheOptions {
-                dtype: store,
-                ..CacheOptions::default()
-            };
+            let options = CacheOptions::new().dtype(store);
             let mut session = Session::with_options(model, built, options).unwrap();
             session.prefill(ids, &prefill).unwrap();
             let reading = session.report().prefill_peak.bytes;

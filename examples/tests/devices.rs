@@ -8,6 +8,7 @@
 
 use locret_core::{
     Budget, CacheOptions, CausalLm, Kernels, Positions, Prefill, Quantization, Session,
+    conformance::StoreCheck,
 };
 use locret_eval::{
     golden::GoldenLogits,
@@ -47,9 +48,6 @@ const TF32: Tolerance = Tolerance {
     logit: 3e-2,
     key_norm: 0.02,
 };
-
-/// Units of a head that the CPU kernels' store holds room for beyond those that are there.
-const RESERVE: usize = 64;
 
 /// The tests on one device.
 macro_rules! on {
@@ -133,10 +131,7 @@ fn run(on: &str, config: &PolicyConfig) -> (Trace, Vec<f32>) {
         _ => config.build(spec, &**model.compute()).unwrap(),
     };
     let ids: Vec<u32> = (0..90).map(|i| (i * i + 7 * i) % 180).collect();
-    let options = CacheOptions {
-        kernels: kernels(on),
-        ..CacheOptions::default()
-    };
+    let options = CacheOptions::new().kernels(kernels(on));
     let mut session = Session::with_options(model, policy, options).unwrap();
     let prefill = Prefill::new(16, 10);
     let mut read = session.fork().unwrap();
@@ -163,7 +158,9 @@ fn policies(on: &str, tolerance: Tolerance) {
     let mut failures = Vec::new();
     let model = model("llama31", "flex");
     let spec = model.spec();
-    let most = RESERVE * 2 * spec.head_dim * size_of::<f32>() * spec.kv_heads * spec.layers;
+    // Units of a head that the CPU kernels' store holds room for beyond those that are there.
+    let reserve = StoreCheck::default().reserve;
+    let most = reserve * 2 * spec.head_dim * size_of::<f32>() * spec.kv_heads * spec.layers;
     for method in Method::ALL {
         for positions in [Positions::Compact, Positions::Original] {
             for bits in [None, Some(8), Some(4)] {

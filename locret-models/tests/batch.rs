@@ -152,10 +152,7 @@ fn caches(model: &Decoder, dtype: DType) -> Vec<SequenceCache> {
         Arc::new(Random::policy(3, budget)),
     ];
     let caches = policies.into_iter().enumerate().map(|(i, policy)| {
-        let options = CacheOptions {
-            dtype,
-            ..CacheOptions::default()
-        };
+        let options = CacheOptions::new().dtype(dtype);
         let mut cache = SequenceCache::new(model.spec(), policy, model.compute(), options).unwrap();
         let ids = ids(20 + 7 * i, i as u32);
         together(model, std::slice::from_mut(&mut cache), &[ids], |_| {

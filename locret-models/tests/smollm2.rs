@@ -29,10 +29,7 @@ fn model(kernels: Kernels, weights: WeightDtype, activations: Activations) -> Ar
 }
 
 fn session(model: &Arc<dyn CausalLm>, kernels: Kernels) -> Session {
-    let options = CacheOptions {
-        kernels,
-        ..CacheOptions::default()
-    };
+    let options = CacheOptions::new().kernels(kernels);
     Session::with_options(model.clone(), Arc::new(Full::new()), options).unwrap()
 }
 

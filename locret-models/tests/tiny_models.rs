@@ -17,10 +17,7 @@ const TOLERANCE: f32 = 1e-4;
 /// Logits `[tokens, vocab]` of all tokens, the prompt read in chunks.
 fn logits(loaded: &LoadedModel, ids: &[u32], chunk: usize, kernels: Kernels) -> Vec<f32> {
     let model = &loaded.model;
-    let options = CacheOptions {
-        kernels,
-        ..CacheOptions::default()
-    };
+    let options = CacheOptions::new().kernels(kernels);
     let policy = Arc::new(Full::new());
     let mut cache = SequenceCache::new(model.spec(), policy, model.compute(), options).unwrap();
     let mut all = Vec::new();
@@ -54,10 +51,7 @@ fn check(name: &str, folder: &Path, case: &common::Case, kernels: Kernels) {
             }
         }
     }
-    let options = CacheOptions {
-        kernels,
-        ..CacheOptions::default()
-    };
+    let options = CacheOptions::new().kernels(kernels);
     let mut session =
         Session::with_options(loaded.model.clone(), Arc::new(Full::new()), options).unwrap();
     let prefill = Prefill::new(16, 5);

@@ -135,10 +135,7 @@ fn check(
     assert_eq!(heads.folded(), folded, "{name}");
     let policy = Locret::authors(heads, Budget::Units(settings.budget), settings.stabilizers);
     let policy = policy.with_positions(case.positions);
-    let options = CacheOptions {
-        kernels,
-        ..CacheOptions::default()
-    };
+    let options = CacheOptions::new().kernels(kernels);
     let mut session = Session::with_options(model, Arc::new(policy), options).unwrap();
     let mut watched = Watched::default();
     let prefill = Prefill::new(settings.chunk, settings.local);

@@ -127,10 +127,7 @@ fn any_case() -> impl Strategy<Value = Case> {
 fn run(case: &Case) {
     let spec = spec(2, case.kv_heads, case.group, 8);
     let policy = build(&case.config, &spec);
-    let options = CacheOptions {
-        dtype: case.dtype,
-        ..CacheOptions::default()
-    };
+    let options = CacheOptions::new().dtype(case.dtype);
     let mut cache =
         SequenceCache::new(&spec, policy, &compute(&Device::default()), options).unwrap();
     let mut numbers = Numbers(case.seed);

@@ -13,7 +13,14 @@ use crate::{
 use std::sync::Arc;
 
 /// How a cache keeps its units and computes.
+///
+/// ```
+/// use locret_core::{CacheOptions, DType};
+///
+/// let half = CacheOptions::new().dtype(DType::F16);
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
 pub struct CacheOptions {
     /// The type of dense keys and values: 32 or 16 bits.
     pub dtype: DType,
@@ -22,6 +29,21 @@ pub struct CacheOptions {
 }
 
 impl CacheOptions {
+    /// Dense units of 32 bits, and what the model computes with.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Chooses the type of dense keys and values.
+    pub fn dtype(self, dtype: DType) -> Self {
+        Self { dtype, ..self }
+    }
+
+    /// Chooses the implementation.
+    pub fn kernels(self, kernels: Kernels) -> Self {
+        Self { kernels, ..self }
+    }
+
     /// Where a model that `compute` computes keeps its units.
     pub(super) fn placement(self, compute: &Arc<dyn Compute>) -> Placement {
         Placement {

@@ -75,7 +75,7 @@ fn eight_sequences_in_one_pass_are_eight_lone_ones() {
     ];
     for (kernels, dtype) in options {
         let caches = || -> Vec<SequenceCache> {
-            let options = CacheOptions { dtype, kernels };
+            let options = CacheOptions::new().dtype(dtype).kernels(kernels);
             let made = policies().into_iter().map(|policy| {
                 SequenceCache::new(model.spec(), policy, &compute(&device()), options).unwrap()
             });

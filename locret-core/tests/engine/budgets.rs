@@ -45,7 +45,7 @@ fn a_budget_in_bytes_is_what_the_cache_takes() {
     ] {
         // Not enough for one unit more.
         let policy = Evict::new(KeyNorm, Budget::Bytes(13 * one - 1));
-        let options = CacheOptions { dtype, kernels };
+        let options = CacheOptions::new().dtype(dtype).kernels(kernels);
         let mut session = Session::with_options(model.clone(), Arc::new(policy), options).unwrap();
         session.prefill(&text(100), &PREFILL).unwrap();
         let bytes = 12 * one * dtype.block_bytes() / 4;

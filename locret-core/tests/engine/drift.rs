@@ -74,10 +74,7 @@ fn a_thousand_evictions_leave_keys_as_they_were() {
             .sinks(SINKS)
             .with_positions(Positions::Compact)
             .while_decoding(DecodeEviction::Every(1));
-        let options = CacheOptions {
-            kernels,
-            ..CacheOptions::default()
-        };
+        let options = CacheOptions::new().kernels(kernels);
         let mut cache =
             SequenceCache::new(&spec, Arc::new(policy), &compute(&device()), options).unwrap();
         let mut units: Vec<(Vec<f32>, Vec<f32>)> = Vec::new();

@@ -85,7 +85,7 @@ proptest! {
         }
         let positions = if compact { Positions::Compact } else { Positions::Original };
         let [a, b] = [Kernels::Auto, Kernels::Operations].map(|kernels| {
-            run(&spec, POLICIES[which](positions), CacheOptions { dtype, kernels }, tokens, chunk)
+            run(&spec, POLICIES[which](positions), CacheOptions::new().dtype(dtype).kernels(kernels), tokens, chunk)
         });
         // A number that lies between two of 16 bits can become either of them.
         let tolerance = match dtype {
@@ -155,10 +155,7 @@ fn nobody_observed_is_nothing_observed() {
     let model = Arc::new(RandomModel::new(small_spec(6, 2, 16), 1, &device()).unwrap());
     for kernels in [Kernels::Auto, Kernels::Operations] {
         for what in [Observation::Weights, Observation::MaxLogits] {
-            let options = CacheOptions {
-                kernels,
-                ..CacheOptions::default()
-            };
+            let options = CacheOptions::new().kernels(kernels);
             let policy = Arc::new(Watching(what));
             let mut session = Session::with_options(model.clone(), policy, options).unwrap();
             session.prefill(&text(30), &Prefill::new(7, 1)).unwrap();
@@ -172,10 +169,7 @@ fn flex_is_host_memory_and_operations_avoid_it() {
     let spec = small_spec(2, 1, 8);
     let model = Arc::new(RandomModel::new(spec, 1, &device()).unwrap());
     for (kernels, tiles) in [(Kernels::Auto, true), (Kernels::Operations, false)] {
-        let options = CacheOptions {
-            kernels,
-            ..CacheOptions::default()
-        };
+        let options = CacheOptions::new().kernels(kernels);
         let policy = Arc::new(Evict::new(Chance(1), Budget::Units(9)));
         let mut session = Session::with_options(model.clone(), policy, options).unwrap();
         session.prefill(&text(20), &Prefill::default()).unwrap();

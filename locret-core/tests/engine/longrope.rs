@@ -37,10 +37,7 @@ fn everything(positions: Positions) -> Arc<dyn KvCachePolicy> {
 fn options() -> Vec<CacheOptions> {
     [Kernels::Auto, Kernels::Operations]
         .into_iter()
-        .map(|kernels| CacheOptions {
-            kernels,
-            ..CacheOptions::default()
-        })
+        .map(|kernels| CacheOptions::new().kernels(kernels))
         .collect()
 }
 
@@ -143,10 +140,7 @@ fn a_store_of_few_bits_refuses_the_turn_and_is_as_it_was() {
     let model = model_of(long_spec(LongRopeSwitch::ByLength));
     let prefill = Prefill::default();
     for kernels in [Kernels::Auto, Kernels::Operations] {
-        let options = CacheOptions {
-            dtype: DType::F16,
-            kernels,
-        };
+        let options = CacheOptions::new().dtype(DType::F16).kernels(kernels);
         let new = || {
             let policy = everything(Positions::Original);
             let mut session = Session::with_options(model.clone(), policy, options).unwrap();
@@ -178,10 +172,7 @@ fn compact_keys_of_few_bits_need_no_turn() {
     let ids = text(90);
     let expected = naive(&model, &[&ids[..30], &ids[30..]]);
     for kernels in [Kernels::Auto, Kernels::Operations] {
-        let options = CacheOptions {
-            dtype: DType::F16,
-            kernels,
-        };
+        let options = CacheOptions::new().dtype(DType::F16).kernels(kernels);
         let policy = everything(Positions::Compact);
         let mut session = Session::with_options(model.clone(), policy, options).unwrap();
         for (ids, expected) in [&ids[..30], &ids[30..]].iter().zip(&expected) {
@@ -198,10 +189,7 @@ fn always_long_never_switches() {
     let whole = naive(&model, &[&ids]);
     let parts = naive(&model, &[&ids[..30], &ids[30..]]);
     assert_close(&parts[1], &whole[0], 1e-5);
-    let options = CacheOptions {
-        dtype: DType::F16,
-        ..CacheOptions::default()
-    };
+    let options = CacheOptions::new().dtype(DType::F16);
     let policy = everything(Positions::Original);
     let mut session = Session::with_options(model, policy, options).unwrap();
     session.prefill(&ids[..30], &Prefill::default()).unwrap();

@@ -45,7 +45,7 @@ proptest! {
         let policy = Evict::new(KeyNorm, Budget::Units(budget)).with_positions(positions);
         let chunks = budget.div_ceil(chunk) + 2 + extra / chunk;
         let prefill = Prefill::new(chunk, 0);
-        let options = CacheOptions { dtype, kernels };
+        let options = CacheOptions::new().dtype(dtype).kernels(kernels);
         let session = after(spec.clone(), policy, options, chunks * chunk, prefill);
         let peak = session.report().prefill_peak;
         let units = (layers * budget + chunk) * kv_heads;

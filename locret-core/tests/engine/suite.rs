@@ -311,10 +311,7 @@ fn adapters() {
     for (heads, kv_heads, head_dim) in [(4, 4, 8), (6, 2, 16), (8, 1, 64)] {
         for kernels in [Kernels::Auto, Kernels::Operations] {
             let check = AdapterCheck {
-                options: CacheOptions {
-                    kernels,
-                    ..CacheOptions::default()
-                },
+                options: CacheOptions::new().kernels(kernels),
                 ..AdapterCheck::default()
             };
             let mut spec = small_spec(heads, kv_heads, head_dim);

@@ -155,10 +155,7 @@ impl Ablation {
         Reader {
             model: self.model.clone(),
             policy: candidate.policy.clone(),
-            cache: CacheOptions {
-                dtype: candidate.store.dtype(),
-                ..CacheOptions::default()
-            },
+            cache: CacheOptions::new().dtype(candidate.store.dtype()),
             prefill: self.prefill,
         }
     }
