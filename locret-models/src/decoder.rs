@@ -146,14 +146,11 @@ impl CausalLm for Decoder {
             let parts = layer.qkv.apply_parts(&normed, &[q, kv, kv])?;
             let [q, k, v]: [Rows; 3] = parts.try_into().map_err(|_| three())?;
             let attended = pass.attend(index, Qkv::new(q, k, v).made_from(normed))?;
-            let y = layer.output.apply(&attended)?;
-            drop(attended);
-            normed = compute.add_norm(&mut x, &y, &layer.mlp_norm, epsilon)?;
-            let gate_up = layer.gate_up.apply(&normed)?;
-            let inner = compute.gate(&gate_up)?;
-            drop(gate_up);
-            let y = layer.down.apply(&inner)?;
-            drop(inner);
+            let y = through(&*layer.output, attended)?;
+            let inner = compute.add_norm(&mut x, &y, &layer.mlp_norm, epsilon)?;
+            drop(y);
+            let gated = compute.gate(&through(&*layer.gate_up, inner)?)?;
+            let y = through(&*layer.down, gated)?;
             normed = compute.add_norm(&mut x, &y, next_norm, epsilon)?;
         }
         Ok(normed)
@@ -171,6 +168,11 @@ impl CausalLm for Decoder {
         })?;
         Ok(Some(found.qkv.values()?))
     }
+}
+
+/// A product, with which the memory of what goes in is given back.
+fn through(matrix: &dyn Matrix, x: Rows) -> locret_core::Result<Rows> {
+    matrix.apply(&x)
 }
 
 /// A product in other parts than were asked for.
