@@ -4,8 +4,7 @@
         --rounds 8 -- --ids-file IDS.json --weights f32 --policy full --max-new 1
 
 Both run with the same arguments. Only one of them runs at any moment, a quarter of a second in turn, so that
-whatever else the machine does meets both alike; whole runs one after the other differ by a third on a busy
-machine, slices by a few per cent. Printed are each one's seconds while it was running (loading included), the
+whatever else the machine does meets both alike. Printed are each one's seconds while it was running (loading included), the
 largest resident memory, and the median of the ratios. Linux only; needs no package.
 """
 

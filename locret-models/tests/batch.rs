@@ -254,11 +254,13 @@ fn eight_decoded_tokens_in_one_pass_are_eight_lone_ones_bit_for_bit() {
 #[test]
 fn more_tokens_in_one_pass_differ_by_rounding_alone() {
     models(|name, model, store| {
-        // Where keys and values are rounded to 16 bits, the last bit of 32 can decide which way.
+        // Where keys and values are rounded to 16 bits, the last bit of 32 can decide which way, and the two
+        // ways are up to 2⁻¹⁰ of the number apart: 1.6e-4 is what comes of it (`-- --nocapture`).
         let tolerance = match store {
             DType::F32 => 1e-5,
-            _ => 1e-3,
+            _ => 5e-4,
         };
+        let mut most_off = 0.0f32;
         let (mut joint, mut lone) = (caches(model, store), caches(model, store));
         for round in 0..6 {
             // Nine decoded tokens, and chunks beside them in every other round.
@@ -275,6 +277,7 @@ fn more_tokens_in_one_pass_differ_by_rounding_alone() {
             for (i, (found, expected)) in found.iter().zip(&expected).enumerate() {
                 assert_eq!(found.len(), expected.len());
                 for (a, b) in found.iter().zip(expected) {
+                    most_off = most_off.max((a - b).abs() / b.abs().max(1.0));
                     let most = tolerance * b.abs().max(1.0);
                     assert!(
                         (a - b).abs() <= most,
@@ -283,6 +286,7 @@ fn more_tokens_in_one_pass_differ_by_rounding_alone() {
                 }
             }
         }
+        println!("{name}: {most_off:.1e} off");
         for (joint, lone) in joint.iter().zip(&lone) {
             assert_eq!(joint.seen(), lone.seen());
             assert_eq!(joint.positions(1, 0), lone.positions(1, 0));

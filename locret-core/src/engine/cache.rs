@@ -457,7 +457,7 @@ impl LayerCache {
     /// Scores of all heads' units, or of none.
     fn set_scores(&mut self, scores: Option<Scores>) -> Result<(), String> {
         let heads = self.heads.len();
-        let scores = scores.map_or(vec![Vec::new(); heads], Scores::into_inner);
+        let scores = scores.map_or_else(|| vec![Vec::new(); heads], Scores::into_inner);
         if scores.len() != heads {
             return Err(format!("scores for {} KV heads of {heads}", scores.len()));
         }

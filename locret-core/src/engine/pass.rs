@@ -201,8 +201,9 @@ impl<'a> Pass<'a> {
     /// [`LayerUnits::surprisal`].
     ///
     /// # Errors
-    /// [`Error::LayerOrder`] if layers were left out, [`Error::Shape`] for a missing or wrong
-    /// `surprisal`, the policies' errors. The caches, all of them, are unusable then.
+    /// [`Error::LayersMissing`] if layers were left out, [`Error::Shape`] for a missing or wrong
+    /// `surprisal`, [`Error::Unusable`] after an error of [`attend`](Self::attend), the policies' errors.
+    /// The caches, all of them, are unusable then.
     pub fn finish(mut self, surprisal: Option<&[f32]>) -> Result<()> {
         if self.broken {
             return Err(Error::Unusable);

@@ -26,7 +26,7 @@ use std::time::Duration;
 pub trait Probe: Send {
     /// What the engine has to compute for this probe beside what the policy needs. Observed attention
     /// can only be the policy's own, where that asks for it, and only a policy can ask for
-    /// [`surprisal`](Needs::surprisal).
+    /// [`surprisal`](Needs::surprisal) or verdicts on [all layers](Needs::all_layers) at once.
     fn needs(&self) -> Needs {
         Needs::NOTHING
     }

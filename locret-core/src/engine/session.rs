@@ -318,7 +318,8 @@ impl Session {
     ///
     /// # Errors
     /// [`Error::EmptyPrompt`] if no prompt was read to its end before, [`Error::Setting`] for
-    /// impossible sampling settings and those of the policy, [`Error::Unusable`] after an error in the middle of a pass.
+    /// impossible sampling settings and those of the policy, [`Error::Unusable`] after an error in the
+    /// middle of a pass.
     pub fn generate(&mut self, generate: Generate) -> Result<Tokens<'_>> {
         self.ready()?;
         Ok(Tokens {
