@@ -38,9 +38,10 @@ pub use contract::{
     Result, Scorer, Scores, Selection, Step, Verdict,
 };
 pub use engine::{
-    Births, CacheOptions, ChunkDone, Decided, Generate, LongRopeSwitch, OnChunk, Pass, Peak, Plan,
-    Prefill, Probe, Report, RopeConfig, RopeScaling, Sampler, Sampling, SequenceCache,
-    SequenceStep, Session, TokenScore, Tokens, argmax, forward, plan,
+    Batch, Batcher, Births, CacheOptions, ChunkDone, Decided, End, Ended, Event, Generate, Handle,
+    Kept, Limits, Load, LongRopeSwitch, OnChunk, Pass, Peak, Plan, Prefill, Probe, Report, Request,
+    RopeConfig, RopeScaling, Sampler, Sampling, SequenceCache, SequenceId, SequenceStep, Session,
+    Sink, TokenScore, Tokens, argmax, forward, plan,
 };
 pub use host::{from_f32, ids_tensor, into_f32, is_host_device};
 #[doc(hidden)]

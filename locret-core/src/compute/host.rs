@@ -17,6 +17,7 @@ use locret_kernels::{
     rope::{self, RopeTable},
     tiles::{DenseTiles, KvTiles},
 };
+use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 use std::{borrow::Cow, sync::Arc};
 
@@ -86,6 +87,11 @@ impl Compute for Host {
     fn during(&self, work: &mut (dyn FnMut() + Send)) {
         let _open = self.pool.open();
         awake(work);
+    }
+
+    fn each(&self, pieces: Vec<Box<dyn FnOnce() + Send + '_>>) {
+        let pieces = pieces.into_par_iter().with_max_len(1);
+        pieces.for_each(|piece| piece());
     }
 
     fn rows(&self, values: Vec<f32>, width: usize) -> Result<Rows> {

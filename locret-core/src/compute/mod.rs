@@ -37,6 +37,12 @@ pub trait Compute: Debug + Send + Sync {
         work();
     }
 
+    /// Does pieces of work that have nothing to do with each other, in any order or at once: sequences that
+    /// attend beside each other.
+    fn each(&self, pieces: Vec<Box<dyn FnOnce() + Send + '_>>) {
+        pieces.into_iter().for_each(|piece| piece());
+    }
+
     /// Rows of `width` numbers, where this computes.
     ///
     /// # Errors

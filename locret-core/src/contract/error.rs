@@ -87,6 +87,28 @@ pub enum Error {
         "this cache was left in the middle of a pass, by an error or on purpose, and cannot be used"
     )]
     Unusable,
+    /// A sequence takes more memory than there is for it.
+    #[error("{what} takes {needed} bytes, and {left} are to be had")]
+    Memory {
+        /// What takes it.
+        what: &'static str,
+        /// Bytes that it takes.
+        needed: usize,
+        /// Bytes that there are for it.
+        left: usize,
+    },
+    /// As many sequences wait as may.
+    #[error("{limit} sequences are waiting, and no more may")]
+    QueueFull {
+        /// The most that may wait.
+        limit: usize,
+    },
+    /// Nothing more is taken on.
+    #[error("no further sequences are taken on")]
+    Closed,
+    /// A policy, a store or a probe panicked; only its own sequence is lost.
+    #[error("a sequence panicked: {0}")]
+    Panicked(String),
     /// A model adapter failed.
     #[error("the model failed: {0}")]
     Model(#[source] Box<dyn std::error::Error + Send + Sync>),
@@ -122,6 +144,13 @@ impl Error {
             expected: expected.into(),
             found: found.to_string(),
         }
+    }
+
+    /// What a panic said.
+    pub(crate) fn panicked(panic: &(dyn std::any::Any + Send)) -> Self {
+        let text = panic.downcast_ref::<&str>().map(|text| (*text).to_owned());
+        let text = text.or_else(|| panic.downcast_ref::<String>().cloned());
+        Self::Panicked(text.unwrap_or_else(|| "without a word".into()))
     }
 
     /// What a policy reports of itself: its name, and why it cannot decide.

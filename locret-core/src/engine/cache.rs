@@ -461,7 +461,8 @@ impl LayerCache {
         if scores.len() != heads {
             return Err(format!("scores for {} KV heads of {heads}", scores.len()));
         }
-        for (head, scores) in self.heads.iter_mut().zip(scores) {
+        for (head, mut scores) in self.heads.iter_mut().zip(scores) {
+            give_back(&mut scores);
             head.scores = scores;
             let (found, expected) = (head.scores.len(), head.positions.len());
             if found != 0 && found != expected {
@@ -517,4 +518,27 @@ fn gather<T: Copy>(values: &mut Vec<T>, kept: &[u32]) {
         values[to] = values[*from as usize];
     }
     values.truncate(kept.len());
+    give_back(values);
+}
+
+/// What is not needed; a small reserve stays.
+fn give_back<T>(values: &mut Vec<T>) {
+    if values.capacity() - values.len() > stores::RESERVE {
+        values.shrink_to_fit();
+    }
+}
+
+impl LayerCache {
+    /// New units of every head, at positions from `first` on.
+    pub(super) fn note_units(&mut self, first: usize, new: usize) {
+        for head in &mut self.heads {
+            let positions = &mut head.positions;
+            if positions.capacity() - positions.len() < new {
+                // As stores do: exactly these, or a few more of single ones.
+                let reserve = if new == 1 { stores::RESERVE } else { new };
+                positions.reserve_exact(reserve);
+            }
+            positions.extend(first as u32..(first + new) as u32);
+        }
+    }
 }

@@ -1,5 +1,6 @@
 //! What carries out the contract: caches, passes over them, and sessions on top.
 
+mod batch;
 mod cache;
 mod pass;
 mod plan;
@@ -8,6 +9,9 @@ mod rope;
 mod sample;
 mod session;
 
+pub use batch::{
+    Batch, Batcher, End, Ended, Event, Handle, Kept, Limits, Load, Request, SequenceId, Sink,
+};
 pub use cache::{CacheOptions, Peak, SequenceCache};
 pub use pass::{Pass, SequenceStep, forward};
 pub use plan::{Plan, plan};

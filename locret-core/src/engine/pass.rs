@@ -8,7 +8,12 @@ use crate::{
     Attention, CausalLm, Error, LayerUnits, ModelSpec, Needs, Observed, Phase, Positions, Qkv,
     Result, RopeTable, Rotation, Rows, Step, TableRows,
 };
-use std::{fmt, sync::Arc, time::Instant};
+use std::{
+    fmt,
+    panic::{AssertUnwindSafe, catch_unwind},
+    sync::Arc,
+    time::Instant,
+};
 
 /// What a model computes on: the new tokens of one or several sequences, and their caches.
 ///
@@ -64,6 +69,8 @@ pub struct Pass<'a> {
     next: usize,
     /// A layer was begun and not ended: whatever comes now, the caches do not agree.
     broken: bool,
+    /// What goes wrong with one sequence is its own affair.
+    apart: bool,
 }
 
 /// One sequence's part in a [`Pass`].
@@ -78,6 +85,8 @@ pub struct SequenceStep<'a> {
     table: Option<RopeTable>,
     /// By layer, what verdicts that come after the last one are based on.
     pending: Vec<Pending>,
+    /// Of a pass whose sequences stand apart: what ended this one's part in it.
+    failed: Option<Error>,
 }
 
 /// What a policy asked for of one layer.
@@ -106,7 +115,46 @@ impl<'a> Pass<'a> {
     /// be had. The caches are then as they were. [`Error::Device`] if it fails while keys are turned for a
     /// longer sequence (LongRoPE); the caches are then unusable.
     pub fn new(steps: impl IntoIterator<Item = SequenceStep<'a>>) -> Result<Self> {
-        let mut steps: Vec<_> = steps.into_iter().collect();
+        let mut steps = Self::checked(steps)?;
+        for step in &mut steps {
+            step.check()?;
+        }
+        for step in &mut steps {
+            step.begin()?;
+        }
+        Ok(Self {
+            steps,
+            next: 0,
+            broken: false,
+            apart: false,
+        })
+    }
+
+    /// A pass over these steps of different sequences, of which each stands for itself: an error or a
+    /// panic of one's policy, store or probe ends its part alone, and nobody else's numbers change. See
+    /// [`finish_each`](Self::finish_each).
+    ///
+    /// # Errors
+    /// [`Error::Setting`] as [`new`](Self::new); all else is the sequences' own.
+    pub fn apart(steps: impl IntoIterator<Item = SequenceStep<'a>>) -> Result<Self> {
+        let mut steps = Self::checked(steps)?;
+        for step in &mut steps {
+            step.guarded(|step| {
+                step.check()?;
+                step.begin()
+            });
+        }
+        Ok(Self {
+            steps,
+            next: 0,
+            broken: false,
+            apart: true,
+        })
+    }
+
+    /// The steps, if they can stand in one pass.
+    fn checked(steps: impl IntoIterator<Item = SequenceStep<'a>>) -> Result<Vec<SequenceStep<'a>>> {
+        let steps: Vec<_> = steps.into_iter().collect();
         let Some(first) = steps.first() else {
             return Err(Error::setting("steps of a pass", "at least one", 0));
         };
@@ -135,23 +183,7 @@ impl<'a> Pass<'a> {
             let expected = "further prompts that begin in all steps or in none";
             return Err(Error::setting("steps of a pass", expected, "some"));
         }
-        for step in &mut steps {
-            step.cache.usable()?;
-            step.total = step.total.max(step.cache.seen + step.incoming);
-            step.cache.check_length(step.total)?;
-            step.needs = match &step.probe {
-                Some(probe) => step.cache.needs_with(&**probe)?,
-                None => step.cache.needs,
-            };
-        }
-        for step in &mut steps {
-            step.begin()?;
-        }
-        Ok(Self {
-            steps,
-            next: 0,
-            broken: false,
-        })
+        Ok(steps)
     }
 
     /// Attention of one layer: appends the new units, attends over what is kept, and evicts.
@@ -184,17 +216,32 @@ impl<'a> Pass<'a> {
     }
 
     fn attend_each(&mut self, layer: usize, qkv: Qkv) -> Result<Rows> {
-        if let [only] = &mut self.steps[..] {
+        if let ([only], false) = (&mut self.steps[..], self.apart) {
             return only.attend(layer, qkv);
         }
+        let (apart, compute) = (self.apart, self.steps[0].cache.place.compute.clone());
         let mut first = 0;
-        let mut out = Vec::with_capacity(self.steps.len());
+        let mut work = Vec::with_capacity(self.steps.len());
         for step in &mut self.steps {
             let own = first..first + step.incoming;
             first = own.end;
-            out.push(step.attend(layer, qkv.slice(own)?)?);
+            work.push((step, Some(qkv.slice(own)?), None));
         }
-        Rows::below(out)
+        drop(qkv);
+        let pieces = work.iter_mut().map(|(step, qkv, out)| {
+            let piece = move || {
+                *out = qkv.take().map(|qkv| match apart {
+                    true => step.attend_apart(layer, qkv),
+                    false => step.attend(layer, qkv),
+                });
+            };
+            Box::new(piece) as Box<dyn FnOnce() + Send + '_>
+        });
+        compute.each(pieces.collect());
+        let outs = work.into_iter().map(|(.., out)| {
+            out.unwrap_or_else(|| Err(Error::Model("a sequence was left out".into())))
+        });
+        Rows::below(outs.collect::<Result<_>>()?)
     }
 
     /// Ends the pass. `surprisal` has one value for each new token if a policy needs it: see
@@ -205,6 +252,49 @@ impl<'a> Pass<'a> {
     /// `surprisal`, [`Error::Unusable`] after an error of [`attend`](Self::attend), the policies' errors.
     /// The caches, all of them, are unusable then.
     pub fn finish(mut self, surprisal: Option<&[f32]>) -> Result<()> {
+        self.check_end(surprisal)?;
+        let mut first = 0;
+        for step in &mut self.steps {
+            let own = first..first + step.incoming;
+            first = own.end;
+            if let Some(failed) = step.failed.take() {
+                return Err(failed);
+            }
+            step.finish(surprisal.map(|all| &all[own]))?;
+        }
+        // Only now: an error of one sequence must not leave another one ahead of its neighbours.
+        for step in &mut self.steps {
+            step.cache.end(step.incoming);
+        }
+        Ok(())
+    }
+
+    /// Ends a pass whose sequences stand [`apart`](Self::apart): what became of each, in the order of the
+    /// steps. A sequence that ended with an error has an unusable cache; the others have read their tokens.
+    ///
+    /// # Errors
+    /// [`Error::LayersMissing`], [`Error::Shape`], [`Error::Unusable`] as [`finish`](Self::finish): for all
+    /// of them.
+    pub fn finish_each(mut self, surprisal: Option<&[f32]>) -> Result<Vec<Result<()>>> {
+        self.check_end(surprisal)?;
+        let mut first = 0;
+        let each = self.steps.iter_mut().map(|step| {
+            let own = first..first + step.incoming;
+            first = own.end;
+            step.guarded(|step| step.finish(surprisal.map(|all| &all[own])));
+            match step.failed.take() {
+                Some(failed) => Err(failed),
+                None => {
+                    step.cache.end(step.incoming);
+                    Ok(())
+                }
+            }
+        });
+        Ok(each.collect())
+    }
+
+    /// Whether everything is there that the end of a pass takes.
+    fn check_end(&self, surprisal: Option<&[f32]>) -> Result<()> {
         if self.broken {
             return Err(Error::Unusable);
         }
@@ -222,16 +312,6 @@ impl<'a> Pass<'a> {
             if found != tokens {
                 return Err(Error::shape("surprisal", [tokens], [found]));
             }
-        }
-        let mut first = 0;
-        for step in &mut self.steps {
-            let own = first..first + step.incoming;
-            first = own.end;
-            step.finish(surprisal.map(|all| &all[own]))?;
-        }
-        // Only now: an error of one sequence must not leave another one ahead of its neighbours.
-        for step in &mut self.steps {
-            step.cache.end(step.incoming);
         }
         Ok(())
     }
@@ -263,6 +343,7 @@ impl<'a> SequenceStep<'a> {
             probe: None,
             table: None,
             pending: Vec::new(),
+            failed: None,
         }
     }
 
@@ -271,6 +352,41 @@ impl<'a> SequenceStep<'a> {
         Self {
             probe: Some(probe),
             ..self
+        }
+    }
+
+    /// Whether this sequence can go on, and what for.
+    fn check(&mut self) -> Result<()> {
+        self.cache.usable()?;
+        self.total = self.total.max(self.cache.seen + self.incoming);
+        self.cache.check_length(self.total)?;
+        self.needs = match &self.probe {
+            Some(probe) => self.cache.needs_with(&**probe)?,
+            None => self.cache.needs,
+        };
+        Ok(())
+    }
+
+    /// Does a part of this sequence's work, unless it has failed before; keeps what goes wrong.
+    fn guarded<T>(&mut self, work: impl FnOnce(&mut Self) -> Result<T>) -> Option<T> {
+        if self.failed.is_some() {
+            return None;
+        }
+        // Whatever it has left behind is never looked at: the cache is in the middle of a pass.
+        let done = catch_unwind(AssertUnwindSafe(|| work(self)));
+        let done = done.unwrap_or_else(|panic| Err(Error::panicked(&*panic)));
+        done.map_err(|failed| self.failed = Some(failed)).ok()
+    }
+
+    /// [`attend`](Self::attend); zeros from a sequence that has failed.
+    fn attend_apart(&mut self, layer: usize, qkv: Qkv) -> Result<Rows> {
+        let (tokens, width) = (qkv.q.rows(), qkv.q.width());
+        match self.guarded(|step| step.attend(layer, qkv)) {
+            Some(out) => Ok(out),
+            None => {
+                let compute = &self.cache.place.compute;
+                compute.rows(vec![0.0; tokens * width], width)
+            }
         }
     }
 
@@ -295,10 +411,7 @@ impl<'a> SequenceStep<'a> {
         let this = &mut cache.layers[layer];
         this.store.append(&k, &v)?;
         drop((k, v));
-        let first = cache.seen as u32;
-        for head in &mut this.heads {
-            head.positions.extend(first..first + t as u32);
-        }
+        this.note_units(cache.seen, t);
         let over = Attention {
             layer: spec,
             store: &*this.store,

@@ -3,6 +3,7 @@
 use super::cache::needs;
 use crate::{
     CacheOptions, Compute, Error, Growth, KvCachePolicy, ModelSpec, Needs, Peak, Prefill, Result,
+    SequenceCache,
 };
 use std::sync::Arc;
 
@@ -38,53 +39,142 @@ pub fn plan(
     prefill: &Prefill,
     [prompt, generated]: [usize; 2],
 ) -> Result<Plan> {
-    spec.validate()?;
-    prefill.validate()?;
-    policy.validate(spec, prefill)?;
-    if prompt == 0 {
-        return Err(Error::EmptyPrompt);
+    let mut planner = Planner::new(spec, policy, compute, options)?;
+    planner.read(prompt, prefill)?;
+    planner.generate(generated);
+    Ok(planner.plan())
+}
+
+/// A sequence that is planned prompt by prompt.
+pub(super) struct Planner<'a> {
+    spec: &'a ModelSpec,
+    policy: &'a dyn KvCachePolicy,
+    layers: Vec<Layer>,
+    /// Verdicts come after the last layer.
+    later: bool,
+    /// Whether bytes are what stores will say, rather than an estimate.
+    exact: bool,
+    seen: usize,
+    now: Peak,
+    plan: Plan,
+}
+
+impl<'a> Planner<'a> {
+    pub(super) fn new(
+        spec: &'a ModelSpec,
+        policy: &'a dyn KvCachePolicy,
+        compute: &Arc<dyn Compute>,
+        options: CacheOptions,
+    ) -> Result<Self> {
+        spec.validate()?;
+        let later = needs(spec, policy, Needs::NOTHING)?.later();
+        let place = options.placement(compute);
+        let mut layers = Vec::with_capacity(spec.layers);
+        for index in 0..spec.layers {
+            layers.push(Layer {
+                growth: policy.store(&spec.layer(index), &place)?.growth(),
+                budget: None,
+            });
+        }
+        Ok(Self {
+            spec,
+            policy,
+            exact: layers.iter().all(|layer| layer.growth.exact()),
+            layers,
+            later,
+            seen: 0,
+            now: Peak::default(),
+            plan: Plan::default(),
+        })
     }
-    let later = needs(spec, policy, Needs::NOTHING)?.later();
-    let place = options.placement(compute);
-    let mut layers = Vec::with_capacity(spec.layers);
-    for index in 0..spec.layers {
-        let layer = spec.layer(index);
-        let held = policy.held(&layer, prompt);
-        layers.push(Layer {
-            growth: policy.store(&layer, &place)?.growth(),
-            budget: held.map(|held| (held.units.div_ceil(spec.kv_heads), held.newest)),
-        });
+
+    /// Goes on from what a cache holds.
+    pub(super) fn from(mut self, cache: &SequenceCache) -> Self {
+        for (index, layer) in self.layers.iter_mut().enumerate() {
+            let heads = 0..self.spec.kv_heads;
+            let units: usize = heads.map(|head| cache.len(index, head)).sum();
+            let units = units.div_ceil(self.spec.kv_heads);
+            layer.change(self.spec.kv_heads, &mut self.now, |growth| {
+                // As single tokens leave them: with a reserve.
+                growth.append(units.saturating_sub(1));
+                growth.append(units.min(1));
+                growth.settle();
+            });
+            self.now.units_per_head = self.now.units_per_head.max(layer.growth.units());
+        }
+        self.seen = cache.seen();
+        self.plan.peak = self.now;
+        self
     }
-    let local = prefill.local.min(prompt);
-    let chunks = pieces(prompt - local, prefill.chunk).map(|tokens| (tokens, true));
-    let tail = pieces(local, prefill.chunk).map(|tokens| (tokens, false));
-    let mut plan = Plan::default();
-    let mut now = Peak::default();
-    let mut step = |tokens, evict, peak: &mut Peak| {
+
+    /// A prompt of so many tokens.
+    pub(super) fn read(&mut self, prompt: usize, prefill: &Prefill) -> Result<()> {
+        prefill.validate()?;
+        self.policy.validate(self.spec, prefill)?;
+        if prompt == 0 {
+            return Err(Error::EmptyPrompt);
+        }
+        let total = self.seen + prompt;
+        for (index, layer) in self.layers.iter_mut().enumerate() {
+            let held = self.policy.held(&self.spec.layer(index), total);
+            layer.budget = held.map(|held| (held.units.div_ceil(self.spec.kv_heads), held.newest));
+        }
+        if self.seen > 0 {
+            for layer in &mut self.layers {
+                layer.settle(true, self.spec.kv_heads, &mut self.now);
+            }
+        }
+        let local = prefill.local.min(prompt);
+        let chunks = pieces(prompt - local, prefill.chunk).map(|tokens| (tokens, true));
+        let tail = pieces(local, prefill.chunk).map(|tokens| (tokens, false));
+        for (tokens, evict) in chunks.chain(tail) {
+            let mut peak = self.plan.prefill;
+            self.step(tokens, evict, &mut peak);
+            self.plan.prefill = peak;
+        }
+        self.plan.peak.note(&self.plan.prefill);
+        self.seen = total;
+        Ok(())
+    }
+
+    /// So many tokens after the prompt.
+    pub(super) fn generate(&mut self, tokens: usize) {
+        let mut peak = self.plan.peak;
+        // The last token is never fed back.
+        for _ in 1..tokens {
+            self.step(1, false, &mut peak);
+        }
+        self.plan.peak = peak;
+    }
+
+    fn step(&mut self, tokens: usize, evict: bool, peak: &mut Peak) {
+        let heads = self.spec.kv_heads;
         // Layers are cut back one after the other, or all of them once the last one is done.
-        for layer in &mut layers {
-            layer.grow(tokens, spec.kv_heads, &mut now);
-            peak.note(&now);
-            if !later {
-                layer.settle(evict, spec.kv_heads, &mut now);
+        for layer in &mut self.layers {
+            layer.grow(tokens, heads, &mut self.now);
+            peak.note(&self.now);
+            if !self.later {
+                layer.settle(evict, heads, &mut self.now);
             }
         }
-        if later {
-            for layer in &mut layers {
-                layer.settle(evict, spec.kv_heads, &mut now);
+        if self.later {
+            for layer in &mut self.layers {
+                layer.settle(evict, heads, &mut self.now);
             }
         }
-    };
-    for (tokens, evict) in chunks.chain(tail) {
-        step(tokens, evict, &mut plan.prefill);
     }
-    plan.peak = plan.prefill;
-    // The last token is never fed back.
-    for _ in 1..generated {
-        step(1, false, &mut plan.peak);
+
+    pub(super) fn plan(&self) -> Plan {
+        Plan {
+            bytes: self.now.bytes,
+            ..self.plan
+        }
     }
-    plan.bytes = now.bytes;
-    Ok(plan)
+
+    /// Whether bytes are exact, rather than an estimate.
+    pub(super) fn exact(&self) -> bool {
+        self.exact
+    }
 }
 
 struct Layer {

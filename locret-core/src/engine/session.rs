@@ -2,12 +2,13 @@
 
 use super::probe::EachChunk;
 use crate::{
-    CacheOptions, CausalLm, ChunkDone, Error, KvCachePolicy, OnChunk, Pass, Peak, Phase, Probe,
-    Result, Rows, Sampler, Sampling, SequenceCache, forward,
+    CacheOptions, CausalLm, ChunkDone, Error, KvCachePolicy, ModelSpec, OnChunk, Pass, Peak, Phase,
+    Probe, Result, Rows, Sampler, Sampling, SequenceCache, forward,
 };
 use serde::{Deserialize, Serialize};
 use std::{
     fmt,
+    ops::Range,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -265,13 +266,27 @@ impl Session {
         prefill: &Prefill,
         probe: &mut dyn Probe,
     ) -> Result<()> {
-        prefill.validate()?;
-        self.cache.policy().validate(self.cache.spec(), prefill)?;
-        if ids.is_empty() {
-            return Err(Error::EmptyPrompt);
-        }
-        self.check_ids(ids)?;
         let mut started = Instant::now();
+        let mut reading = self.begin(ids, prefill, Some(&mut *probe))?;
+        while let Some(due) = reading.due() {
+            let ids = &reading.ids[due.tokens.clone()];
+            self.feed(due.phase, ids, reading.total, due.last, Some(&mut *probe))?;
+            self.have_read(&mut reading, &due, started.elapsed());
+            probe.chunk(&reading.done(&due, &self.cache))?;
+            started = Instant::now();
+        }
+        self.have_read_all();
+        Ok(())
+    }
+
+    /// Begins a prompt, on which the cache is brought back to its budget.
+    pub(super) fn begin(
+        &mut self,
+        ids: &[u32],
+        prefill: &Prefill,
+        probe: Option<&mut dyn Probe>,
+    ) -> Result<Reading> {
+        self.check_prompt(ids, prefill)?;
         let ids: Vec<u32> = self
             .pending
             .into_iter()
@@ -279,39 +294,45 @@ impl Session {
             .collect();
         let total = self.cache.seen() + ids.len();
         if !self.cache.is_empty() {
-            let turn = self.cache.step(Phase::Turn, 0, total).watched(&mut *probe);
+            let turn = self.cache.step(Phase::Turn, 0, total);
+            let turn = match probe {
+                Some(probe) => turn.watched(probe),
+                None => turn,
+            };
             Pass::new([turn])?.finish(None)?;
         }
         self.midway = true;
         self.prefill = *prefill;
-        let body = ids.len() - prefill.local.min(ids.len());
-        let chunks = ids[..body].chunks(prefill.chunk);
-        let last = chunks.len().saturating_sub(1);
-        let steps = chunks
-            .enumerate()
-            .map(|(i, chunk)| (Phase::Prefill { last: i == last }, chunk))
-            .chain(ids[body..].chunks(prefill.chunk).map(|c| (Phase::Tail, c)));
-        let mut done = 0;
-        for (index, (phase, chunk)) in steps.enumerate() {
-            let wants_logits = done + chunk.len() == ids.len();
-            self.feed(phase, chunk, total, wants_logits, Some(&mut *probe))?;
-            // `history` has the pending token already.
-            let fresh = usize::from(self.pending.take().is_some());
-            self.history.extend_from_slice(&chunk[fresh..]);
-            done += chunk.len();
-            self.times.prefill_tokens += chunk.len();
-            self.times.prefill_time += started.elapsed();
-            probe.chunk(&ChunkDone {
-                index,
-                done,
-                tokens: ids.len(),
-                phase,
-                cache: &self.cache,
-            })?;
-            started = Instant::now();
-        }
+        Ok(Reading {
+            body: ids.len() - prefill.local.min(ids.len()),
+            chunk: prefill.chunk,
+            total,
+            ids,
+            read: 0,
+            index: 0,
+        })
+    }
+
+    /// Whether this can be the next prompt.
+    pub(super) fn check_prompt(&self, ids: &[u32], prefill: &Prefill) -> Result<()> {
+        check_prompt(self.cache.spec(), &**self.cache.policy(), ids, prefill)
+    }
+
+    /// The chunk that was due has been read.
+    pub(super) fn have_read(&mut self, reading: &mut Reading, due: &Due, took: Duration) {
+        let chunk = &reading.ids[due.tokens.clone()];
+        // `history` has the pending token already.
+        let fresh = usize::from(self.pending.take().is_some());
+        self.history.extend_from_slice(&chunk[fresh..]);
+        reading.read = due.tokens.end;
+        reading.index += 1;
+        self.times.prefill_tokens += chunk.len();
+        self.times.prefill_time += took;
+    }
+
+    /// The prompt has been read to its end.
+    pub(super) fn have_read_all(&mut self) {
         self.midway = false;
-        Ok(())
     }
 
     /// Generates text, token by token: an iterator that can be stopped at any time.
@@ -338,7 +359,7 @@ impl Session {
     /// [`Error::EmptyPrompt`] if no prompt was read to its end before, and as
     /// [`prefill`](Self::prefill).
     pub fn score(&mut self, ids: &[u32]) -> Result<Vec<TokenScore>> {
-        self.check_ids(ids)?;
+        check_ids(self.cache.spec(), ids)?;
         self.ready()?;
         self.feed_pending(None)?;
         let first = self.logits.clone().ok_or(Error::EmptyPrompt)?;
@@ -377,26 +398,29 @@ impl Session {
         cache.policy().validate(cache.spec(), &self.prefill)
     }
 
-    fn check_ids(&self, ids: &[u32]) -> Result<()> {
-        let vocab = self.cache.spec().vocab;
-        match ids.iter().position(|id| *id as usize >= vocab) {
-            Some(index) => Err(Error::UnknownToken {
-                id: ids[index],
-                index,
-                vocab,
-            }),
-            None => Ok(()),
-        }
-    }
-
     fn feed_pending(&mut self, probe: Option<&mut dyn Probe>) -> Result<()> {
         if let Some(id) = self.pending {
             let total = self.cache.seen() + 1;
             self.feed(Phase::Decode, &[id], total, true, probe)?;
-            self.pending = None;
-            self.times.decode_tokens += 1;
+            self.have_fed(Duration::ZERO);
         }
         Ok(())
+    }
+
+    /// The pending token has been fed.
+    pub(super) fn have_fed(&mut self, took: Duration) {
+        self.pending = None;
+        self.times.decode_time += took;
+        self.times.decode_tokens += 1;
+    }
+
+    /// Chooses the next token from the logits that are there.
+    pub(super) fn choose(&mut self, sampler: &mut Sampler) -> Result<u32> {
+        let logits = self.logits.as_deref().ok_or(Error::EmptyPrompt)?;
+        let id = sampler.sample(logits, &self.history)?;
+        self.pending = Some(id);
+        self.history.push(id);
+        Ok(id)
     }
 
     /// Puts `ids` through the model and the cache; keeps the last logits if they are wanted.
@@ -449,6 +473,195 @@ impl Session {
         pass.finish(surprisal.as_deref())?;
         Ok(made)
     }
+}
+
+/// A prompt on its way into a cache.
+#[derive(Debug)]
+pub(super) struct Reading {
+    /// With the generated token before them that is still to be fed, if there is one.
+    ids: Vec<u32>,
+    /// Those that are read in chunks that are followed by evictions.
+    body: usize,
+    chunk: usize,
+    total: usize,
+    read: usize,
+    index: usize,
+}
+
+/// A chunk that is read next.
+#[derive(Debug, Clone)]
+pub(super) struct Due {
+    pub(super) phase: Phase,
+    /// Of the prompt's.
+    pub(super) tokens: Range<usize>,
+    /// Whether the prompt ends with it.
+    pub(super) last: bool,
+}
+
+impl Reading {
+    pub(super) fn due(&self) -> Option<Due> {
+        let (start, all) = (self.read, self.ids.len());
+        let evicting = start < self.body;
+        let end = (start + self.chunk).min(if evicting { self.body } else { all });
+        (start < all).then(|| Due {
+            phase: match evicting {
+                true => Phase::Prefill {
+                    last: end == self.body,
+                },
+                false => Phase::Tail,
+            },
+            tokens: start..end,
+            last: end == all,
+        })
+    }
+
+    /// What is reported of a chunk that has been read.
+    pub(super) fn done<'a>(&self, due: &Due, cache: &'a SequenceCache) -> ChunkDone<'a> {
+        ChunkDone {
+            index: self.index - 1,
+            done: due.tokens.end,
+            tokens: self.ids.len(),
+            phase: due.phase,
+            cache,
+        }
+    }
+
+    /// Tokens that are still to be read.
+    pub(super) fn left(&self) -> usize {
+        self.ids.len() - self.read
+    }
+}
+
+/// Whether a prompt can be read in this way, under this policy.
+pub(super) fn check_prompt(
+    spec: &ModelSpec,
+    policy: &dyn KvCachePolicy,
+    ids: &[u32],
+    prefill: &Prefill,
+) -> Result<()> {
+    prefill.validate()?;
+    policy.validate(spec, prefill)?;
+    if ids.is_empty() {
+        return Err(Error::EmptyPrompt);
+    }
+    check_ids(spec, ids)
+}
+
+fn check_ids(spec: &ModelSpec, ids: &[u32]) -> Result<()> {
+    let vocab = spec.vocab;
+    match ids.iter().position(|id| *id as usize >= vocab) {
+        Some(index) => Err(Error::UnknownToken {
+            id: ids[index],
+            index,
+            vocab,
+        }),
+        None => Ok(()),
+    }
+}
+
+/// What one session is fed in a pass that others are in, too.
+#[derive(Debug)]
+pub(super) struct Part<'a> {
+    pub(super) session: &'a mut Session,
+    pub(super) phase: Phase,
+    pub(super) ids: Vec<u32>,
+    /// Tokens of the sequence at the end of what is being read.
+    pub(super) total: usize,
+    /// Whether the logits after the last of the tokens are wanted.
+    pub(super) wanted: bool,
+    pub(super) probe: Option<Watch<'a>>,
+}
+
+/// A probe on loan, which has nothing to show.
+pub(super) struct Watch<'a>(pub(super) &'a mut (dyn Probe + 'a));
+
+impl fmt::Debug for Watch<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Watch")
+    }
+}
+
+impl<'a> Part<'a> {
+    /// The next chunk of a prompt.
+    pub(super) fn chunk(session: &'a mut Session, reading: &Reading, due: &Due) -> Self {
+        Self {
+            phase: due.phase,
+            ids: reading.ids[due.tokens.clone()].to_vec(),
+            total: reading.total,
+            wanted: due.last,
+            session,
+            probe: None,
+        }
+    }
+
+    /// The token that was generated last; `None` if there is none to be fed.
+    pub(super) fn token(session: &'a mut Session) -> Option<Self> {
+        Some(Self {
+            phase: Phase::Decode,
+            ids: vec![session.pending?],
+            total: session.cache.seen() + 1,
+            wanted: true,
+            session,
+            probe: None,
+        })
+    }
+
+    pub(super) fn watched(self, probe: Option<&'a mut (dyn Probe + 'a)>) -> Self {
+        Self {
+            probe: probe.map(Watch),
+            ..self
+        }
+    }
+}
+
+/// Feeds several sessions of one model in one pass. What happens to one of them is its own affair; an
+/// error of the model or the device is everybody's.
+pub(super) fn together(model: &dyn CausalLm, parts: Vec<Part<'_>>) -> Result<Vec<Result<()>>> {
+    let ids: Vec<u32> = parts.iter().flat_map(|part| part.ids.clone()).collect();
+    let mut steps = Vec::with_capacity(parts.len());
+    let mut sessions = Vec::with_capacity(parts.len());
+    let mut first = 0;
+    for part in parts {
+        let rows = first..first + part.ids.len();
+        first = rows.end;
+        let Session { cache, logits, .. } = part.session;
+        let surprisal = cache.policy().needs().surprisal;
+        let step = cache.step(part.phase, part.ids.len(), part.total);
+        steps.push(match part.probe {
+            Some(Watch(probe)) => step.watched(probe),
+            None => step,
+        });
+        sessions.push((logits, part.ids, rows, part.wanted, surprisal));
+    }
+    let mut pass = Pass::apart(steps)?;
+    let hidden = forward(model, &ids, &mut pass)?;
+    let needed = sessions.iter().any(|(.., surprisal)| *surprisal);
+    let mut nll = vec![f32::NAN; if needed { ids.len() } else { 0 }];
+    let mut rows = Vec::new();
+    for (logits, ids, own, wanted, needs) in &mut sessions {
+        if *needs {
+            let own_hidden = hidden.slice(own.clone())?;
+            nll[own.clone()].copy_from_slice(&surprisal(model, logits, ids, &own_hidden)?);
+        } else if *wanted {
+            rows.push(hidden.slice(own.end - 1..own.end)?);
+        }
+    }
+    drop(hidden);
+    let vocab = model.spec().vocab;
+    let all = match rows.is_empty() {
+        true => Vec::new(),
+        // One product for all of them.
+        false => model.logits(Rows::below(rows)?)?.into_values()?,
+    };
+    let mut next = all.chunks(vocab);
+    for (logits, _, _, wanted, needs) in &mut sessions {
+        if !*needs {
+            let own = if *wanted { next.next() } else { None };
+            **logits = own.map(<[f32]>::to_vec);
+        }
+    }
+    drop(sessions);
+    pass.finish_each(needed.then_some(&nll))
 }
 
 /// `-ln p` of each of `ids`; the first one's comes from the `last` logits that the step before left, and
@@ -583,10 +796,7 @@ impl<'a> Tokens<'a> {
             Some(probe) => self.session.feed_pending(Some(&mut **probe))?,
             None => self.session.feed_pending(None)?,
         }
-        let logits = self.session.logits.as_deref().ok_or(Error::EmptyPrompt)?;
-        let id = self.sampler.sample(logits, &self.session.history)?;
-        self.session.pending = Some(id);
-        self.session.history.push(id);
+        let id = self.session.choose(&mut self.sampler)?;
         self.session.times.decode_time += started.elapsed();
         Ok(id)
     }

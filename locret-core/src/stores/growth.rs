@@ -23,6 +23,11 @@ pub trait Growth {
 
     /// As [`KvStore::bytes`](crate::KvStore::bytes).
     fn bytes(&self) -> usize;
+
+    /// Whether these bytes are what a store will say; otherwise they are an estimate, at most 5 % too low.
+    fn exact(&self) -> bool {
+        true
+    }
 }
 
 /// Units that a buffer grows by when single tokens are appended.
@@ -219,6 +224,10 @@ impl Growth for CodedGrowth {
 
     fn units(&self) -> usize {
         self.coded.rows + self.tail.rows
+    }
+
+    fn exact(&self) -> bool {
+        false
     }
 
     fn bytes(&self) -> usize {

@@ -1,0 +1,162 @@
+//! Memory that is promised before it is used.
+
+use super::request::Request;
+use crate::{
+    Compute, Error, KvCachePolicy, ModelSpec, Positions, Prefill, Result,
+    engine::{cache::SequenceCache, plan::Planner},
+    stores::RESERVE,
+};
+use std::sync::{
+    Arc,
+    atomic::{AtomicUsize, Ordering},
+};
+
+/// Bytes that are promised to sequences, and how many there are.
+#[derive(Debug)]
+pub(super) struct Ledger {
+    cap: usize,
+    promised: AtomicUsize,
+}
+
+impl Ledger {
+    pub(super) fn new(cap: usize) -> Arc<Self> {
+        Arc::new(Self {
+            cap,
+            promised: AtomicUsize::new(0),
+        })
+    }
+
+    pub(super) fn cap(&self) -> usize {
+        self.cap
+    }
+
+    pub(super) fn promised(&self) -> usize {
+        self.promised.load(Ordering::Acquire)
+    }
+
+    /// So many bytes, if there are so many left.
+    pub(super) fn room(self: &Arc<Self>, bytes: usize) -> Option<Room> {
+        let mut room = Room {
+            ledger: self.clone(),
+            bytes: 0,
+        };
+        room.resize(bytes).then_some(room)
+    }
+}
+
+/// A share of the memory, given back when dropped.
+#[derive(Debug)]
+pub(super) struct Room {
+    ledger: Arc<Ledger>,
+    bytes: usize,
+}
+
+impl Room {
+    pub(super) fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    pub(super) fn of(&self, ledger: &Arc<Ledger>) -> bool {
+        Arc::ptr_eq(&self.ledger, ledger)
+    }
+
+    /// Another size; false, and nothing changed, if there is not so much left.
+    pub(super) fn resize(&mut self, bytes: usize) -> bool {
+        let (own, cap) = (self.bytes, self.ledger.cap);
+        let others = |promised: usize| {
+            let all = (promised - own).checked_add(bytes);
+            all.filter(|all| bytes <= own || *all <= cap)
+        };
+        let promised = &self.ledger.promised;
+        let done = promised.fetch_update(Ordering::AcqRel, Ordering::Acquire, others);
+        if done.is_ok() {
+            self.bytes = bytes;
+        }
+        done.is_ok()
+    }
+}
+
+impl Drop for Room {
+    fn drop(&mut self) {
+        self.ledger.promised.fetch_sub(self.bytes, Ordering::AcqRel);
+    }
+}
+
+/// The most bytes that a sequence will take: keys and values, their positions and scores, angles, tokens
+/// and one row of logits.
+pub(super) fn footprint(
+    request: &Request,
+    spec: &ModelSpec,
+    compute: &Arc<dyn Compute>,
+) -> Result<usize> {
+    let (policy, prefill) = (&*request.policy, &request.prefill);
+    let mut planner = Planner::new(spec, policy, compute, request.cache)?;
+    if let Some(kept) = &request.from {
+        planner = planner.from(kept.cache());
+    }
+    let rest = request.prompt.len() - request.prefix;
+    if request.prefix > 0 {
+        planner.read(request.prefix, &prefix_prefill(prefill))?;
+    }
+    // A generated token that is still to be fed is one more at most.
+    planner.read(rest + usize::from(request.from.is_some()), prefill)?;
+    planner.generate(request.generate.max_new);
+    let (plan, exact) = (planner.plan(), planner.exact());
+    let bytes = match exact {
+        true => plan.peak.bytes,
+        // An estimate is at most 5 % too low.
+        false => plan.peak.bytes + plan.peak.bytes / 20,
+    };
+    let heads = spec.layers * spec.kv_heads;
+    let shared = (0..spec.layers).any(|index| shares(policy, spec, index, request.tokens()));
+    // Where heads share a budget, each has a reserve at a moment of its own.
+    let reserves = match shared {
+        true => heads * RESERVE * spec.unit_bytes(4),
+        false => 0,
+    };
+    let units = 8 * (plan.peak.units + heads * RESERVE);
+    Ok(bytes + reserves + units + fixed(spec, policy, plan.peak.units_per_head, request.tokens()))
+}
+
+/// What a session takes that is kept and does nothing.
+pub(super) fn resting(cache: &SequenceCache, tokens: usize) -> usize {
+    let longest = cache.peak().units_per_head;
+    let (spec, policy) = (cache.spec(), &**cache.policy());
+    cache.bytes() + cache.metadata_bytes() + fixed(spec, policy, longest, tokens)
+}
+
+/// Tokens (the prompt, and the history with its reserve), a row of logits, and the table of angles of compact positions.
+fn fixed(spec: &ModelSpec, policy: &dyn KvCachePolicy, longest: usize, tokens: usize) -> usize {
+    let angles = match policy.positions() {
+        Positions::Original => 0,
+        Positions::Compact => longest.next_power_of_two() * spec.rope.rotary_dim,
+    };
+    4 * (3 * tokens + spec.vocab + angles)
+}
+
+fn shares(policy: &dyn KvCachePolicy, spec: &ModelSpec, index: usize, total: usize) -> bool {
+    let layer = spec.layer(index);
+    let (held, limit) = (policy.held(&layer, total), policy.limit(&layer, total));
+    match (held, limit) {
+        (Some(held), Some(limit)) => held.units < layer.kv_heads * limit,
+        _ => false,
+    }
+}
+
+/// How a prefix is read: as a prompt without a tail.
+pub(super) fn prefix_prefill(prefill: &Prefill) -> Prefill {
+    Prefill::new(prefill.chunk, 0)
+}
+
+/// What a sequence may take, and what it was found to.
+pub(super) fn check(cache: &SequenceCache, tokens: usize, room: &mut Room) -> Result<()> {
+    let taken = resting(cache, tokens);
+    match taken <= room.bytes() || room.resize(taken) {
+        true => Ok(()),
+        false => Err(Error::Memory {
+            what: "a sequence",
+            needed: taken,
+            left: room.bytes(),
+        }),
+    }
+}
