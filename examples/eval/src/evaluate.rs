@@ -111,7 +111,7 @@ impl Reader {
                 )));
             }
             let mut fork = session.fork()?;
-            let generate = self.policy.evicts_while_decoding() && !task.is_continuation();
+            let generate = self.policy.decode_slack().is_some() && !task.is_continuation();
             let exact = if generate {
                 let mut fork = session.fork()?;
                 fork.score(&asked)?;

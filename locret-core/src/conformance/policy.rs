@@ -102,7 +102,7 @@ pub fn check_policy(
                 continue;
             }
             ran = true;
-            if !policy.evicts_while_decoding() {
+            if policy.decode_slack().is_none() {
                 plan.decode = DecodeEviction::Off;
             }
             let check = Checking {

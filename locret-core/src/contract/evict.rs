@@ -289,8 +289,11 @@ impl<S: Scorer> KvCachePolicy for Evict<S> {
         })
     }
 
-    fn evicts_while_decoding(&self) -> bool {
-        self.decode != DecodeEviction::Off
+    fn decode_slack(&self) -> Option<usize> {
+        match self.decode {
+            DecodeEviction::Off => None,
+            DecodeEviction::Every(n) => Some(n.saturating_sub(1)),
+        }
     }
 
     fn step(&self, at: &Step, units: &LayerUnits<'_>) -> Result<Verdict> {

@@ -87,9 +87,10 @@ pub trait KvCachePolicy: Debug + Send + Sync {
         Some(Held::scattered(layer.kv_heads * self.limit(layer, total)?))
     }
 
-    /// Whether units are dropped while text is generated.
-    fn evicts_while_decoding(&self) -> bool {
-        false
+    /// Units beyond what is [held](Self::held) that a head may have while text is generated (on average,
+    /// where heads share), before some are dropped; `None` if none are dropped then.
+    fn decode_slack(&self) -> Option<usize> {
+        None
     }
 
     /// Says what stays. Called once for each layer of each step, after attention.
@@ -143,8 +144,8 @@ impl<P: KvCachePolicy + ?Sized> KvCachePolicy for Arc<P> {
         (**self).held(layer, total)
     }
 
-    fn evicts_while_decoding(&self) -> bool {
-        (**self).evicts_while_decoding()
+    fn decode_slack(&self) -> Option<usize> {
+        (**self).decode_slack()
     }
 
     fn step(&self, at: &Step, units: &LayerUnits<'_>) -> Result<Verdict> {

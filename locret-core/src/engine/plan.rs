@@ -25,8 +25,8 @@ pub struct Plan {
 /// Exact for dense stores under policies that keep as much as they may
 /// ([`KvCachePolicy::held`]); where heads share a budget each is counted with its layer's mean. Stores
 /// of codes are an estimate, since it depends on the text which of their units are dropped: within 5 %,
-/// and up to 20 % too much for KIVI's layout. A policy that evicts while text is generated takes less
-/// than is planned for it.
+/// and up to 20 % too much for KIVI's layout. After 16,384 generated tokens, what further ones take is
+/// reckoned from what the last of those took.
 ///
 /// # Errors
 /// [`Error::EmptyPrompt`]; what [`SequenceCache::new`](crate::SequenceCache::new) and the policy's
@@ -115,21 +115,18 @@ impl<'a> Planner<'a> {
             return Err(Error::EmptyPrompt);
         }
         let total = self.seen + prompt;
-        for (index, layer) in self.layers.iter_mut().enumerate() {
-            let held = self.policy.held(&self.spec.layer(index), total);
-            layer.budget = held.map(|held| (held.units.div_ceil(self.spec.kv_heads), held.newest));
-        }
+        self.budgets(total);
         if self.seen > 0 {
             for layer in &mut self.layers {
-                layer.settle(true, self.spec.kv_heads, &mut self.now);
+                layer.settle(Some(0), self.spec.kv_heads, &mut self.now);
             }
         }
         let local = prefill.local.min(prompt);
-        let chunks = pieces(prompt - local, prefill.chunk).map(|tokens| (tokens, true));
-        let tail = pieces(local, prefill.chunk).map(|tokens| (tokens, false));
-        for (tokens, evict) in chunks.chain(tail) {
+        let chunks = pieces(prompt - local, prefill.chunk).map(|tokens| (tokens, Some(0)));
+        let tail = pieces(local, prefill.chunk).map(|tokens| (tokens, None));
+        for (tokens, slack) in chunks.chain(tail) {
             let mut peak = self.plan.prefill;
-            self.step(tokens, evict, &mut peak);
+            self.step(tokens, slack, &mut peak);
             self.plan.prefill = peak;
         }
         self.plan.peak.note(&self.plan.prefill);
@@ -139,27 +136,61 @@ impl<'a> Planner<'a> {
 
     /// So many tokens after the prompt.
     pub(super) fn generate(&mut self, tokens: usize) {
-        let mut peak = self.plan.peak;
         // The last token is never fed back.
-        for _ in 1..tokens {
-            self.step(1, false, &mut peak);
+        let fed = tokens.saturating_sub(1);
+        let slack = self.policy.decode_slack();
+        let mut half = self.plan.peak;
+        for i in 0..fed.min(STEPS) {
+            if i == STEPS / 2 {
+                half = self.plan.peak;
+            }
+            let mut peak = self.plan.peak;
+            if slack.is_some() {
+                self.budgets(self.seen + 1);
+            }
+            self.step(1, slack, &mut peak);
+            self.plan.peak = peak;
+            self.seen += 1;
         }
-        self.plan.peak = peak;
+        let rest = fed.saturating_sub(STEPS);
+        if rest > 0 {
+            // From here on as in the second half of what was gone through.
+            let ahead = |half: usize, now: usize| {
+                let grown = (now - half).saturating_mul(rest).div_ceil(STEPS / 2);
+                now.saturating_add(grown)
+            };
+            let now = self.plan.peak;
+            self.plan.peak = Peak {
+                units_per_head: ahead(half.units_per_head, now.units_per_head),
+                units: ahead(half.units, now.units),
+                bytes: ahead(half.bytes, now.bytes),
+            };
+            self.now.bytes = self.plan.peak.bytes;
+        }
     }
 
-    fn step(&mut self, tokens: usize, evict: bool, peak: &mut Peak) {
+    /// What layers keep in a sequence that has `total` tokens.
+    fn budgets(&mut self, total: usize) {
+        for (index, layer) in self.layers.iter_mut().enumerate() {
+            let held = self.policy.held(&self.spec.layer(index), total);
+            layer.budget = held.map(|held| (held.units.div_ceil(self.spec.kv_heads), held.newest));
+        }
+    }
+
+    /// New tokens, after which layers are cut back if they have `slack` units too many.
+    fn step(&mut self, tokens: usize, slack: Option<usize>, peak: &mut Peak) {
         let heads = self.spec.kv_heads;
         // Layers are cut back one after the other, or all of them once the last one is done.
         for layer in &mut self.layers {
             layer.grow(tokens, heads, &mut self.now);
             peak.note(&self.now);
             if !self.later {
-                layer.settle(evict, heads, &mut self.now);
+                layer.settle(slack, heads, &mut self.now);
             }
         }
         if self.later {
             for layer in &mut self.layers {
-                layer.settle(evict, heads, &mut self.now);
+                layer.settle(slack, heads, &mut self.now);
             }
         }
     }
@@ -177,6 +208,9 @@ impl<'a> Planner<'a> {
     }
 }
 
+/// Generated tokens that are gone through one by one; what comes after them is reckoned.
+const STEPS: usize = 1 << 14;
+
 struct Layer {
     growth: Box<dyn Growth>,
     /// Units of a head, and whether they are the newest.
@@ -189,10 +223,14 @@ impl Layer {
         now.units_per_head = self.growth.units();
     }
 
-    fn settle(&mut self, evict: bool, heads: usize, now: &mut Peak) {
-        let budget = self.budget.filter(|_| evict);
+    fn settle(&mut self, slack: Option<usize>, heads: usize, now: &mut Peak) {
+        let units = self.growth.units();
+        let budget = self
+            .budget
+            .zip(slack)
+            .filter(|((budget, _), slack)| units > budget + slack);
         self.change(heads, now, |growth| {
-            if let Some((units, newest)) = budget {
+            if let Some(((units, newest), _)) = budget {
                 growth.retain(units, newest);
             }
             growth.settle();

@@ -842,8 +842,8 @@ impl KvCachePolicy for Bent {
         self.inner.limit(layer, total)
     }
 
-    fn evicts_while_decoding(&self) -> bool {
-        self.inner.evicts_while_decoding()
+    fn decode_slack(&self) -> Option<usize> {
+        self.inner.decode_slack()
     }
 
     fn store(&self, layer: &LayerSpec, place: &Placement) -> Result<Box<dyn KvStore>> {

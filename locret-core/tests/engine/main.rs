@@ -7,6 +7,7 @@ mod conversation;
 mod drift;
 mod kernels;
 mod longrope;
+mod many;
 mod memory;
 mod policies;
 mod saved;

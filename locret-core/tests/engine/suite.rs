@@ -131,8 +131,8 @@ impl<P: KvCachePolicy> KvCachePolicy for AtOnce<P> {
         self.0.limit(layer, total)
     }
 
-    fn evicts_while_decoding(&self) -> bool {
-        self.0.evicts_while_decoding()
+    fn decode_slack(&self) -> Option<usize> {
+        self.0.decode_slack()
     }
 
     fn step(&self, at: &Step, units: &LayerUnits<'_>) -> Result<Verdict> {
@@ -181,8 +181,8 @@ impl<P: KvCachePolicy> KvCachePolicy for Packed<P> {
         self.0.limit(layer, total)
     }
 
-    fn evicts_while_decoding(&self) -> bool {
-        self.0.evicts_while_decoding()
+    fn decode_slack(&self) -> Option<usize> {
+        self.0.decode_slack()
     }
 
     fn step(&self, at: &Step, units: &LayerUnits<'_>) -> Result<Verdict> {

@@ -62,8 +62,8 @@ impl<P: KvCachePolicy> KvCachePolicy for Quantized<P> {
         self.inner.held(layer, total)
     }
 
-    fn evicts_while_decoding(&self) -> bool {
-        self.inner.evicts_while_decoding()
+    fn decode_slack(&self) -> Option<usize> {
+        self.inner.decode_slack()
     }
 
     fn step(&self, at: &Step, units: &LayerUnits<'_>) -> Result<Verdict> {
