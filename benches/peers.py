@@ -277,14 +277,14 @@ def cpu():
     return f"{names[0] if names else 'unknown processor'} ({os.cpu_count()} cores, {isa})"
 
 
-def write(text):
+def write(text, begin=BEGIN, end=END):
     """Puts the tables between their markers in docs/performance.md."""
     path = ROOT / "docs/performance.md"
-    before, _, rest = path.read_text().partition(BEGIN)
-    _, found, after = rest.partition(END)
+    before, _, rest = path.read_text().partition(begin)
+    _, found, after = rest.partition(end)
     if not found:
-        sys.exit(f"{path} has no {BEGIN} … {END}")
-    path.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}")
+        sys.exit(f"{path} has no {begin} … {end}")
+    path.write_text(f"{before}{begin}\n{text}\n{end}{after}")
 
 
 def main():

@@ -35,6 +35,7 @@ pub fn check_compute(
             ("rotations", check.rotations(&mut dice())),
             ("attention", check.attention(&mut dice())),
             ("selection", check.selection(&mut dice())),
+            ("pieces of work", check.pieces(&mut dice())),
         ] {
             checked.map_err(|off| check.error(what, off))?;
         }
@@ -511,6 +512,28 @@ impl Checking<'_> {
             "a table wider than a head",
             self.compute.attend(rows, &over),
         )
+    }
+
+    /// Each is done once, also those that have pieces of their own.
+    fn pieces(&self, dice: &mut Dice) -> Checked {
+        let mut done = vec![0; dice.between(0, 40)];
+        let pieces = done.iter_mut().map(|done| {
+            let inner = || {
+                let mut twice = [0, 0];
+                let pieces = twice.iter_mut().map(|n| {
+                    let piece = move || *n += 1;
+                    Box::new(piece) as Box<dyn FnOnce() + Send + '_>
+                });
+                self.compute.each(pieces.collect());
+                *done += twice[0] * twice[1];
+            };
+            Box::new(inner) as Box<dyn FnOnce() + Send + '_>
+        });
+        self.compute.each(pieces.collect());
+        match done.iter().all(|n| *n == 1) {
+            true => Ok(()),
+            false => Err(Off::Number(format!("done so often: {done:?}"))),
+        }
     }
 
     fn selection(&self, dice: &mut Dice) -> Checked {
