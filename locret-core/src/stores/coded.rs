@@ -2,7 +2,7 @@
 
 use super::{
     Fold, Growth, KvStore, Placement, check_append, check_folds, check_retain, folded,
-    growth::{self, CodedGrowth, RESERVE},
+    growth::{self, CodedGrowth},
     saved,
 };
 use crate::{Error, LayerSpec, Result, Rows};
@@ -431,6 +431,7 @@ impl Head {
         if shape.kivi() {
             let rows = shape.config.group;
             made.reserve_exact(units / rows * 2 * d);
+            self.runs.reserve_exact(units / rows);
             for group in tail[..units * d].chunks(rows * d) {
                 shape.encode_group(group, codes, made);
                 self.runs.push(rows as u32);
@@ -443,32 +444,30 @@ impl Head {
         }
         for part in [&mut self.keys, &mut self.values] {
             part.tail.drain(..units * d);
-            trim(&mut part.tail, d, 1);
+            trim_tail(&mut part.tail, d);
         }
     }
 
     fn retain(&mut self, shape: Shape, kept: &[u32]) {
         let coded = self.coded(shape);
-        let reserve = match self.len(shape) - kept.len() {
-            0 => return,
-            // Room that the next single token takes anyway.
-            1 => RESERVE,
-            _ => 0,
-        };
+        let dropped = self.len(shape) - kept.len();
+        if dropped == 0 {
+            return;
+        }
         let (first, rest) = kept.split_at(kept.partition_point(|u| (*u as usize) < coded));
         let rest: Vec<u32> = rest.iter().map(|u| u - coded as u32).collect();
         let (d, bytes, scales) = (shape.dim, shape.row_bytes(), shape.row_scales());
         for part in [&mut self.keys, &mut self.values] {
             compact_rows(&mut part.codes, bytes, first);
             compact_rows(&mut part.tail, d, &rest);
-            trim(&mut part.codes, bytes, reserve);
-            trim(&mut part.tail, d, 1);
+            trim(&mut part.codes, bytes, dropped);
+            trim_tail(&mut part.tail, d);
         }
         compact_rows(&mut self.values.scales, scales, first);
-        trim(&mut self.values.scales, scales, reserve);
+        trim(&mut self.values.scales, scales, dropped);
         if !shape.kivi() {
             compact_rows(&mut self.keys.scales, scales, first);
-            trim(&mut self.keys.scales, scales, reserve);
+            trim(&mut self.keys.scales, scales, dropped);
             return;
         }
         let mut left = first;
@@ -484,6 +483,7 @@ impl Head {
                 runs.push(here.len() as u32);
             }
         }
+        runs.shrink_to_fit();
         self.runs = runs;
         compact_rows(&mut self.keys.scales, 2 * d, &alive);
         self.keys.scales.shrink_to_fit();
@@ -562,14 +562,21 @@ fn split(range: Range<usize>, coded: usize) -> (Range<usize>, Range<usize>) {
 /// Room for `units` more rows: exactly for a chunk, in steps for single tokens.
 fn reserve<T>(buffer: &mut Vec<T>, units: usize, row: usize) {
     if buffer.capacity() - buffer.len() < units * row {
-        buffer.reserve_exact(growth::room(units) * row);
+        let rows = buffer.len() / row;
+        buffer.reserve_exact((growth::grown(rows, units) - rows) * row);
     }
 }
 
-/// Hands memory back, but for `reserve` rows for single tokens.
-fn trim<T>(buffer: &mut Vec<T>, row: usize, reserve: usize) {
-    if buffer.capacity() > buffer.len() + reserve * row {
-        buffer.shrink_to_fit();
+/// Hands memory back after `dropped` units are gone, but for what the next single token takes anyway.
+fn trim<T>(buffer: &mut Vec<T>, row: usize, dropped: usize) {
+    let rows = buffer.len() / row;
+    buffer.shrink_to(growth::cut(rows, dropped, buffer.capacity() / row) * row);
+}
+
+/// Hands back the memory of what became codes, but for one unit.
+fn trim_tail(tail: &mut Vec<f32>, row: usize) {
+    if tail.capacity() > tail.len() + row {
+        tail.shrink_to_fit();
     }
 }
 

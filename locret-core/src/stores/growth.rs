@@ -30,41 +30,53 @@ pub trait Growth {
     }
 }
 
-/// Units that a buffer grows by when single tokens are appended.
+/// Where a buffer to which single tokens are appended has room for a multiple of this.
 pub(crate) const RESERVE: usize = 64;
 
-/// Rows to make room for when `new` do not fit: exactly these for a chunk, so that memory is what the
-/// bound says; more for a single token, so that decoding does not copy the cache for every one.
-pub(super) fn room(new: usize) -> usize {
-    if new == 1 { RESERVE } else { new }
+/// Room for `rows` and at least one more, which is the same wherever on the way there a buffer was copied
+/// or read from a file: a copy has no reserve, and grows to where its original is.
+fn next(rows: usize) -> usize {
+    (rows / RESERVE + 1) * RESERVE
+}
+
+/// The capacity of a buffer of `rows` where `new` do not fit: exactly theirs for a chunk, so that memory
+/// is what the bound says; more for a single token, so that decoding does not copy the cache for every
+/// one.
+pub(super) fn grown(rows: usize, new: usize) -> usize {
+    match new {
+        1 => next(rows),
+        _ => rows + new,
+    }
+}
+
+/// The capacity of a buffer of which `rows` are left and `dropped` are gone. Dropping one unit for each
+/// generated token must not copy the cache each time: the room that the next one takes anyway stays.
+pub(super) fn cut(rows: usize, dropped: usize, capacity: usize) -> usize {
+    match dropped <= 1 && capacity >= next(rows) {
+        true => next(rows),
+        false => rows,
+    }
 }
 
 /// Rows of a buffer, and how many there is room for.
 #[derive(Debug, Clone, Copy, Default)]
-pub(super) struct Buffer {
-    pub(super) rows: usize,
-    pub(super) capacity: usize,
+struct Buffer {
+    rows: usize,
+    capacity: usize,
 }
 
 impl Buffer {
     fn append(&mut self, new: usize) {
         if self.capacity - self.rows < new {
-            self.capacity = self.rows + room(new);
+            self.capacity = grown(self.rows, new);
         }
         self.rows += new;
     }
 
-    /// Keeps so many rows. True if what is not needed is handed back: dropping one unit for each
-    /// generated token must not copy the cache each time, it stays in the reserve where there is one.
-    pub(super) fn retain(&mut self, kept: usize) -> bool {
-        let dropped = self.rows - kept;
-        let spare = self.capacity - self.rows;
+    /// Keeps so many rows.
+    fn retain(&mut self, kept: usize) {
+        self.capacity = cut(kept, self.rows - kept, self.capacity);
         self.rows = kept;
-        let shrinks = dropped > 1 || spare == 0 || spare + dropped > RESERVE;
-        if shrinks {
-            self.capacity = kept;
-        }
-        shrinks
     }
 }
 
@@ -200,10 +212,7 @@ impl Growth for CodedGrowth {
             self.groups *= 1.0 - (1.0 - left).powf(members);
         }
         self.tail.rows = units - self.coded.rows;
-        let reserve = if len - units > 1 { 0 } else { RESERVE };
-        if self.coded.capacity > self.coded.rows + reserve {
-            self.coded.capacity = self.coded.rows;
-        }
+        self.coded.capacity = cut(self.coded.rows, len - units, self.coded.capacity);
     }
 
     fn settle(&mut self) {

@@ -2,7 +2,7 @@
 
 use super::{
     Fold, Growth, KvStore, TurnKeys, check_append, check_folds, check_retain, folded,
-    growth::{self, Buffer, DenseGrowth},
+    growth::{self, DenseGrowth},
     saved,
 };
 use crate::{DType, LayerSpec, Result, Rows};
@@ -50,7 +50,8 @@ impl<T: Number> KvStore for HostStore<T> {
         for (head, (k, v)) in self.heads.iter_mut().enumerate() {
             for (to, from) in [(k, &keys), (v, &values)] {
                 if to.capacity() - to.len() < t * d {
-                    to.reserve_exact(growth::room(t) * d);
+                    let rows = to.len() / d;
+                    to.reserve_exact((growth::grown(rows, t) - rows) * d);
                 }
                 for row in 0..t {
                     let at = (row * g + head) * d;
@@ -66,14 +67,9 @@ impl<T: Number> KvStore for HostStore<T> {
         let lens: Vec<usize> = self.heads.iter().map(|(k, _)| k.len() / d).collect();
         check_retain(kept, lens.iter().copied())?;
         let retain = |buffer: &mut Vec<T>, list: &[u32]| {
-            let mut rows = Buffer {
-                rows: buffer.len() / d,
-                capacity: buffer.capacity() / d,
-            };
+            let dropped = buffer.len() / d - list.len();
             compact_rows(buffer, d, list);
-            if rows.retain(list.len()) {
-                buffer.shrink_to_fit();
-            }
+            buffer.shrink_to(growth::cut(list.len(), dropped, buffer.capacity() / d) * d);
         };
         let heads = self.heads.iter_mut().zip(kept);
         let buffers = heads.flat_map(|((k, v), list)| [(k, list), (v, list)]);
