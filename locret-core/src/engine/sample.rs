@@ -1,7 +1,7 @@
 //! Choosing the next token.
 
 use crate::{Error, Result};
-use rand::{Rng, RngExt, SeedableRng};
+use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 
@@ -63,16 +63,21 @@ impl Sampling {
         within("repetition_penalty", self.repetition_penalty, 0.01, 100.0)?;
         Ok(Sampler {
             settings: self,
-            rng: ChaCha8Rng::seed_from_u64(self.seed),
+            numbers: ChaCha8Rng::seed_from_u64(self.seed),
         })
     }
 }
 
 /// A seeded sampler.
+///
+/// It has no state: the number that is drawn for a token is that of the seed and of how many tokens came
+/// before. A text that is stopped and taken up again, by whom and wherever, goes on with the same draws,
+/// and a further turn does not repeat those of the first.
 #[derive(Debug, Clone)]
 pub struct Sampler {
     settings: Sampling,
-    rng: ChaCha8Rng,
+    /// At the beginning of the seed's stream.
+    numbers: ChaCha8Rng,
 }
 
 /// The index of the largest value; of equals the first. `None` if there is a NaN, or no value.
@@ -94,7 +99,7 @@ impl Sampler {
     ///
     /// # Errors
     /// [`Error::NotFinite`] if a logit is NaN, or none is finite.
-    pub fn sample(&mut self, logits: &[f32], history: &[u32]) -> Result<u32> {
+    pub fn sample(&self, logits: &[f32], history: &[u32]) -> Result<u32> {
         let s = self.settings;
         let mut logits = logits.to_vec();
         if s.repetition_penalty != 1.0 {
@@ -149,7 +154,7 @@ impl Sampler {
             candidates.retain(|c| c.1 >= s.min_p);
         }
         let all: f32 = candidates.iter().map(|c| c.1).sum();
-        let mut left = self.uniform() * all;
+        let mut left = self.uniform(history.len()) * all;
         for (id, weight) in &candidates {
             left -= weight;
             if left < 0.0 {
@@ -159,11 +164,12 @@ impl Sampler {
         Ok(candidates.last().map_or(best as u32, |c| c.0))
     }
 
-    fn uniform(&mut self) -> f32 {
-        fn draw(rng: &mut impl Rng) -> f32 {
-            rng.random()
-        }
-        draw(&mut self.rng)
+    /// The seed's number for the token after so many.
+    fn uniform(&self, tokens: usize) -> f32 {
+        let mut numbers = self.numbers.clone();
+        // A number takes one word.
+        numbers.set_word_pos(tokens as u128);
+        numbers.random()
     }
 }
 
@@ -173,7 +179,7 @@ mod tests {
 
     #[test]
     fn greedy_takes_the_first_of_equals() {
-        let mut s = Sampling::greedy().init().unwrap();
+        let s = Sampling::greedy().init().unwrap();
         assert_eq!(s.sample(&[0.0, 2.0, 2.0, 1.0], &[]).unwrap(), 1);
     }
 
@@ -183,7 +189,7 @@ mod tests {
             repetition_penalty: 2.0,
             ..Sampling::greedy()
         };
-        let mut s = settings.init().unwrap();
+        let s = settings.init().unwrap();
         assert_eq!(s.sample(&[1.5, 2.0], &[1]).unwrap(), 0);
         assert_eq!(s.sample(&[1.5, 2.0], &[]).unwrap(), 1);
         // Twice in the history counts once.
@@ -193,11 +199,12 @@ mod tests {
     #[test]
     fn frequencies_follow_the_softmax_and_the_cuts() {
         let logits = [0.0f32, 1.0, 2.0, 3.0];
+        let history = vec![0; 20_000];
         let count = |settings: Sampling| {
-            let mut s = settings.init().unwrap();
+            let s = settings.init().unwrap();
             let mut n = [0usize; 4];
-            for _ in 0..20_000 {
-                n[s.sample(&logits, &[]).unwrap() as usize] += 1;
+            for tokens in 0..history.len() {
+                n[s.sample(&logits, &history[..tokens]).unwrap() as usize] += 1;
             }
             n
         };
@@ -231,6 +238,34 @@ mod tests {
     }
 
     #[test]
+    fn a_draw_depends_on_the_seed_and_on_how_many_tokens_came_before() {
+        let logits: Vec<f32> = (0..50).map(|i| (i % 7) as f32 / 4.0).collect();
+        let text = |seed: u64, samplers: usize| -> Vec<u32> {
+            let settings = Sampling {
+                temperature: 1.0,
+                seed,
+                ..Sampling::greedy()
+            };
+            let all: Vec<_> = (0..samplers).map(|_| settings.init().unwrap()).collect();
+            let mut history = vec![3; 100];
+            for _ in 0..200 {
+                let sampler = &all[history.len() % samplers];
+                let id = sampler.sample(&logits, &history).unwrap();
+                // Asked once more, it says the same.
+                assert_eq!(sampler.sample(&logits, &history).unwrap(), id);
+                history.push(id);
+            }
+            history.split_off(100)
+        };
+        let one = text(5, 1);
+        assert_eq!(text(5, 3), one);
+        let same = |other: &[u32]| one.iter().zip(other).filter(|(a, b)| a == b).count();
+        assert!(same(&text(6, 1)) < 40);
+        // Nor is a later part an earlier one.
+        assert!((1..150).all(|by| same(&one[by..]) < 40));
+    }
+
+    #[test]
     fn impossible_settings_and_logits_are_errors() {
         for bad in [
             Sampling {
@@ -256,7 +291,7 @@ mod tests {
         ] {
             assert!(matches!(bad.init(), Err(Error::Setting { .. })), "{bad:?}");
         }
-        let mut s = Sampling::greedy().init().unwrap();
+        let s = Sampling::greedy().init().unwrap();
         for logits in [&[1.0, f32::NAN][..], &[f32::NEG_INFINITY; 2], &[]] {
             assert!(matches!(
                 s.sample(logits, &[]),
