@@ -48,3 +48,8 @@ pub fn ids_tensor(ids: &[u32], device: &Device) -> Tensor<1, Int> {
     let len = ids.len();
     Tensor::from_data(TensorData::new(ids, [len]), device)
 }
+
+/// Bytes in hexadecimal digits.
+pub(crate) fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}

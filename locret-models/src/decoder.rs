@@ -2,7 +2,12 @@
 
 use crate::{Loader, Result};
 use locret_core::{CausalLm, Compute, Error as CoreError, Matrix, ModelSpec, Pass, Qkv, Rows};
-use std::sync::Arc;
+use rayon::prelude::*;
+use sha2::{Digest, Sha256};
+use std::{
+    ops::Range,
+    sync::{Arc, OnceLock},
+};
 
 /// A decoder-only model of the Llama family.
 #[derive(Debug)]
@@ -18,6 +23,8 @@ pub struct Decoder {
     epsilon: f32,
     /// `[vocab, hidden]`; the embedding itself where they are tied.
     head: Arc<dyn Matrix>,
+    /// Made when it is first asked for.
+    fingerprint: OnceLock<String>,
 }
 
 /// One layer's weights. Projections that read the same input are one matrix.
@@ -121,8 +128,60 @@ impl Decoder {
             epsilon: config.norm_epsilon,
             compute: loader.compute().clone(),
             spec,
+            fingerprint: OnceLock::new(),
         })
     }
+
+    /// SHA-256 of the spec and of all weights, as 32-bit numbers.
+    fn hash(&self) -> locret_core::Result<String> {
+        let mut hash = Sha256::new();
+        hash.update(format!("{:?}, {:?}", self.spec, self.epsilon));
+        for layer in &self.layers {
+            for norm in [&layer.attention_norm, &layer.mlp_norm] {
+                hash_norm(&mut hash, norm)?;
+            }
+            for matrix in [&layer.qkv, &layer.output, &layer.gate_up, &layer.down] {
+                hash_matrix(&mut hash, &**matrix)?;
+            }
+        }
+        hash_norm(&mut hash, &self.norm)?;
+        hash_matrix(&mut hash, &*self.embedding)?;
+        if !Arc::ptr_eq(&self.head, &self.embedding) {
+            hash_matrix(&mut hash, &*self.head)?;
+        }
+        let digest = hash.finalize();
+        Ok(digest.iter().map(|byte| format!("{byte:02x}")).collect())
+    }
+}
+
+/// Weights that become numbers, and are hashed, at a time: a MiB.
+const HASHED: usize = 1 << 18;
+/// How many pieces of this size there are at once.
+const TOGETHER: usize = 4;
+
+fn hash_norm(hash: &mut Sha256, norm: &Rows) -> locret_core::Result<()> {
+    hash.update(bytemuck::cast_slice(&norm.values()?));
+    Ok(())
+}
+
+/// Hashes the shape, and the hashes of pieces of the matrix, which are made side by side.
+fn hash_matrix(hash: &mut Sha256, matrix: &dyn Matrix) -> locret_core::Result<()> {
+    let [rows, columns] = matrix.shape();
+    hash.update(format!("[{rows}, {columns}]"));
+    let step = (HASHED / columns.max(1)).max(1);
+    let piece = |first: usize| -> Range<usize> { first..rows.min(first + step) };
+    let pieces: Vec<Range<usize>> = (0..rows).step_by(step).map(piece).collect();
+    for pieces in pieces.chunks(TOGETHER) {
+        let hashes = pieces.par_iter().map(|rows| {
+            let ids: Vec<u32> = rows.clone().map(|row| row as u32).collect();
+            let numbers = matrix.rows(&ids)?;
+            Ok(Sha256::digest(bytemuck::cast_slice(&numbers.values()?)))
+        });
+        for piece in hashes.collect::<locret_core::Result<Vec<_>>>()? {
+            hash.update(piece);
+        }
+    }
+    Ok(())
 }
 
 impl CausalLm for Decoder {
@@ -167,6 +226,15 @@ impl CausalLm for Decoder {
             found: layer.to_string(),
         })?;
         Ok(Some(found.qkv.values()?))
+    }
+
+    /// Takes a while when it is first asked for: all weights are read once.
+    fn fingerprint(&self) -> locret_core::Result<Option<String>> {
+        if let Some(known) = self.fingerprint.get() {
+            return Ok(Some(known.clone()));
+        }
+        let made = self.hash()?;
+        Ok(Some(self.fingerprint.get_or_init(|| made).clone()))
     }
 }
 

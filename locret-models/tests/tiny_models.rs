@@ -10,7 +10,7 @@ use locret_core::{
 };
 use locret_models::{LoadOptions, LoadedModel, ModelError, WeightDtype, load_model};
 use locret_policies::Full;
-use std::{fs, path::Path, sync::Arc};
+use std::{collections::BTreeSet, fs, path::Path, sync::Arc};
 
 const TOLERANCE: f32 = 1e-4;
 
@@ -194,4 +194,54 @@ fn missing_and_unknown_weights_are_named() {
         folder.path(),
         |error| matches!(error, ModelError::Config { what, .. } if what == "number of KV heads"),
     );
+}
+
+/// The same weights are the same model, wherever they are computed with; any other number, any other
+/// setting is another one.
+#[test]
+fn a_fingerprint_is_that_of_every_weight() {
+    let folder = Everything::read("llama31").folder_with("config.json");
+    let fingerprint = |weights, kernels| {
+        let options = LoadOptions::new().weights(weights).kernels(kernels);
+        let loaded = load_model(folder.path(), &options, &Device::flex()).unwrap();
+        let first = loaded.model.fingerprint().unwrap().unwrap();
+        assert_eq!(loaded.model.fingerprint().unwrap().as_ref(), Some(&first));
+        assert_eq!(first.len(), 64);
+        first
+    };
+    let of = || fingerprint(WeightDtype::F32, Kernels::Auto);
+    let own = of();
+    assert_eq!(fingerprint(WeightDtype::F32, Kernels::Operations), own);
+    let rounded = fingerprint(WeightDtype::BF16, Kernels::Auto);
+    assert_eq!(
+        fingerprint(WeightDtype::BF16, Kernels::Operations),
+        rounded
+    );
+    let mut all = BTreeSet::from([own.clone(), rounded]);
+
+    let path = folder.path().join("model.safetensors");
+    let whole = fs::read(&path).unwrap();
+    let header = u64::from_le_bytes(whole[..8].try_into().unwrap()) as usize;
+    let table: serde_json::Value = serde_json::from_slice(&whole[8..8 + header]).unwrap();
+    let tensors = table.as_object().unwrap().iter();
+    for (name, tensor) in tensors.filter(|(name, _)| *name != "__metadata__") {
+        // The last number, one bit off.
+        let end = tensor["data_offsets"][1].as_u64().unwrap() as usize;
+        let mut other = whole.clone();
+        other[8 + header + end - 4] ^= 1;
+        fs::write(&path, other).unwrap();
+        assert!(all.insert(of()), "{name}");
+    }
+    fs::write(&path, &whole).unwrap();
+    assert_eq!(of(), own);
+
+    let path = folder.path().join("config.json");
+    let config: serde_json::Value = common::json(&path);
+    for (key, value) in [("rms_norm_eps", 1e-4), ("rope_theta", 9_000.0)] {
+        let mut config = config.clone();
+        assert!(config[key].is_number(), "{key}");
+        config[key] = value.into();
+        fs::write(&path, config.to_string()).unwrap();
+        assert!(all.insert(of()), "{key}");
+    }
 }

@@ -2,9 +2,11 @@
 
 use super::Dice;
 use crate::{
-    CausalLm, Compute, Error, ModelSpec, Pass, Qkv, Result, Rows, compute, from_f32, ids_tensor,
+    CausalLm, Compute, Error, ModelSpec, Pass, Qkv, Result, Rows, compute, from_f32, host::hex,
+    ids_tensor,
 };
 use burn::tensor::{Device, Tensor};
+use sha2::{Digest, Sha256};
 use std::sync::Arc;
 
 /// A small decoder with random weights: embedding, and in each layer RMS normalisation without a
@@ -147,5 +149,16 @@ impl CausalLm for RandomModel {
             (0..matrix.columns).flat_map(column)
         });
         Ok(Some(rows.copied().collect()))
+    }
+
+    fn fingerprint(&self) -> Result<Option<String>> {
+        let mut hash = Sha256::new();
+        hash.update(format!("{:?}", self.spec));
+        let layers = self.layers.iter();
+        let layers = layers.flat_map(|l| [&l.q, &l.k, &l.v, &l.out, &l.up, &l.down]);
+        for matrix in layers.chain([&self.embedding, &self.head]) {
+            hash.update(bytemuck::cast_slice(&matrix.values));
+        }
+        Ok(Some(hex(&hash.finalize())))
     }
 }

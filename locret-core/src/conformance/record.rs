@@ -138,6 +138,10 @@ impl KvCachePolicy for Recording {
         self.inner.name()
     }
 
+    fn fingerprint(&self) -> String {
+        self.inner.fingerprint()
+    }
+
     fn needs(&self) -> Needs {
         self.inner.needs()
     }
@@ -575,5 +579,9 @@ impl CausalLm for Tap {
 
     fn qkv_weight(&self, layer: usize) -> Result<Option<Vec<f32>>> {
         self.inner.qkv_weight(layer)
+    }
+
+    fn fingerprint(&self) -> Result<Option<String>> {
+        self.inner.fingerprint()
     }
 }

@@ -216,6 +216,24 @@ impl<S: Scorer> KvCachePolicy for Evict<S> {
         self.scorer.name()
     }
 
+    fn fingerprint(&self) -> String {
+        let Self {
+            scorer,
+            budget,
+            guard,
+            positions,
+            decode,
+            pool,
+            pyramid,
+            ada,
+        } = self;
+        let scorer = scorer.fingerprint();
+        format!(
+            "Evict {{ scorer: {scorer}, budget: {budget:?}, guard: {guard:?}, positions: {positions:?}, \
+             decode: {decode:?}, pool: {pool}, pyramid: {pyramid:?}, ada: {ada:?} }}"
+        )
+    }
+
     fn needs(&self) -> Needs {
         self.scorer.needs()
     }

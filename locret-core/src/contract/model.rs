@@ -46,4 +46,17 @@ pub trait CausalLm: Debug + Send + Sync {
     fn qkv_weight(&self, _layer: usize) -> Result<Option<Vec<f32>>> {
         Ok(None)
     }
+
+    /// What tells this model from any other, of the same shape too: for instance a hash of its weights as
+    /// they are computed with. A saved [`Session`](crate::Session) is taken up by the same model alone.
+    ///
+    /// `None`, the default, where the adapter does not say: then the shape alone is compared
+    /// ([`spec`](Self::spec)).
+    ///
+    /// # Errors
+    /// [`Error::Device`](crate::Error::Device); an adapter's own as
+    /// [`Error::Model`](crate::Error::Model).
+    fn fingerprint(&self) -> Result<Option<String>> {
+        Ok(None)
+    }
 }

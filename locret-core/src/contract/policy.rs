@@ -41,6 +41,16 @@ pub trait KvCachePolicy: Debug + Send + Sync {
     /// A short name for tables and messages.
     fn name(&self) -> String;
 
+    /// What tells this policy from the same one with other settings, and from any other: two that could
+    /// decide differently differ. What was read under one policy is taken up from a file by the same one
+    /// alone.
+    ///
+    /// The default is its `Debug` text, which a policy that does not show all of its settings there must
+    /// not rely on.
+    fn fingerprint(&self) -> String {
+        format!("{self:?}")
+    }
+
     /// What the engine has to compute for this policy. What is not asked for is never computed.
     fn needs(&self) -> Needs {
         Needs::NOTHING
@@ -114,6 +124,10 @@ pub trait KvCachePolicy: Debug + Send + Sync {
 impl<P: KvCachePolicy + ?Sized> KvCachePolicy for Arc<P> {
     fn name(&self) -> String {
         (**self).name()
+    }
+
+    fn fingerprint(&self) -> String {
+        (**self).fingerprint()
     }
 
     fn needs(&self) -> Needs {
@@ -211,6 +225,12 @@ impl Held {
 pub trait Scorer: Debug + Send + Sync {
     /// A short name for tables and messages.
     fn name(&self) -> String;
+
+    /// What tells this scorer from the same one with other settings, and from any other; see
+    /// [`KvCachePolicy::fingerprint`]. The default is its `Debug` text.
+    fn fingerprint(&self) -> String {
+        format!("{self:?}")
+    }
 
     /// What the engine has to compute for this scorer.
     fn needs(&self) -> Needs {

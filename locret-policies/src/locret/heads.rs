@@ -6,6 +6,7 @@ use locret_core::{
     CausalLm, Compute, DType, Error, ModelSpec, Perceptron, Result, Rows, Weight,
     kernels::pages::Arena,
 };
+use sha2::{Digest, Sha256};
 use std::sync::Arc;
 
 /// Retaining heads, ready to score: their weights lie where the model is computed, in 16 bits where these
@@ -22,6 +23,7 @@ pub struct RetainingHeads {
     folded: bool,
     inputs: usize,
     outputs: usize,
+    fingerprint: String,
 }
 
 impl RetainingHeads {
@@ -73,6 +75,12 @@ impl RetainingHeads {
         self.folded
     }
 
+    /// SHA-256 of the weights that these heads were made of, as they were before any folding, in
+    /// hexadecimal digits.
+    pub fn fingerprint(&self) -> &str {
+        &self.fingerprint
+    }
+
     /// Causal importance scores of new tokens, `[tokens, kv_heads]` row-major.
     ///
     /// # Shapes
@@ -113,11 +121,15 @@ impl RetainingHeads {
     }
 }
 
+/// Weights that are hashed at a time.
+const HASHED: usize = 4096;
+
 /// Heads on their way to where they are computed.
 struct Placing<'a> {
     heads: RetainingHeads,
     compute: &'a dyn Compute,
     arena: Arena,
+    hash: Sha256,
 }
 
 impl<'a> Placing<'a> {
@@ -128,14 +140,26 @@ impl<'a> Placing<'a> {
                 folded: false,
                 inputs,
                 outputs: model.kv_heads,
+                fingerprint: String::new(),
             },
             compute,
             arena: Arena::default(),
+            hash: Sha256::new(),
         }
     }
 
     /// The next layer's head, whose first matrix is `fc1`, `[d_R, inputs]`.
     fn add(&mut self, head: &LayerHead, fc1: &[f32]) -> Result<()> {
+        self.hash.update((head.d_r as u64).to_le_bytes());
+        for weights in [&head.fc1, &head.fc2] {
+            self.hash.update((weights.len() as u64).to_le_bytes());
+            let mut bytes = Vec::with_capacity(4 * HASHED);
+            for piece in weights.chunks(HASHED) {
+                bytes.clear();
+                bytes.extend(piece.iter().flat_map(|x| x.to_le_bytes()));
+                self.hash.update(&bytes);
+            }
+        }
         let fc1 = packed(fc1, head.d_r, self.heads.inputs, &mut self.arena);
         let placed = self.compute.perceptron(fc1, head.fc2.clone())?;
         self.heads.layers.push(placed);
@@ -143,8 +167,10 @@ impl<'a> Placing<'a> {
     }
 
     fn heads(self, folded: bool) -> RetainingHeads {
+        let digest = self.hash.finalize();
         RetainingHeads {
             folded,
+            fingerprint: digest.iter().map(|byte| format!("{byte:02x}")).collect(),
             ..self.heads
         }
     }

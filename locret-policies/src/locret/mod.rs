@@ -76,6 +76,12 @@ impl Scorer for Locret {
         "locret".into()
     }
 
+    /// Weights do not show in `Debug`.
+    fn fingerprint(&self) -> String {
+        let (weights, folded) = (self.heads.fingerprint(), self.heads.folded());
+        format!("Locret {{ weights: {weights}, folded: {folded} }}")
+    }
+
     fn needs(&self) -> Needs {
         match self.heads.folded() {
             true => Needs::NOTHING.input(),

@@ -94,6 +94,12 @@ impl<P: KvCachePolicy> KvCachePolicy for Merge<P> {
         format!("{}+merge", self.inner.name())
     }
 
+    fn fingerprint(&self) -> String {
+        let Self { inner, threshold } = self;
+        let inner = inner.fingerprint();
+        format!("Merge {{ inner: {inner}, threshold: {threshold:?} }}")
+    }
+
     fn needs(&self) -> Needs {
         self.inner.needs()
     }

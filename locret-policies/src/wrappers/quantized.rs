@@ -33,6 +33,12 @@ impl<P: KvCachePolicy> KvCachePolicy for Quantized<P> {
         format!("{}+{}", self.inner.name(), self.config.name())
     }
 
+    fn fingerprint(&self) -> String {
+        let Self { inner, config } = self;
+        let inner = inner.fingerprint();
+        format!("Quantized {{ inner: {inner}, config: {config:?} }}")
+    }
+
     fn needs(&self) -> Needs {
         self.inner.needs()
     }
