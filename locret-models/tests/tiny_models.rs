@@ -213,10 +213,7 @@ fn a_fingerprint_is_that_of_every_weight() {
     let own = of();
     assert_eq!(fingerprint(WeightDtype::F32, Kernels::Operations), own);
     let rounded = fingerprint(WeightDtype::BF16, Kernels::Auto);
-    assert_eq!(
-        fingerprint(WeightDtype::BF16, Kernels::Operations),
-        rounded
-    );
+    assert_eq!(fingerprint(WeightDtype::BF16, Kernels::Operations), rounded);
     let mut all = BTreeSet::from([own.clone(), rounded]);
 
     let path = folder.path().join("model.safetensors");

@@ -65,6 +65,7 @@ pub struct SequenceCache {
     pub(super) spec: ModelSpec,
     pub(super) policy: Arc<dyn KvCachePolicy>,
     pub(super) place: Placement,
+    options: CacheOptions,
     pub(super) needs: Needs,
     pub(super) positions: Positions,
     pub(super) rope: Rope,
@@ -140,6 +141,7 @@ impl SequenceCache {
             positions: policy.positions(),
             policy,
             place,
+            options,
             layers,
             seen: 0,
             midway: false,
@@ -159,6 +161,7 @@ impl SequenceCache {
             spec: self.spec.clone(),
             policy: self.policy.clone(),
             place: self.place.clone(),
+            options: self.options,
             needs: self.needs,
             positions: self.positions,
             rope: self.rope.clone(),
@@ -191,6 +194,11 @@ impl SequenceCache {
     /// The model's shape.
     pub fn spec(&self) -> &ModelSpec {
         &self.spec
+    }
+
+    /// How units are kept.
+    pub fn options(&self) -> CacheOptions {
+        self.options
     }
 
     /// The policy.

@@ -415,7 +415,7 @@ impl Session {
     }
 
     /// Chooses the next token from the logits that are there.
-    pub(super) fn choose(&mut self, sampler: &mut Sampler) -> Result<u32> {
+    pub(super) fn choose(&mut self, sampler: &Sampler) -> Result<u32> {
         let logits = self.logits.as_deref().ok_or(Error::EmptyPrompt)?;
         let id = sampler.sample(logits, &self.history)?;
         self.pending = Some(id);
@@ -796,7 +796,7 @@ impl<'a> Tokens<'a> {
             Some(probe) => self.session.feed_pending(Some(&mut **probe))?,
             None => self.session.feed_pending(None)?,
         }
-        let id = self.session.choose(&mut self.sampler)?;
+        let id = self.session.choose(&self.sampler)?;
         self.session.times.decode_time += started.elapsed();
         Ok(id)
     }

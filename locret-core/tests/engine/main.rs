@@ -5,6 +5,7 @@ mod budgets;
 mod contract;
 mod conversation;
 mod drift;
+mod fetched;
 mod kernels;
 mod longrope;
 mod many;

@@ -8,11 +8,15 @@ use crate::{
 use locret_core::{
     Batch, Batcher, Budget, CacheOptions, CausalLm, ChunkDone, DType, Decided, DecodeEviction, End,
     Ended, Error, Event, Evict, Generate, KvCachePolicy, KvStore, LayerSpec, LayerUnits, Limits,
-    Placement, Positions, Prefill, Probe, QuantLayout, Quantization, QuantizedStore, Request,
-    Result, Sampling, Scorer, SequenceId, Session, Step, Verdict, conformance::RandomModel,
+    Placement, Positions, Prefill, PrefixCache, Probe, QuantLayout, Quantization, QuantizedStore, Request,
+    Result, Sampling, Scorer, SequenceId, Session, SnapshotError, SnapshotStore, Step, Stored, Verdict, conformance::RandomModel,
 };
 use proptest::prelude::*;
-use std::sync::{Arc, Mutex};
+use std::{
+    collections::HashMap,
+    io::Write,
+    sync::{Arc, Mutex},
+};
 
 /// What one sequence is asked to do; everything follows from a number.
 #[derive(Debug, Clone)]
@@ -650,4 +654,207 @@ fn a_batch_on_a_thread_of_its_own() {
     for (case, handle) in cases.iter().zip(handles) {
         assert_eq!(handle.wait().unwrap().0, case.alone(&model).1);
     }
+}
+
+/// Snapshots in memory, which may refuse to keep them or lose them.
+#[derive(Debug, Default)]
+struct Shelf {
+    kept: Mutex<HashMap<String, Vec<u8>>>,
+    full: bool,
+    loses: bool,
+}
+
+impl SnapshotStore for Shelf {
+    fn put(&self, key: &str, write: &mut dyn FnMut(&mut dyn Write) -> Result<()>) -> Result<()> {
+        if self.full {
+            return Err(SnapshotError::Damaged("no room".into()).into());
+        }
+        let mut bytes = Vec::new();
+        write(&mut bytes)?;
+        self.kept.lock().unwrap().insert(key.to_owned(), bytes);
+        Ok(())
+    }
+
+    fn get(&self, key: &str) -> Result<Option<Stored>> {
+        let bytes = self.kept.lock().unwrap().get(key).cloned();
+        Ok(bytes.filter(|_| !self.loses).map(|bytes| Stored {
+            length: bytes.len() as u64,
+            from: Box::new(std::io::Cursor::new(bytes)),
+        }))
+    }
+
+    fn remove(&self, key: &str) -> Result<()> {
+        self.kept.lock().unwrap().remove(key);
+        Ok(())
+    }
+}
+
+/// Sequences that take long, of all kinds, and a batch that has memory for two of them.
+fn crowded(model: &Arc<RandomModel>, shelf: &Arc<Shelf>) -> (Batch, Vec<(Case, Ear)>) {
+    let cases: Vec<Case> = (0..9)
+        .map(|n| {
+            let case = case(n);
+            let generate = Generate::greedy(90 + 20 * n);
+            let sampling = case.generate.sampling;
+            Case {
+                generate: generate.sampling(sampling),
+                ..case
+            }
+        })
+        .collect();
+    let widest = |case: &Case| {
+        let mut alone = batch(model, Limits::new());
+        submit(&mut alone, case.request());
+        alone.step();
+        alone.load().promised
+    };
+    let memory = 2 * cases.iter().map(widest).max().unwrap();
+    let limits = Limits::new().memory(memory).waiting(9);
+    let mut batch = batch(model, limits).with_store(shelf.clone());
+    let ears = cases.into_iter().map(|case| {
+        let ear = submit(&mut batch, case.request()).1;
+        (case, ear)
+    });
+    let ears = ears.collect();
+    (batch, ears)
+}
+
+fn run_crowd(batch: &mut Batch, mut ended: impl FnMut()) {
+    while batch.step() {
+        let load = batch.load();
+        assert!(load.kv_bytes <= load.promised && load.promised <= batch.limits().memory);
+        ended();
+    }
+}
+
+#[test]
+fn sequences_that_take_turns_are_what_each_is_alone() {
+    let model = model();
+    let shelf = Arc::new(Shelf::default());
+    let (mut batch, mut ears) = crowded(&model, &shelf);
+    let mut checked = 0;
+    run_crowd(&mut batch, || {
+        ears.retain(|(case, ear)| {
+            let there = ear.lock().unwrap().ended.is_some();
+            if there {
+                check(&model, case, take(ear));
+                checked += 1;
+            }
+            !there
+        });
+    });
+    assert_eq!(checked, 9);
+    let load = batch.load();
+    assert!(load.parked >= 7, "{load:?}");
+    assert_eq!((load.promised, load.waiting), (0, 0));
+    assert!(shelf.kept.lock().unwrap().is_empty());
+}
+
+#[test]
+fn a_full_shelf_only_makes_others_wait_and_a_lost_one_costs_its_own_sequence() {
+    let model = model();
+    for (full, loses) in [(true, false), (false, true)] {
+        let shelf = Shelf {
+            full,
+            loses,
+            ..Shelf::default()
+        };
+        let shelf = Arc::new(shelf);
+        let (mut batch, mut ears) = crowded(&model, &shelf);
+        let (mut lost, mut right) = (0, 0);
+        run_crowd(&mut batch, || {
+            ears.retain(|(case, ear)| {
+                let mut heard = ear.lock().unwrap();
+                let Some(ended) = heard.ended.take() else {
+                    return true;
+                };
+                match ended.end {
+                    End::Failed(Error::Snapshot(_)) if loses => lost += 1,
+                    _ => {
+                        heard.ended = Some(ended);
+                        drop(heard);
+                        check(&model, case, take(ear));
+                        right += 1;
+                    }
+                }
+                false
+            });
+        });
+        assert_eq!(lost + right, 9);
+        assert_eq!(lost > 0, loses);
+        assert_eq!(batch.load().promised, 0);
+        assert!(shelf.kept.lock().unwrap().is_empty());
+    }
+    // Whoever is away when it is cancelled leaves nothing behind.
+    let shelf = Arc::new(Shelf::default());
+    let (mut batch, ears) = crowded(&model, &shelf);
+    while batch.load().parked == 0 {
+        batch.step();
+    }
+    assert_eq!(shelf.kept.lock().unwrap().len(), 1);
+    batch.cancel_all();
+    assert!(shelf.kept.lock().unwrap().is_empty());
+    for (_, ear) in ears {
+        assert!(matches!(take(&ear).ended.unwrap().end, End::Cancelled));
+    }
+    assert_eq!(batch.load().promised, 0);
+}
+
+#[test]
+fn a_prefix_is_read_once() {
+    let model = model();
+    let cache = Arc::new(PrefixCache::new(1 << 20));
+    let limits = Limits::new().memory(3 << 20);
+    let mut all = batch(&model, limits).with_prefixes(cache.clone()).unwrap();
+    assert_eq!(all.load().promised, 1 << 20);
+    let system = text(70);
+    let prefill = Prefill::new(16, 3);
+    for n in 0..8 {
+        let policy = case(8 * (n + 1) + n).policy;
+        let prompt = |i: usize| [system.clone(), text(200 + i)[190..].to_vec()].concat();
+        let request = |i| {
+            Request::new(prompt(i), policy.clone())
+                .prefill(prefill)
+                .generate(Generate::greedy(9))
+                .prefix(70)
+        };
+        let alone = |i| {
+            let mut alone =
+                Session::with_options(model.clone(), policy.clone(), CacheOptions::new()).unwrap();
+            alone.prefill(&system, &Prefill::new(16, 0)).unwrap();
+            alone.prefill(&prompt(i)[70..], &prefill).unwrap();
+            let due = alone.generate(Generate::greedy(9)).unwrap();
+            due.collect::<Result<Vec<u32>>>().unwrap()
+        };
+        let before = all.load().read;
+        // Three at once, of whom one reads; the first is cancelled, and the second has to read for itself.
+        let (first, _) = submit(&mut all, request(0));
+        let ears = [1, 2, 3].map(|i| (i, submit(&mut all, request(i)).1));
+        all.step();
+        assert!(all.cancel(first));
+        run(&mut all);
+        let mut shared = Vec::new();
+        for (i, ear) in &ears {
+            let heard = take(ear);
+            assert_eq!(heard.tokens, alone(*i), "{policy:?}");
+            assert_eq!(heard.read.last(), Some(&prompt(*i).len()));
+            shared.push(heard.ended.unwrap().shared);
+        }
+        assert_eq!(shared, [0, 70, 70], "{policy:?}");
+        let rest = |i: usize| prompt(i).len() - 70;
+        let read = all.load().read - before;
+        assert_eq!(read as usize, 16 + 70 + rest(1) + rest(2) + rest(3));
+        // And whoever comes later finds it.
+        let (_, ear) = submit(&mut all, request(4));
+        run(&mut all);
+        let heard = take(&ear);
+        assert_eq!(heard.tokens, alone(4));
+        assert_eq!(heard.ended.unwrap().shared, 70);
+    }
+    assert_eq!(all.load().promised, 1 << 20);
+    drop(all);
+    // Policies of other settings, and other texts, share nothing.
+    assert!(cache.stats().entries >= 2);
+    let small = batch(&model, Limits::new().memory(1000));
+    assert!(matches!(small.with_prefixes(cache), Err(Error::Memory { .. })));
 }

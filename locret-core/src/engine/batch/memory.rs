@@ -95,11 +95,18 @@ pub(super) fn footprint(
         planner = planner.from(kept.cache());
     }
     let rest = request.prompt.len() - request.prefix;
+    let mut least = 0;
+    if let Some(fetch) = &request.fetch {
+        // As if all of it had been read; what it generated may be more than that at first.
+        planner.read(fetch.tokens, prefill)?;
+        least = fetch.bytes;
+    }
     if request.prefix > 0 {
         planner.read(request.prefix, &prefix_prefill(prefill))?;
     }
     // A generated token that is still to be fed is one more at most.
-    planner.read(rest + usize::from(request.from.is_some()), prefill)?;
+    let goes_on = request.from.is_some() || request.fetch.is_some();
+    planner.read(rest + usize::from(goes_on), prefill)?;
     planner.generate(request.generate.max_new);
     let (plan, exact) = (planner.plan(), planner.exact());
     let bytes = match exact {
@@ -115,7 +122,10 @@ pub(super) fn footprint(
         false => 0,
     };
     let units = 8 * (plan.peak.units + heads * RESERVE);
-    Ok(bytes + reserves + units + fixed(spec, policy, plan.peak.units_per_head, request.tokens()))
+    Ok(bytes.max(least)
+        + reserves
+        + units
+        + fixed(spec, policy, plan.peak.units_per_head, request.tokens()))
 }
 
 /// What a session takes that is kept and does nothing.

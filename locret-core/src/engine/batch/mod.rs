@@ -1,6 +1,7 @@
 //! Many sequences at once, over one model and in bounded memory.
 
 mod memory;
+mod parked;
 mod request;
 mod thread;
 
@@ -8,8 +9,11 @@ pub use request::{End, Ended, Event, Kept, Request, SequenceId};
 pub use thread::{Batcher, Handle};
 
 use super::session::{Due, Part, Reading, check_prompt, together};
-use crate::{CausalLm, Error, Prefill, Result, Sampler, Session};
+use crate::{CausalLm, Error, Prefill, PrefixCache, Result, Sampler, Session, SnapshotStore};
 use memory::{Ledger, Room};
+pub use parked::TURN;
+use parked::{Parked, Parking};
+use request::Fetch;
 use std::{
     collections::VecDeque,
     fmt,
@@ -116,6 +120,8 @@ pub struct Load {
     pub passes: u64,
     /// Sequences that have ended so far, in whatever way.
     pub ended: u64,
+    /// How often a sequence has made way for others so far.
+    pub parked: u64,
 }
 
 /// Sequences that go through a model together, pass by pass.
@@ -137,6 +143,16 @@ pub struct Batch {
     waiting: VecDeque<Ticket>,
     running: Vec<Running>,
     load: Load,
+    prefixes: Option<Prefixes>,
+    parking: Option<Parking>,
+    /// Passes that the first of those that wait has waited for.
+    blocked: u64,
+}
+
+/// Texts that are read once, and the memory that is set aside for them.
+struct Prefixes {
+    cache: Arc<PrefixCache>,
+    _room: Room,
 }
 
 impl fmt::Debug for Batch {
@@ -165,6 +181,8 @@ struct Ticket {
     sink: Sink,
     /// The most bytes that it will take.
     bytes: usize,
+    /// It has run before, and made way for others.
+    parked: Option<Parked>,
 }
 
 /// A sequence that has its memory.
@@ -174,6 +192,22 @@ struct Running {
     request: Request,
     session: Session,
     room: Room,
+    /// The most bytes that it will take.
+    bytes: usize,
+    progress: Progress,
+    /// The pass before which it was let in.
+    since: u64,
+    /// It cannot be put away.
+    stays: bool,
+    /// Another sequence reads its prefix.
+    awaits: bool,
+    /// How often in a row others' prompts came first.
+    passed_over: usize,
+    ended: Option<End>,
+}
+
+/// How far a sequence has come, beside what its session knows.
+struct Progress {
     sampler: Sampler,
     /// Tokens that may still be generated.
     left: usize,
@@ -183,12 +217,9 @@ struct Running {
     /// Tokens of the prompt that have been read, and that another sequence had read.
     read: usize,
     shared: usize,
-    /// How often in a row others' prompts came first.
-    passed_over: usize,
-    ended: Option<End>,
 }
 
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Prompt {
     Prefix,
     Rest,
@@ -199,8 +230,13 @@ const PATIENCE: usize = 4;
 
 impl Front {
     /// Judges a request and gives it a place in the line.
-    fn ticket(&self, request: Request, sink: Sink) -> Result<Ticket> {
+    fn ticket(&self, mut request: Request, sink: Sink) -> Result<Ticket> {
         let (spec, limits) = (self.model.spec(), &self.limits);
+        if let Some(kept) = &request.from {
+            // It goes on as it is.
+            request.cache = kept.cache().options();
+            request.policy = kept.cache().policy().clone();
+        }
         check_prompt(spec, &*request.policy, &request.prompt, &request.prefill)?;
         request.generate.sampling.init()?;
         if request.prefix > 0 {
@@ -208,7 +244,7 @@ impl Front {
             if request.prefix >= request.prompt.len() {
                 return Err(Error::setting("prefix", expected, request.prefix));
             }
-            if request.from.is_some() {
+            if request.from.is_some() || request.fetch.is_some() {
                 let expected = "none in a sequence that goes on";
                 return Err(Error::setting("prefix", expected, request.prefix));
             }
@@ -244,7 +280,33 @@ impl Front {
             request,
             sink,
             bytes,
+            parked: None,
         })
+    }
+
+    /// Fetches a session for a request, which then goes on from it as from one that was kept.
+    fn fetch(&self, ticket: &mut Ticket, fetch: Fetch, room: Room) -> Result<()> {
+        let session = guarded(fetch.fetch)?;
+        let spec = self.model.spec();
+        if !Arc::ptr_eq(session.model(), &self.model) {
+            let expected = "one of this batch's model";
+            return Err(Error::setting("a session", expected, "another model's"));
+        }
+        session.cache().usable()?;
+        let request = &mut ticket.request;
+        session.check_prompt(&request.prompt, &request.prefill)?;
+        request.policy = session.cache().policy().clone();
+        request.cache = session.cache().options();
+        request.from = Some(Kept { session, room });
+        ticket.bytes = memory::footprint(request, spec, self.model.compute())?;
+        match ticket.bytes <= self.ledger.cap() {
+            true => Ok(()),
+            false => Err(Error::Memory {
+                what: "a sequence",
+                needed: ticket.bytes,
+                left: self.ledger.cap(),
+            }),
+        }
     }
 }
 
@@ -274,7 +336,38 @@ impl Batch {
             waiting: VecDeque::new(),
             running: Vec::new(),
             load: Load::default(),
+            prefixes: None,
+            parking: None,
+            blocked: 0,
         })
+    }
+
+    /// Sequences share what they [begin with](Request::prefix): it is read once, and others fork from it.
+    /// The cache's bytes are set aside from the batch's.
+    ///
+    /// # Errors
+    /// [`Error::Memory`] if there are not so many.
+    pub fn with_prefixes(self, cache: Arc<PrefixCache>) -> Result<Self> {
+        let ledger = &self.front.ledger;
+        let room = ledger.room(cache.bound()).ok_or_else(|| Error::Memory {
+            what: "a cache of prefixes",
+            needed: cache.bound(),
+            left: ledger.cap() - ledger.promised(),
+        })?;
+        Ok(Self {
+            prefixes: Some(Prefixes { cache, _room: room }),
+            ..self
+        })
+    }
+
+    /// Sequences take turns where there is not memory for all of them: when the first of those that wait
+    /// has done so for [`TURN`] passes, whoever has run for longest makes way for it. What it has is put
+    /// into `store`, and it goes to the end of the line, to go on later as if nothing had been.
+    pub fn with_store(self, store: Arc<dyn SnapshotStore>) -> Self {
+        Self {
+            parking: Some(Parking::new(store)),
+            ..self
+        }
     }
 
     /// Takes a request on; `sink` hears of everything that happens to it, beginning with the next
@@ -342,6 +435,7 @@ impl Batch {
     /// those that wait, if any, wait for memory that sessions have which were kept.
     pub fn step(&mut self) -> bool {
         self.admit();
+        self.take_turns();
         self.begin_prompts();
         self.sweep();
         if self.running.is_empty() {
@@ -370,15 +464,35 @@ impl Batch {
             let Some(room) = room else {
                 return;
             };
-            let Some(ticket) = self.waiting.pop_front() else {
+            let Some(mut ticket) = self.waiting.pop_front() else {
                 return;
             };
-            self.front.waiting.fetch_sub(1, Ordering::AcqRel);
-            self.let_in(ticket, room);
+            match (ticket.request.fetch.take(), room) {
+                // Now that there is room for it. It may want more than was thought, and stays the first
+                // in the line until it has that.
+                (Some(fetch), Some(room)) => match self.front.fetch(&mut ticket, fetch, room) {
+                    Ok(()) => self.waiting.push_front(ticket),
+                    Err(error) => {
+                        self.front.waiting.fetch_sub(1, Ordering::AcqRel);
+                        self.turn_away(ticket, End::Failed(error));
+                    }
+                },
+                (_, room) => {
+                    self.front.waiting.fetch_sub(1, Ordering::AcqRel);
+                    self.let_in(ticket, room);
+                }
+            }
         }
     }
 
     fn let_in(&mut self, mut ticket: Ticket, room: Option<Room>) {
+        self.blocked = 0;
+        if let Some(parked) = ticket.parked.take() {
+            if let Some(room) = room {
+                self.take_up(ticket, parked, room);
+            }
+            return;
+        }
         let request = &mut ticket.request;
         let model = self.front.model.clone();
         let (session, room) = match (request.from.take(), room) {
@@ -402,17 +516,28 @@ impl Batch {
             }
         };
         let prefix = (request.prefix > 0).then_some(Prompt::Prefix);
-        self.running.push(Running {
-            id: ticket.id,
-            sink: ticket.sink,
-            session,
-            room,
+        let progress = Progress {
             sampler,
             left: ticket.request.generate.max_new,
             prompts: prefix.into_iter().chain([Prompt::Rest]).collect(),
             reading: None,
             read: 0,
             shared: 0,
+        };
+        self.run(ticket, session, room, progress);
+    }
+
+    fn run(&mut self, ticket: Ticket, session: Session, room: Room, progress: Progress) {
+        self.running.push(Running {
+            id: ticket.id,
+            sink: ticket.sink,
+            session,
+            room,
+            bytes: ticket.bytes,
+            progress,
+            since: self.load.passes,
+            stays: false,
+            awaits: false,
             passed_over: 0,
             ended: None,
             request: ticket.request,
@@ -422,8 +547,14 @@ impl Batch {
     /// Ends a request that has no session.
     fn turn_away(&mut self, ticket: Ticket, end: End) {
         let Ticket {
-            mut sink, request, ..
+            mut sink,
+            request,
+            parked,
+            ..
         } = ticket;
+        if let (Some(parked), Some(parking)) = (parked, &self.parking) {
+            parking.forget(&parked);
+        }
         self.load.ended += 1;
         let report = crate::Report::default();
         let session = request.from.filter(|_| request.keep);
@@ -440,25 +571,48 @@ impl Batch {
 
     /// Begins the next prompt of every sequence that has come to the end of one.
     fn begin_prompts(&mut self) {
-        for running in &mut self.running {
-            if running.reading.is_none()
-                && running.ended.is_none()
-                && let Some(prompt) = running.prompts.pop_front()
-                && let Err(error) = running.begin(prompt)
-            {
-                running.ended = Some(End::Failed(error));
+        for at in 0..self.running.len() {
+            if let Err(error) = self.begin_prompt(at) {
+                self.running[at].ended = Some(End::Failed(error));
             }
+        }
+    }
+
+    fn begin_prompt(&mut self, at: usize) -> Result<()> {
+        let running = &self.running[at];
+        if running.progress.reading.is_some() || running.ended.is_some() {
+            return Ok(());
+        }
+        if running.progress.prompts.front() == Some(&Prompt::Prefix)
+            && let Some(prefixes) = &self.prefixes
+        {
+            let read_now = self.running.iter().any(|other| other.reads_for(running));
+            let running = &mut self.running[at];
+            // Looked up once before somebody else has read it, and once afterwards.
+            if running.awaits && read_now {
+                return Ok(());
+            }
+            let there = running.fork_prefix(&prefixes.cache)?;
+            running.awaits = !there && read_now;
+            if running.awaits {
+                return Ok(());
+            }
+        }
+        let running = &mut self.running[at];
+        match running.progress.prompts.pop_front() {
+            Some(prompt) => running.begin(prompt),
+            None => Ok(()),
         }
     }
 
     /// The sequences whose prompts are read in the next pass.
     fn choose(&mut self) -> Vec<usize> {
         let mut reading: Vec<usize> = (0..self.running.len())
-            .filter(|at| self.running[*at].reading.is_some())
+            .filter(|at| self.running[*at].progress.reading.is_some())
             .collect();
         let left = |at: &usize| {
             let running = &self.running[*at];
-            let left = running.reading.as_ref().map_or(0, Reading::left);
+            let left = running.progress.reading.as_ref().map_or(0, Reading::left);
             // Whoever was passed over often comes first, and of those whoever came first.
             match running.passed_over < PATIENCE {
                 true => (1, left, running.id),
@@ -470,7 +624,7 @@ impl Batch {
         let mut chosen = Vec::new();
         for at in reading {
             let running = &mut self.running[at];
-            let due = running.reading.as_ref().and_then(Reading::due);
+            let due = running.progress.reading.as_ref().and_then(Reading::due);
             let tokens = due.map_or(0, |due| due.tokens.len());
             if rows == 0 || rows + tokens <= self.front.limits.rows {
                 rows += tokens;
@@ -493,7 +647,7 @@ impl Batch {
                 continue;
             }
             let probe = running.request.probe.as_deref_mut();
-            let part = match &running.reading {
+            let part = match &running.progress.reading {
                 Some(reading) if chosen.contains(&at) => {
                     let Some(due) = reading.due() else { continue };
                     let part = Part::chunk(&mut running.session, reading, &due);
@@ -501,6 +655,7 @@ impl Batch {
                     part
                 }
                 Some(_) => continue,
+                None if !running.progress.prompts.is_empty() => continue,
                 None => {
                     let Some(part) = Part::token(&mut running.session) else {
                         continue;
@@ -527,9 +682,15 @@ impl Batch {
                 std::iter::once(Err(error)).chain(others).collect()
             }
         };
+        let prefixes = self
+            .prefixes
+            .as_ref()
+            .map(|prefixes| prefixes.cache.clone());
         for ((at, due), done) in fed.into_iter().zip(each) {
             let running = &mut self.running[at];
-            let next = done.and_then(|()| guarded(|| running.has_done(due, took, &mut self.load)));
+            let next = done.and_then(|()| {
+                guarded(|| running.has_done(due, took, &mut self.load, prefixes.as_deref()))
+            });
             match next {
                 Ok(None) => {}
                 Ok(Some(end)) => running.ended = Some(end),
@@ -572,7 +733,7 @@ impl Running {
             Some(probe) => session.begin(ids, &prefill, Some(&mut **probe)),
             None => session.begin(ids, &prefill, None),
         };
-        self.reading = Some(guarded(begin)?);
+        self.progress.reading = Some(guarded(begin)?);
         Ok(())
     }
 
@@ -582,28 +743,31 @@ impl Running {
         due: Option<Due>,
         took: Duration,
         load: &mut Load,
+        prefixes: Option<&PrefixCache>,
     ) -> Result<Option<End>> {
         let tokens = self.session.tokens().len();
         memory::check(self.session.cache(), tokens, &mut self.room)?;
         match due {
             Some(due) => {
                 load.read += due.tokens.len() as u64;
-                if !self.has_read(&due, took)? {
+                if !self.has_read(&due, took, prefixes)? {
                     return Ok(None);
                 }
             }
             None => self.session.have_fed(took),
         }
-        if self.left == 0 {
+        let Progress { sampler, left, .. } = &mut self.progress;
+        if *left == 0 {
             return Ok(Some(End::Length));
         }
-        let id = self.session.choose(&mut self.sampler)?;
-        self.left -= 1;
+        let id = self.session.choose(sampler)?;
+        *left -= 1;
+        let last = *left == 0;
         load.generated += 1;
         tell(&mut self.sink, Event::Token(id));
         Ok(if self.request.generate.stop.contains(&id) {
             Some(End::Stop)
-        } else if self.left == 0 {
+        } else if last {
             Some(End::Length)
         } else {
             None
@@ -611,26 +775,79 @@ impl Running {
     }
 
     /// A chunk has been read: whether it was the last one of the last prompt.
-    fn has_read(&mut self, due: &Due, took: Duration) -> Result<bool> {
-        let Some(reading) = &mut self.reading else {
+    fn has_read(
+        &mut self,
+        due: &Due,
+        took: Duration,
+        prefixes: Option<&PrefixCache>,
+    ) -> Result<bool> {
+        let progress = &mut self.progress;
+        let Some(reading) = &mut progress.reading else {
             return Ok(false);
         };
         let before = self.session.tokens().len();
         self.session.have_read(reading, due, took);
-        self.read += self.session.tokens().len() - before;
+        progress.read += self.session.tokens().len() - before;
         if let Some(probe) = &mut self.request.probe {
             probe.chunk(&reading.done(due, self.session.cache()))?;
         }
         let event = Event::Read {
-            done: self.read,
+            done: progress.read,
             tokens: self.request.prompt.len(),
         };
         tell(&mut self.sink, event);
         if due.last {
             self.session.have_read_all();
-            self.reading = None;
+            progress.reading = None;
+            if let Some(prefixes) = prefixes
+                && progress.read == self.request.prefix
+            {
+                // Others may fork from it. A store that fails keeps nobody from going on.
+                let _ = prefixes.insert(&self.session);
+            }
         }
-        Ok(due.last && self.prompts.is_empty())
+        Ok(due.last && progress.prompts.is_empty())
+    }
+
+    /// Whether this sequence reads the prefix that `other` begins with, too.
+    fn reads_for(&self, other: &Self) -> bool {
+        let (own, its) = (&self.request, &other.request);
+        self.id != other.id
+            && self.ended.is_none()
+            && self.progress.reading.is_some()
+            && self.progress.read < own.prefix
+            && own.prefix == its.prefix
+            && own.prefill.chunk == its.prefill.chunk
+            && own.cache == its.cache
+            && own.prompt[..own.prefix] == its.prompt[..its.prefix]
+            && own.policy.fingerprint() == its.policy.fingerprint()
+    }
+
+    /// Takes up what another sequence has read of the same prefix, if it is there.
+    fn fork_prefix(&mut self, cache: &PrefixCache) -> Result<bool> {
+        let Request {
+            prompt,
+            policy,
+            prefill,
+            cache: options,
+            prefix,
+            ..
+        } = &self.request;
+        let prefill = memory::prefix_prefill(prefill);
+        let (model, ids) = (self.session.model().clone(), &prompt[..*prefix]);
+        let found = guarded(|| cache.get(&model, policy, *options, &prefill, ids))?;
+        let Some(session) = found else {
+            return Ok(false);
+        };
+        self.session = session;
+        self.progress.prompts.pop_front();
+        (self.progress.read, self.progress.shared) = (*prefix, *prefix);
+        let event = Event::Read {
+            done: *prefix,
+            tokens: prompt.len(),
+        };
+        tell(&mut self.sink, event);
+        Ok(true)
     }
 
     fn end(mut self, end: End) {
@@ -648,7 +865,7 @@ impl Running {
             Event::Ended(Box::new(Ended {
                 end,
                 report,
-                shared: self.shared,
+                shared: self.progress.shared,
                 session,
             })),
         );

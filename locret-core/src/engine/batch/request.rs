@@ -2,7 +2,7 @@
 
 use super::memory::Room;
 use crate::{
-    CacheOptions, Error, Generate, KvCachePolicy, Prefill, Probe, Report, Sampling, Session,
+    CacheOptions, Error, Generate, KvCachePolicy, Prefill, Probe, Report, Result, Sampling, Session,
 };
 use std::{
     fmt,
@@ -30,6 +30,7 @@ pub struct Request {
     pub(super) generate: Generate,
     pub(super) prefix: usize,
     pub(super) from: Option<Kept>,
+    pub(super) fetch: Option<Fetch>,
     pub(super) keep: bool,
     pub(super) probe: Option<Box<dyn Probe>>,
 }
@@ -58,6 +59,7 @@ impl Request {
             generate: Generate::greedy(0),
             prefix: 0,
             from: None,
+            fetch: None,
             keep: false,
             probe: None,
         }
@@ -65,9 +67,29 @@ impl Request {
 
     /// The next turn of a conversation, under the policy that it has.
     pub fn resume(kept: Kept, prompt: Vec<u32>) -> Self {
-        let policy = kept.cache().policy().clone();
+        let (policy, cache) = (kept.cache().policy().clone(), kept.cache().options());
         Self {
             from: Some(kept),
+            cache,
+            ..Self::new(prompt, policy)
+        }
+    }
+
+    /// The next turn of a conversation that is not in memory: `fetch` brings it when there is room for it,
+    /// on the thread that makes the passes, which wait meanwhile. It has `tokens` tokens under `policy`,
+    /// and takes about `bytes` bytes; what the turn takes is found when it is there.
+    pub fn fetch(
+        [tokens, bytes]: [usize; 2],
+        fetch: impl FnOnce() -> Result<Session> + Send + 'static,
+        prompt: Vec<u32>,
+        policy: Arc<dyn KvCachePolicy>,
+    ) -> Self {
+        Self {
+            fetch: Some(Fetch {
+                tokens,
+                bytes,
+                fetch: Box::new(fetch),
+            }),
             ..Self::new(prompt, policy)
         }
     }
@@ -120,9 +142,17 @@ impl Request {
 
     /// Tokens of the whole sequence if everything is generated that may be.
     pub(super) fn tokens(&self) -> usize {
-        let before = self.from.as_ref().map_or(0, |kept| kept.tokens().len());
-        before + self.prompt.len() + self.generate.max_new
+        let kept = self.from.as_ref().map_or(0, |kept| kept.tokens().len());
+        let fetched = self.fetch.as_ref().map_or(0, |fetch| fetch.tokens);
+        kept + fetched + self.prompt.len() + self.generate.max_new
     }
+}
+
+/// A session that is still elsewhere.
+pub(super) struct Fetch {
+    pub(super) tokens: usize,
+    pub(super) bytes: usize,
+    pub(super) fetch: Box<dyn FnOnce() -> Result<Session> + Send>,
 }
 
 /// Tells a sequence from others of the same batch.
