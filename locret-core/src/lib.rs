@@ -14,7 +14,10 @@
 //! - [`SequenceCache`]: owns keys, values, positions and scores of one sequence, and counts the bytes.
 //! - [`Pass`]: one step of one or several sequences through a model; [`Probe`] watches it.
 //! - [`KvStore`]: how units are kept in memory.
-//! - [`Session`]: reads prompts, generates text, reports; [`plan`] says before what that will take.
+//! - [`Session`]: reads prompts, generates text, reports, is saved and taken up again; [`plan`] says
+//!   before what that will take.
+//! - [`PrefixCache`]: what many sequences begin with, read once; [`SnapshotStore`]: where snapshots are
+//!   kept.
 //!
 //! It names no policy, no model and no backend of Burn.
 #![deny(missing_docs)]
@@ -35,13 +38,14 @@ pub use compute::{
 pub use contract::{
     Budget, CausalLm, DecodeEviction, Error, Evict, Guard, Held, Keep, KvCachePolicy, LayerSpec,
     LayerUnits, ModelSpec, Needs, Observation, Observe, Observed, Phase, Positions, Qkv, Queries,
-    Result, Scorer, Scores, Selection, Step, Verdict,
+    Result, Scorer, Scores, Selection, SnapshotError, Step, Verdict,
 };
 pub use engine::{
-    Batch, Batcher, Births, CacheOptions, ChunkDone, Decided, End, Ended, Event, Generate, Handle,
-    Kept, Limits, Load, LongRopeSwitch, OnChunk, Pass, Peak, Plan, Prefill, Probe, Report, Request,
-    RopeConfig, RopeScaling, Sampler, Sampling, SequenceCache, SequenceId, SequenceStep, Session,
-    Sink, TokenScore, Tokens, argmax, forward, plan,
+    Batch, Batcher, Births, CacheOptions, ChunkDone, Decided, End, Ended, Event, Folder, Generate,
+    Handle, Kept, Limits, Load, LongRopeSwitch, OnChunk, Pass, Peak, Plan, Prefill, PrefixCache,
+    PrefixStats, Probe, Report, Request, RopeConfig, RopeScaling, Sampler, Sampling, SequenceCache,
+    SequenceId, SequenceStep, Session, Sink, SnapshotStore, Stored, TURN, TokenScore, Tokens,
+    argmax, forward, plan,
 };
 pub use host::{from_f32, ids_tensor, into_f32, is_host_device};
 #[doc(hidden)]

@@ -7,7 +7,7 @@ use crate::{
     Scores, Step, TurnKeys, Verdict,
 };
 use std::{
-    io::{Read, Write},
+    io::{Read, Take, Write},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
@@ -501,7 +501,7 @@ impl KvStore for Watched {
         self.inner.write(to)
     }
 
-    fn read(&mut self, from: &mut dyn Read) -> Result<()> {
+    fn read(&mut self, from: &mut Take<&mut dyn Read>) -> Result<()> {
         self.inner.read(from)?;
         for head in 0..self.heads.len() {
             let held = self.content(head)?;

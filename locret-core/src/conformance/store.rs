@@ -3,7 +3,7 @@
 use super::{ConformanceError, Dice, Promise, record::mixed};
 use crate::{Error, Fold, Growth, KvStore, LayerSpec, Result, Rows, from_f32, stores::RESERVE};
 use burn::tensor::{Device, Tensor};
-use std::ops::Range;
+use std::{io::Read, ops::Range};
 
 /// How a store is checked. The default fits a dense 32-bit store.
 #[derive(Debug, Clone)]
@@ -449,7 +449,9 @@ impl Pair<'_> {
         }
         let before = self.read()?;
         for cut in [0, 1, bytes.len() / 3, bytes.len() / 2, bytes.len() - 1] {
-            match self.store.read(&mut &bytes[..cut]) {
+            let mut from: &[u8] = &bytes[..cut];
+            let from: &mut dyn Read = &mut from;
+            match self.store.read(&mut from.take(cut as u64)) {
                 Err(Error::Snapshot(_)) => {}
                 other => {
                     let found = format!("{cut} of {} bytes: {other:?}", bytes.len());
@@ -459,8 +461,11 @@ impl Pair<'_> {
             self.compare(Some(before.clone()))?;
         }
         let mut other = empty.map_err(|e| self.failed(e))?;
-        let mut rest = &[&bytes[..], &[7; 3]].concat()[..];
-        other.read(&mut rest).map_err(|e| self.failed(e))?;
+        let more = [&bytes[..], &[7; 3]].concat();
+        let mut rest = &more[..];
+        let from: &mut dyn Read = &mut rest;
+        let mut from = from.take(more.len() as u64);
+        other.read(&mut from).map_err(|e| self.failed(e))?;
         if rest != [7; 3] {
             let found = format!("{} bytes behind its end were read", 3 - rest.len());
             return Err(self.broken(Promise::Saved, found));

@@ -112,9 +112,85 @@ pub enum Error {
     /// A model adapter failed.
     #[error("the model failed: {0}")]
     Model(#[source] Box<dyn std::error::Error + Send + Sync>),
-    /// A store cannot be saved, or what was saved cannot be read.
+    /// Something cannot be saved, or what was saved cannot be taken up.
     #[error("snapshot: {0}")]
-    Snapshot(String),
+    Snapshot(#[from] SnapshotError),
+}
+
+/// Why something cannot be saved, or what was saved cannot be taken up: [`Error::Snapshot`].
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum SnapshotError {
+    /// Reading or writing failed.
+    #[error("{what}: {source}")]
+    Io {
+        /// Which file, or what was done.
+        what: String,
+        /// What the operating system says.
+        source: std::io::Error,
+    },
+    /// It cannot be saved.
+    #[error("{0} cannot be saved")]
+    NotSaved(String),
+    /// It is something else than a snapshot, or one that was cut off before it says what it is.
+    #[error("this is none: {0}")]
+    Foreign(String),
+    /// It is of another version of the format.
+    #[error("version {found:?} of the format, version {known} is due")]
+    Version {
+        /// What it says.
+        found: String,
+        /// What is read here.
+        known: u32,
+    },
+    /// It was cut off or altered, or contradicts itself.
+    #[error("it is damaged: {0}")]
+    Damaged(String),
+    /// It was saved with another model.
+    #[error("saved with another model: expected {expected}, found {found}")]
+    OtherModel {
+        /// The model that is to go on: its fingerprint and its shape.
+        expected: String,
+        /// The model that it was saved with.
+        found: String,
+    },
+    /// It was saved with another policy, or with other settings of it.
+    #[error("saved with another policy: expected {expected}, found {found}")]
+    OtherPolicy {
+        /// The fingerprint of the policy that is to go on.
+        expected: String,
+        /// That of the policy that it was saved with.
+        found: String,
+    },
+    /// It has units in another form.
+    #[error("saved in another store: expected {expected}, found {found}")]
+    OtherStore {
+        /// The store that is to have them.
+        expected: String,
+        /// The store that had them.
+        found: String,
+    },
+    /// A name that a store of snapshots does not allow.
+    #[error(
+        "{0:?} is no name of one: 1 to 128 of the characters A-Z a-z 0-9 . _ - are, of which the first \
+         is no point"
+    )]
+    Key(String),
+}
+
+impl SnapshotError {
+    pub(crate) fn io(what: impl std::fmt::Display) -> impl FnOnce(std::io::Error) -> Self {
+        let what = what.to_string();
+        move |source| Self::Io { what, source }
+    }
+
+    /// What reading says: that bytes are missing which were promised is a matter of the file.
+    pub(crate) fn reading(source: std::io::Error) -> Self {
+        match source.kind() {
+            std::io::ErrorKind::UnexpectedEof => Self::Damaged("it ends too early".into()),
+            _ => Self::io("reading")(source),
+        }
+    }
 }
 
 /// A result with this crate's [`Error`].

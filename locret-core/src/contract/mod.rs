@@ -9,7 +9,7 @@ mod spec;
 mod units;
 
 pub use budget::{Budget, DecodeEviction, Guard};
-pub use error::{Error, Result};
+pub use error::{Error, Result, SnapshotError};
 pub use evict::Evict;
 pub use model::CausalLm;
 pub use policy::{

@@ -73,10 +73,12 @@ pub struct SequenceCache {
     pub(super) seen: usize,
     /// A pass was begun and not finished: the layers may not agree.
     pub(super) midway: bool,
-    peak: Peak,
-    prefill_peak: Peak,
+    pub(super) peak: Peak,
+    pub(super) prefill_peak: Peak,
     /// What the scores are called that the units have, if they have any of a known kind.
-    scored_by: Option<String>,
+    pub(super) scored_by: Option<String>,
+    /// Another policy than this one has decided before.
+    pub(super) passed_on: bool,
 }
 
 /// One layer's part.
@@ -148,6 +150,7 @@ impl SequenceCache {
             peak: Peak::default(),
             prefill_peak: Peak::default(),
             scored_by: None,
+            passed_on: false,
         })
     }
 
@@ -180,6 +183,7 @@ impl SequenceCache {
             peak: self.peak,
             prefill_peak: self.prefill_peak,
             scored_by: self.scored_by.clone(),
+            passed_on: self.passed_on,
         })
     }
 
@@ -242,6 +246,7 @@ impl SequenceCache {
         }
         self.needs = needs(&self.spec, &*policy, Needs::NOTHING)?;
         self.policy = policy;
+        self.passed_on |= !self.is_empty();
         Ok(())
     }
 

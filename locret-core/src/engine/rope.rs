@@ -251,11 +251,21 @@ impl Rope {
         self.config.is_long(length) != self.long_context
     }
 
+    /// Whether it has the frequencies of a long context.
+    pub(crate) fn is_long(&self) -> bool {
+        self.long_context
+    }
+
     /// Chooses the frequencies for a sequence of `length` tokens. True if they changed.
     pub(crate) fn set_length(&mut self, length: usize) -> bool {
-        let changes = self.changes(length);
+        self.set_long(self.config.is_long(length))
+    }
+
+    /// Chooses the frequencies of a long context, or of a short one. True if they changed.
+    pub(crate) fn set_long(&mut self, long_context: bool) -> bool {
+        let changes = self.long_context != long_context;
         if changes {
-            self.long_context = !self.long_context;
+            self.long_context = long_context;
             (self.inv_freq, self.factor) = self.config.frequencies(self.long_context);
             self.contiguous = Arc::new(RopeTable::new(&self.inv_freq, self.factor, 0..0));
         }

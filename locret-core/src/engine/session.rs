@@ -120,18 +120,20 @@ fn rate(tokens: usize, time: Duration) -> f64 {
 /// ```
 pub struct Session {
     model: Arc<dyn CausalLm>,
-    cache: SequenceCache,
+    pub(super) cache: SequenceCache,
     /// All tokens of the conversation, those that are not fed yet included.
-    history: Vec<u32>,
+    pub(super) history: Vec<u32>,
     /// A generated token that the model has not seen.
-    pending: Option<u32>,
+    pub(super) pending: Option<u32>,
     /// Logits `[vocab]` after the last token that the model has seen.
-    logits: Option<Vec<f32>>,
+    pub(super) logits: Option<Vec<f32>>,
     /// A prompt was begun and not read to its end.
-    midway: bool,
+    pub(super) midway: bool,
+    /// Prompts that were begun.
+    pub(super) prompts: usize,
     /// How the last prompt was read.
-    prefill: Prefill,
-    times: Report,
+    pub(super) prefill: Prefill,
+    pub(super) times: Report,
 }
 
 impl fmt::Debug for Session {
@@ -170,6 +172,7 @@ impl Session {
             pending: None,
             logits: None,
             midway: false,
+            prompts: 0,
             prefill: Prefill::default(),
             times: Report::default(),
         })
@@ -187,6 +190,7 @@ impl Session {
             pending: self.pending,
             logits: self.logits.clone(),
             midway: self.midway,
+            prompts: self.prompts,
             prefill: self.prefill,
             times: self.times,
         })
@@ -302,6 +306,7 @@ impl Session {
             Pass::new([turn])?.finish(None)?;
         }
         self.midway = true;
+        self.prompts = self.prompts.saturating_add(1);
         self.prefill = *prefill;
         Ok(Reading {
             body: ids.len() - prefill.local.min(ids.len()),

@@ -5,7 +5,7 @@ use super::{
     growth::{self, CodedGrowth},
     saved,
 };
-use crate::{Error, LayerSpec, Result, Rows};
+use crate::{Error, LayerSpec, Result, Rows, SnapshotError};
 use burn::tensor::Device;
 use half::f16;
 use locret_kernels::{
@@ -14,7 +14,7 @@ use locret_kernels::{
 };
 use serde::{Deserialize, Serialize};
 use std::{
-    io::{Read, Write},
+    io::{Read, Take, Write},
     ops::Range,
 };
 
@@ -503,7 +503,7 @@ impl Head {
         self.values.scales[unit * scales..][..scales].copy_from_slice(&made);
     }
 
-    fn read(shape: Shape, from: &mut dyn Read) -> Result<Self> {
+    fn read(shape: Shape, from: &mut Take<&mut dyn Read>) -> Result<Self> {
         let width = shape.row_bytes().max(shape.row_scales()).max(shape.dim);
         let coded = saved::read_count(from, width)?;
         let tail = saved::read_count(from, width)?;
@@ -513,10 +513,10 @@ impl Head {
         let members: u64 = runs.iter().map(|run| u64::from(*run)).sum();
         let due = if shape.kivi() { coded as u64 } else { 0 };
         if members != due || !runs.iter().all(|run| possible.contains(run)) {
-            return Err(Error::Snapshot(format!(
-                "groups of {members} keys, {due} in groups of {} at most are due",
-                shape.config.group
-            )));
+            let most = shape.config.group;
+            let found =
+                format!("groups of {members} keys, {due} in groups of {most} at most are due");
+            return Err(SnapshotError::Damaged(found).into());
         }
         let by_row = coded * shape.row_scales();
         let of_keys = match shape.kivi() {
@@ -688,7 +688,7 @@ impl KvStore for QuantizedStore {
         Ok(())
     }
 
-    fn read(&mut self, from: &mut dyn Read) -> Result<()> {
+    fn read(&mut self, from: &mut Take<&mut dyn Read>) -> Result<()> {
         let shape = self.shape;
         saved::read_header(from, &shape.saved_name(), self.heads.len(), shape.dim)?;
         let heads = (0..self.heads.len()).map(|_| Head::read(shape, from));

@@ -13,7 +13,7 @@ use locret_kernels::{
     tiles::{DenseTiles, KvTiles},
 };
 use rayon::prelude::*;
-use std::io::{Read, Write};
+use std::io::{Read, Take, Write};
 
 /// Dense units in host memory, one buffer for the keys and one for the values of each head.
 #[derive(Debug, Clone)]
@@ -169,7 +169,7 @@ impl<T: Number> KvStore for HostStore<T> {
         Ok(())
     }
 
-    fn read(&mut self, from: &mut dyn Read) -> Result<()> {
+    fn read(&mut self, from: &mut Take<&mut dyn Read>) -> Result<()> {
         saved::read_header(from, &self.name(), self.heads.len(), self.dim)?;
         let mut heads = Vec::with_capacity(self.heads.len());
         for _ in 0..self.heads.len() {

@@ -15,11 +15,11 @@ pub(crate) use growth::RESERVE;
 pub(crate) use host::HostStore;
 pub(crate) use tensor::TensorStore;
 
-use crate::{Compute, DType, Error, LayerSpec, Result, Rows};
+use crate::{Compute, DType, Error, LayerSpec, Result, Rows, SnapshotError};
 use locret_kernels::tiles::KvTiles;
 use std::{
     fmt::Debug,
-    io::{Read, Write},
+    io::{Read, Take, Write},
     sync::Arc,
 };
 
@@ -132,10 +132,12 @@ pub trait KvStore: Debug + Send + Sync {
     /// Replaces all units by those that a store of the same kind, heads and features wrote. Afterwards
     /// both hand out the same, bit for bit, and go on in the same way.
     ///
+    /// `from` knows how many bytes there are: what a store says of itself is checked against that before
+    /// any memory is taken for it.
+    ///
     /// # Errors
-    /// [`Error::Snapshot`] for anything else, with nothing changed. However long a damaged file says
-    /// that it is, about twice the memory of what it really has is taken at most.
-    fn read(&mut self, _from: &mut dyn Read) -> Result<()> {
+    /// [`Error::Snapshot`] for anything else, with nothing changed.
+    fn read(&mut self, _from: &mut Take<&mut dyn Read>) -> Result<()> {
         Err(not_saved(&self.name()))
     }
 
@@ -144,7 +146,7 @@ pub trait KvStore: Debug + Send + Sync {
 }
 
 fn not_saved(store: &str) -> Error {
-    Error::Snapshot(format!("the store {store} cannot be saved"))
+    SnapshotError::NotSaved(format!("the store {store}")).into()
 }
 
 /// One unit's value mixed into another's; see [`KvStore::fold_values`].

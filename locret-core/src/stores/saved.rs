@@ -1,16 +1,12 @@
 //! What stores write and read: counts and plain numbers, little-endian, after a header that names the
 //! store.
 
-use crate::{DType, Error, Result};
+use crate::{DType, Result, SnapshotError};
 use bytemuck::Pod;
-use std::io::{Read, Write};
+use std::io::{Read, Take, Write};
 
 /// The first bytes of a saved store.
 const MAGIC: [u8; 4] = *b"KVS1";
-
-/// Numbers that are read at a time: a file that ends early has not taken much more memory than it has
-/// bytes.
-const PIECE: usize = 1 << 16;
 
 /// The longest name of a store.
 const NAME: usize = 256;
@@ -20,15 +16,9 @@ pub(super) fn name(dtype: DType) -> String {
     dtype.name().to_ascii_lowercase()
 }
 
-fn failed(e: std::io::Error) -> Error {
-    match e.kind() {
-        std::io::ErrorKind::UnexpectedEof => Error::Snapshot("the store ends too early".into()),
-        _ => Error::Snapshot(format!("a store: {e}")),
-    }
-}
-
 pub(super) fn write<T: Pod>(to: &mut dyn Write, numbers: &[T]) -> Result<()> {
-    to.write_all(bytemuck::cast_slice(numbers)).map_err(failed)
+    let bytes = bytemuck::cast_slice(numbers);
+    Ok(to.write_all(bytes).map_err(SnapshotError::io("writing"))?)
 }
 
 pub(super) fn write_count(to: &mut dyn Write, count: usize) -> Result<()> {
@@ -43,42 +33,45 @@ pub(super) fn write_header(to: &mut dyn Write, name: &str, heads: usize, dim: us
     write_count(to, dim)
 }
 
-pub(super) fn read<T: Pod>(from: &mut dyn Read, count: usize) -> Result<Vec<T>> {
-    let mut all = Vec::new();
-    while all.len() < count {
-        let mut piece = vec![T::zeroed(); PIECE.min(count - all.len())];
-        from.read_exact(bytemuck::cast_slice_mut(&mut piece))
-            .map_err(failed)?;
-        if all.is_empty() && piece.len() == count {
-            return Ok(piece);
-        }
-        all.extend_from_slice(&piece);
+pub(super) fn read<T: Pod>(from: &mut Take<&mut dyn Read>, count: usize) -> Result<Vec<T>> {
+    let bytes = (count as u64).checked_mul(size_of::<T>() as u64);
+    if bytes.is_none_or(|bytes| bytes > from.limit()) {
+        return Err(SnapshotError::Damaged("a store ends too early".into()).into());
     }
-    all.shrink_to_fit();
+    let mut all = vec![T::zeroed(); count];
+    from.read_exact(bytemuck::cast_slice_mut(&mut all))
+        .map_err(SnapshotError::reading)?;
     Ok(all)
 }
 
 /// A count of rows, of which each has `width` numbers.
-pub(super) fn read_count(from: &mut dyn Read, width: usize) -> Result<usize> {
-    let [count] = read::<u64>(from, 1)?[..] else {
-        return Err(Error::Snapshot("a count is missing".into()));
-    };
+pub(super) fn read_count(from: &mut Take<&mut dyn Read>, width: usize) -> Result<usize> {
+    let count = read::<u64>(from, 1)?.first().copied().unwrap_or_default();
     // Units are numbered in 32 bits.
     match u32::try_from(count) {
         Ok(count) if (count as usize).checked_mul(width.max(1)).is_some() => Ok(count as usize),
-        _ => Err(Error::Snapshot(format!(
+        _ => Err(damaged(format!(
             "{count} units are more than a store can have"
         ))),
     }
 }
 
-pub(super) fn read_header(from: &mut dyn Read, name: &str, heads: usize, dim: usize) -> Result<()> {
+fn damaged(what: impl Into<String>) -> crate::Error {
+    SnapshotError::Damaged(what.into()).into()
+}
+
+pub(super) fn read_header(
+    from: &mut Take<&mut dyn Read>,
+    name: &str,
+    heads: usize,
+    dim: usize,
+) -> Result<()> {
     if read::<u8>(from, MAGIC.len())? != MAGIC {
-        return Err(Error::Snapshot("this is no store".into()));
+        return Err(damaged("this is no store"));
     }
     let length = read_count(from, 1)?;
     if length > NAME {
-        return Err(Error::Snapshot(format!(
+        return Err(damaged(format!(
             "the name of a store has {length} bytes, {NAME} at most are due"
         )));
     }
@@ -88,9 +81,13 @@ pub(super) fn read_header(from: &mut dyn Read, name: &str, heads: usize, dim: us
     let due = (name.to_owned(), heads, dim);
     match found == due {
         true => Ok(()),
-        false => Err(Error::Snapshot(format!(
-            "the store {} of {} KV heads of {} features was saved, {} of {} of {} is due",
-            found.0, found.1, found.2, due.0, due.1, due.2
-        ))),
+        false => {
+            let text = |(name, heads, dim)| format!("{name}, {heads} KV heads of {dim} features");
+            Err(SnapshotError::OtherStore {
+                expected: text(due),
+                found: text(found),
+            }
+            .into())
+        }
     }
 }

@@ -8,7 +8,7 @@ use crate::{DType, LayerSpec, Result, Rows, compute::full, host};
 use burn::tensor::{Device, FloatDType, Int, Tensor, TensorData};
 use half::{bf16, f16};
 use locret_kernels::dtype::Number;
-use std::io::{Read, Write};
+use std::io::{Read, Take, Write};
 
 /// Dense units as tensors of any device, one tensor for the keys and one for the values of each
 /// head.
@@ -160,22 +160,27 @@ impl KvStore for TensorStore {
         Ok(())
     }
 
-    fn read(&mut self, from: &mut dyn Read) -> Result<()> {
+    fn read(&mut self, from: &mut Take<&mut dyn Read>) -> Result<()> {
         saved::read_header(from, &self.name(), self.heads.len(), self.dim)?;
         let mut heads = Vec::with_capacity(self.heads.len());
         for _ in 0..self.heads.len() {
             let units = saved::read_count(from, self.dim)?;
             let mut part = || -> Result<Tensor<2>> {
-                let numbers = units * self.dim;
+                let (numbers, shape) = (units * self.dim, [units, self.dim]);
+                if units == 0 {
+                    return Ok(self.empty());
+                }
+                // As they lie there: numbers of 16 bits become no others on the way.
                 let part = match self.dtype {
-                    DType::F16 => f16::into_f32s(saved::read(from, numbers)?),
-                    DType::BF16 => bf16::into_f32s(saved::read(from, numbers)?),
-                    _ => saved::read(from, numbers)?,
+                    DType::F16 => TensorData::new(saved::read::<f16>(from, numbers)?, shape),
+                    DType::BF16 => TensorData::new(saved::read::<bf16>(from, numbers)?, shape),
+                    _ => TensorData::new(saved::read::<f32>(from, numbers)?, shape),
                 };
-                Ok(match units {
-                    0 => self.empty(),
-                    _ => self.stored(Rows::new(part, self.dim, &self.device)?.into_tensor()),
-                })
+                let held = match self.dtype {
+                    DType::F32 => FloatDType::F32,
+                    _ => self.float,
+                };
+                Ok(Tensor::from_data(part, (&self.device, held.into())))
             };
             heads.push((part()?, part()?));
         }

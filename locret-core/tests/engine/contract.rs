@@ -20,7 +20,7 @@ use locret_core::{
     forward, from_f32,
 };
 use std::{
-    io::{Read, Write},
+    io::{Read, Take, Write},
     sync::{
         Arc, Mutex,
         atomic::{AtomicBool, AtomicUsize, Ordering},
@@ -1025,12 +1025,15 @@ impl KvStore for Spoiled {
         self.inner.write(to)
     }
 
-    fn read(&mut self, from: &mut dyn Read) -> Result<()> {
+    fn read(&mut self, from: &mut Take<&mut dyn Read>) -> Result<()> {
         match self.how {
             Spoil::ReadsHalf => {
                 let mut bytes = Vec::new();
                 from.read_to_end(&mut bytes).unwrap();
-                self.inner.read(&mut &bytes[..]).or(Ok(()))
+                let length = bytes.len() as u64;
+                let mut bytes = &bytes[..];
+                let bytes: &mut dyn Read = &mut bytes;
+                self.inner.read(&mut bytes.take(length)).or(Ok(()))
             }
             _ => self.inner.read(from),
         }

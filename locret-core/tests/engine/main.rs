@@ -11,7 +11,9 @@ mod longrope;
 mod many;
 mod memory;
 mod policies;
+mod prefix;
 mod saved;
+mod snapshot;
 mod suite;
 
 use burn::tensor::Device;

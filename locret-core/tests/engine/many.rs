@@ -8,8 +8,9 @@ use crate::{
 use locret_core::{
     Batch, Batcher, Budget, CacheOptions, CausalLm, ChunkDone, DType, Decided, DecodeEviction, End,
     Ended, Error, Event, Evict, Generate, KvCachePolicy, KvStore, LayerSpec, LayerUnits, Limits,
-    Placement, Positions, Prefill, PrefixCache, Probe, QuantLayout, Quantization, QuantizedStore, Request,
-    Result, Sampling, Scorer, SequenceId, Session, SnapshotError, SnapshotStore, Step, Stored, Verdict, conformance::RandomModel,
+    Placement, Positions, Prefill, PrefixCache, Probe, QuantLayout, Quantization, QuantizedStore,
+    Request, Result, Sampling, Scorer, SequenceId, Session, SnapshotError, SnapshotStore, Step,
+    Stored, Verdict, conformance::RandomModel,
 };
 use proptest::prelude::*;
 use std::{
@@ -856,5 +857,8 @@ fn a_prefix_is_read_once() {
     // Policies of other settings, and other texts, share nothing.
     assert!(cache.stats().entries >= 2);
     let small = batch(&model, Limits::new().memory(1000));
-    assert!(matches!(small.with_prefixes(cache), Err(Error::Memory { .. })));
+    assert!(matches!(
+        small.with_prefixes(cache),
+        Err(Error::Memory { .. })
+    ));
 }

@@ -1,10 +1,12 @@
-//! Damaged files of stores: an error, and nothing else.
+//! Files of stores: damaged ones are an error, and nothing else; copies go on as their originals.
 
 use crate::device;
 use locret_core::{
     DType, Error, Kernels, KvStore, LayerSpec, Placement, QuantLayout, Quantization,
-    QuantizedStore, Rows,
+    QuantizedStore, Result, Rows,
 };
+use proptest::prelude::*;
+use std::io::Read;
 
 const LAYER: LayerSpec = LayerSpec {
     index: 0,
@@ -35,9 +37,7 @@ fn stores() -> Vec<Box<dyn KvStore>> {
         }
     }
     for store in &mut all {
-        let numbers = (0..50 * 16).map(|i| (i % 13) as f32 - 6.0);
-        let rows = Rows::new(numbers.collect(), 16, &device()).unwrap();
-        store.append(&rows, &rows).unwrap();
+        append(&mut **store, 50);
         store.settle().unwrap();
     }
     all
@@ -54,6 +54,18 @@ fn written(store: &dyn KvStore) -> Vec<u8> {
     let mut bytes = Vec::new();
     store.write(&mut bytes).unwrap();
     bytes
+}
+
+fn read(store: &mut dyn KvStore, bytes: &[u8]) -> Result<()> {
+    let mut from = bytes;
+    let from: &mut dyn Read = &mut from;
+    store.read(&mut from.take(bytes.len() as u64))
+}
+
+fn append(store: &mut dyn KvStore, units: usize) {
+    let numbers = (0..units * 16).map(|i| (i * 7 % 13) as f32 - 6.0);
+    let rows = Rows::new(numbers.collect(), 16, &device()).unwrap();
+    store.append(&rows, &rows).unwrap();
 }
 
 #[test]
@@ -73,7 +85,7 @@ fn a_damaged_head_or_count_is_an_error_and_changes_nothing() {
             for change in changes {
                 let mut damaged = bytes.clone();
                 damaged[at] ^= change;
-                let read = store.read(&mut &damaged[..]);
+                let read = read(&mut *store, &damaged);
                 assert!(
                     matches!(read, Err(Error::Snapshot(_))),
                     "{}, byte {at}: {read:?}",
@@ -92,7 +104,7 @@ fn any_byte_may_be_wrong_and_nothing_panics() {
         for at in 0..bytes.len() {
             let mut damaged = bytes.clone();
             damaged[at] = !damaged[at];
-            if store.read(&mut &damaged[..]).is_ok() {
+            if read(&mut *store, &damaged).is_ok() {
                 let numbers = content(&*store).len();
                 assert_eq!(numbers, 4 * store.len(0) * 8, "{}", store.name());
             }
@@ -109,7 +121,7 @@ fn stores_of_other_kinds_and_sizes_are_refused() {
         for (j, file) in files.iter().enumerate() {
             // The same kind on the other path is the same file.
             let same = i % 5 == j % 5;
-            assert_eq!(store.read(&mut &file[..]).is_ok(), same, "{i} {j}");
+            assert_eq!(read(&mut **store, file).is_ok(), same, "{i} {j}");
             taken += usize::from(same);
         }
     }
@@ -123,7 +135,58 @@ fn stores_of_other_kinds_and_sizes_are_refused() {
         .store(&wide, DType::F32)
         .unwrap();
     assert!(matches!(
-        wide.read(&mut &files[0][..]),
+        read(&mut *wide, &files[0]),
         Err(Error::Snapshot(_))
     ));
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(60))]
+
+    /// A fork and a store that was written and read have no reserve. They never take more than the
+    /// original (and so no more than was planned for it), and as much once single tokens have come.
+    #[test]
+    fn copies_grow_to_where_their_original_is(
+        before in prop::collection::vec((0usize..8, 1usize..80), 0..12),
+        after in prop::collection::vec((0usize..8, 1usize..80), 1..25),
+    ) {
+        fn apply(store: &mut dyn KvStore, (what, n): (usize, usize)) {
+            let len = store.len(0);
+            match what {
+                // Mostly single tokens, and single ones that go, as while text is generated.
+                0..=2 => append(store, 1),
+                3 => append(store, n),
+                4..=6 if len > 1 => {
+                    let gone = (n % len) as u32;
+                    let kept: Vec<u32> = (0..len as u32).filter(|unit| *unit != gone).collect();
+                    store.retain(&[kept.clone(), kept]).unwrap();
+                }
+                _ => {
+                    let kept: Vec<u32> = (0..len.min(n) as u32).collect();
+                    store.retain(&[kept.clone(), kept]).unwrap();
+                }
+            }
+            store.settle().unwrap();
+        }
+        for mut original in stores() {
+            for step in &before {
+                apply(&mut *original, *step);
+            }
+            let (mut fork, mut again) = (original.fork(), original.fork());
+            again.retain(&[Vec::new(), Vec::new()]).unwrap();
+            read(&mut *again, &written(&*original)).unwrap();
+            for step in after.iter().copied().chain([(0, 1); 64]) {
+                for store in [&mut original, &mut fork, &mut again] {
+                    apply(&mut **store, step);
+                }
+                let bytes = [&original, &fork, &again].map(|store| store.bytes());
+                prop_assert!(
+                    bytes[1] <= bytes[0] && bytes[2] <= bytes[0],
+                    "{}, after {step:?}: {bytes:?}", original.name()
+                );
+            }
+            prop_assert_eq!(original.bytes(), fork.bytes());
+            prop_assert_eq!(original.bytes(), again.bytes());
+        }
+    }
 }
