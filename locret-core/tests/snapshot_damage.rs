@@ -364,7 +364,7 @@ fn ten_thousand_damaged_snapshots_and_some_large_ones() {
     }
     headers_take_no_more_than_they_are_long(&bases[0]);
     let mut dice = ChaCha8Rng::seed_from_u64(7);
-    let (mut errors, mut forged) = (0, 0);
+    let (mut errors, mut forged, mut over) = (0, 0, i64::MIN);
     for round in 0..10_000 {
         let (with, base) = &bases[round % bases.len()];
         let (_, other) = &bases[dice.random_range(0..bases.len())];
@@ -375,6 +375,7 @@ fn ten_thousand_damaged_snapshots_and_some_large_ones() {
             "round {round}: {peak} bytes for a file of {}",
             bytes.len()
         );
+        over = over.max(peak as i64 - bytes.len() as i64);
         match read {
             Err(Error::Snapshot(_)) => errors += 1,
             Err(other) => panic!("round {round}: {other}"),
@@ -392,6 +393,7 @@ fn ten_thousand_damaged_snapshots_and_some_large_ones() {
             Ok(_) => panic!("round {round}: an altered file was taken for a session"),
         }
     }
+    println!("{errors} errors, {forged} forged, {over} bytes more than the file at most");
     // All parts of the reader were reached.
     assert!(
         errors > 5_000 && forged > 500,
@@ -433,6 +435,9 @@ fn ten_thousand_damaged_snapshots_and_some_large_ones() {
             let (read, peak) = with.read_counted(file);
             assert_eq!(read.is_ok(), fine, "{what}, {which}: {read:?}");
             assert!(peak <= file.len() + (1 << 20), "{what}, {which}: {peak}");
+            if fine {
+                println!("{what}: {} bytes more", peak as i64 - file.len() as i64);
+            }
         }
     }
 }
