@@ -1,7 +1,9 @@
 //! What all requests share.
 
 use crate::{Error, Result, Settings, metrics::Metrics, policies::Policies};
-use locret_core::{Batcher, CacheOptions, CausalLm, Limits, Prefill};
+use locret_core::{
+    Batch, Batcher, CacheOptions, CausalLm, Limits, Prefill, PrefixCache, SnapshotStore,
+};
 use locret_models::{ChatTemplate, Message, SpecialTokens, Tokenizer};
 use locret_policies::PolicyConfig;
 use sha2::{Digest, Sha256};
@@ -38,6 +40,17 @@ impl fmt::Debug for Served {
     }
 }
 
+/// Where things are kept that are not in use.
+#[derive(Debug, Default)]
+pub struct Places {
+    /// Conversations between their turns, and what sequences begin with.
+    pub sessions: Option<Arc<dyn SnapshotStore>>,
+    /// Sequences that make way for others.
+    pub spill: Option<Arc<dyn SnapshotStore>>,
+    /// Bytes of memory for what sequences begin with, of those that all sequences may take.
+    pub prefixes: usize,
+}
+
 /// What all requests share: the model, its batch, and what is counted.
 pub struct App {
     /// The batch.
@@ -53,6 +66,7 @@ pub struct App {
     pub(crate) cache: CacheOptions,
     pub(crate) settings: Settings,
     pub(crate) metrics: Metrics,
+    sessions: Option<Arc<dyn SnapshotStore>>,
     token: Option<[u8; 32]>,
     /// Texts that become tokens at once: each takes a core, and several times its own size.
     encoding: Semaphore,
@@ -79,18 +93,36 @@ impl App {
     /// A batch over a model, for requests that `settings` bound.
     ///
     /// # Errors
-    /// What [`Batcher::new`] and the policy say.
+    /// What [`Batch::new`], [`Batch::with_prefixes`] and the policy say; the model's, which has to say which
+    /// one it is ([`CausalLm::fingerprint`]) where anything is kept.
     pub fn new(
         served: Served,
         limits: Limits,
         policy: PolicyConfig,
         (prefill, cache): (Prefill, CacheOptions),
         settings: Settings,
+        places: Places,
     ) -> Result<Self> {
         let policies = Policies::new(policy, &*served.model)?;
+        if places.sessions.is_some() || places.spill.is_some() {
+            // Goes through all weights once: now, rather than in the first answer.
+            served.model.fingerprint()?;
+        }
+        let mut batch = Batch::new(served.model, limits)?;
+        if places.prefixes > 0 {
+            let prefixes = PrefixCache::new(places.prefixes);
+            let prefixes = match &places.sessions {
+                Some(store) => prefixes.with_store(store.clone()),
+                None => prefixes,
+            };
+            batch = batch.with_prefixes(Arc::new(prefixes))?;
+        }
+        if let Some(store) = places.spill {
+            batch = batch.with_store(store);
+        }
         let digest = |token: &String| Sha256::digest(token.as_bytes()).into();
         Ok(Self {
-            batcher: Batcher::new(served.model, limits)?,
+            batcher: Batcher::over(batch)?,
             name: served.name,
             tokenizer: Box::leak(Box::new(served.tokenizer)),
             template: served.template,
@@ -101,12 +133,29 @@ impl App {
             token: settings.token.as_ref().map(digest),
             settings,
             metrics: Metrics::default(),
+            sessions: places.sessions,
             encoding: Semaphore::new(ENCODING),
             closing: AtomicBool::new(false),
             started: seconds(),
             answers: AtomicU64::new(0),
             salt: random(),
         })
+    }
+
+    /// Where conversations are kept.
+    pub(crate) fn sessions(&self) -> Result<&dyn SnapshotStore> {
+        let none = "this server keeps no sessions: it was started without --sessions";
+        let store = self.sessions.as_deref();
+        store.ok_or_else(|| Error::field("session", none))
+    }
+
+    /// Refuses prompts that are too long.
+    pub(crate) fn check_length(&self, tokens: usize) -> Result<()> {
+        let most = self.settings.max_prompt;
+        match tokens <= most {
+            true => Ok(()),
+            false => Err(Error::PromptTooLong { tokens, most }),
+        }
     }
 
     /// Whether a bearer token is the server's; in a time that does not depend on where they differ.

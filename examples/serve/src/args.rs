@@ -55,6 +55,14 @@ pub struct Args {
     /// Where conversations are kept between their turns: a folder, or s3://bucket/prefix
     #[arg(long, value_name = "DIR|URL")]
     pub sessions: Option<String>,
+    /// Where sequences are put that make way for others which have waited for long: a folder, or
+    /// s3://bucket/prefix. Without it, nobody makes way
+    #[arg(long, value_name = "DIR|URL")]
+    pub spill: Option<String>,
+    /// Bytes of the memory cap for system messages, which are read once; 0 reads each of them again. By
+    /// default an eighth of the cap, 64MiB at most
+    #[arg(long, value_name = "BYTES", value_parser = parse_bytes)]
+    pub prefixes: Option<usize>,
     #[command(flatten)]
     pub(crate) policy: PolicyArgs,
     #[command(flatten)]

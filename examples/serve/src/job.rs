@@ -4,7 +4,8 @@ use crate::{
     Error, Result,
     app::App,
     ask::{Common, Source},
-    sequence::{Heard, Sequence},
+    sequence::{Heard, Outcome, Sequence},
+    sessions::{self, Opening, Turn},
 };
 use locret_core::{Probe, Request};
 use locret_models::Message;
@@ -69,18 +70,49 @@ impl Answer {
         let deadline = Instant::now() + app.settings.timeout;
         let stops = asked.stops()?;
         let generate = asked.generate(app)?;
-        let policy = (app.policies).choose(
-            asked.policy.as_deref(),
-            asked.budget,
-            &**app.batcher.model(),
-        )?;
-        let (ids, prefix) = app.encoding(move |app| tokens(app, reads)).await?;
-        let prompt = ids.len();
-        let mut request = Request::new(ids.clone(), policy)
-            .prefill(app.prefill)
-            .cache(app.cache)
-            .generate(generate)
-            .prefix(prefix);
+        let (reading, turn) = match (&asked.session, reads) {
+            (Some(name), Reads::Messages(messages)) => {
+                sessions::check_name(name)?;
+                let (name, own) = (name.clone(), (asked.policy.clone(), asked.budget));
+                let opened = app.encoding(move |app| {
+                    let store = app.sessions()?;
+                    let opening = sessions::open(app, store, &name, &messages, own)?;
+                    app.check_length(opening.ids.len())?;
+                    Ok(opening)
+                });
+                opened.await.map(|opening| {
+                    let turn = opening.turn.clone();
+                    (opening.into(), Some(turn))
+                })?
+            }
+            (_, reads) => (
+                app.encoding(move |app| Reading::of(app, reads)).await?,
+                None,
+            ),
+        };
+        let (name, budget) = match &turn {
+            Some(turn) => turn.policy(),
+            None => (asked.policy.as_deref(), asked.budget),
+        };
+        let policy = app.policies.choose(name, budget, &**app.batcher.model())?;
+        let Reading {
+            ids,
+            prefix,
+            resumed,
+        } = reading;
+        let before = resumed.as_ref().map_or(0, |resumed| resumed.tokens());
+        let prompt = before + ids.len();
+        let mut request = match resumed {
+            Some(resumed) => resumed.request(app, ids.clone(), policy),
+            None => Request::new(ids.clone(), policy)
+                .cache(app.cache)
+                .prefix(prefix),
+        }
+        .prefill(app.prefill)
+        .generate(generate);
+        if turn.is_some() {
+            request = request.keep();
+        }
         if let Some(probe) = probe {
             request = request.watched(probe);
         }
@@ -91,6 +123,9 @@ impl Answer {
             to,
             deadline,
             prompt,
+            before,
+            turn,
+            text: String::new(),
         };
         tokio::spawn(driver.drive(sequence));
         Ok(Self { ids, parts })
@@ -102,21 +137,38 @@ impl Answer {
     }
 }
 
-/// Tokens of a prompt, and how many of them are its system message.
-fn tokens(app: &App, reads: Reads) -> Result<(Vec<u32>, usize)> {
-    let (ids, prefix) = match reads {
-        Reads::Messages(messages) => app.conversation(&messages)?,
-        Reads::Source(Source::Text(text)) => (app.text(&text)?, 0),
-        Reads::Source(Source::Ids(ids)) => (ids, 0),
-    };
-    let most = app.settings.max_prompt;
-    if ids.len() > most {
-        return Err(Error::PromptTooLong {
-            tokens: ids.len(),
-            most,
-        });
+/// What goes through the model.
+struct Reading {
+    ids: Vec<u32>,
+    /// Tokens of the system message.
+    prefix: usize,
+    resumed: Option<sessions::Resumed>,
+}
+
+impl From<Opening> for Reading {
+    fn from(opening: Opening) -> Self {
+        Self {
+            ids: opening.ids,
+            prefix: opening.prefix,
+            resumed: opening.resumed,
+        }
     }
-    Ok((ids, prefix))
+}
+
+impl Reading {
+    fn of(app: &App, reads: Reads) -> Result<Self> {
+        let (ids, prefix) = match reads {
+            Reads::Messages(messages) => app.conversation(&messages)?,
+            Reads::Source(Source::Text(text)) => (app.text(&text)?, 0),
+            Reads::Source(Source::Ids(ids)) => (ids, 0),
+        };
+        app.check_length(ids.len())?;
+        Ok(Self {
+            ids,
+            prefix,
+            resumed: None,
+        })
+    }
 }
 
 /// Hands on what is heard of a sequence: a task of its own, so that a client that reads slowly, or not at
@@ -126,10 +178,15 @@ struct Driver {
     to: UnboundedSender<Part>,
     deadline: Instant,
     prompt: usize,
+    /// Tokens that a session had already.
+    before: usize,
+    turn: Option<Turn>,
+    /// The answer, where it is kept.
+    text: String,
 }
 
 impl Driver {
-    async fn drive(self, mut sequence: Sequence) {
+    async fn drive(mut self, mut sequence: Sequence) {
         loop {
             let heard = tokio::select! {
                 heard = sequence.next() => heard,
@@ -142,17 +199,14 @@ impl Driver {
             };
             match heard {
                 Some(Heard::Read { tokens, .. }) => self.tell(Part::Read { tokens }),
-                Some(Heard::Text(text)) => self.tell(Part::Text(text)),
+                Some(Heard::Text(text)) => {
+                    if self.turn.is_some() {
+                        self.text += &text;
+                    }
+                    self.tell(Part::Text(text));
+                }
                 Some(Heard::Ended(outcome)) => {
-                    let end = match outcome.finish {
-                        None => Err(outcome.error()),
-                        Some(finish) => Ok(End {
-                            finish,
-                            prompt: self.prompt,
-                            cached: outcome.ended.shared,
-                            tokens: outcome.tokens,
-                        }),
-                    };
+                    let end = self.end(*outcome).await;
                     self.tell(Part::End(end));
                     return;
                 }
@@ -163,6 +217,35 @@ impl Driver {
                 }
             }
         }
+    }
+
+    async fn end(&mut self, mut outcome: Outcome) -> Result<End> {
+        let Some(finish) = outcome.finish else {
+            return Err(outcome.error());
+        };
+        let end = End {
+            finish,
+            prompt: self.prompt,
+            cached: self.before + outcome.ended.shared,
+            tokens: outcome.tokens,
+        };
+        if let Some(turn) = self.turn.take() {
+            let session = outcome.ended.session.take();
+            let session = session.ok_or_else(|| Error::NotStored("it is gone".into()))?;
+            let ended = matches!(outcome.ended.end, locret_core::End::Stop);
+            let (app, text) = (self.app.clone(), std::mem::take(&mut self.text));
+            // Its memory is free again when it is written.
+            let kept = tokio::task::spawn_blocking(move || {
+                turn.keep(&app, app.sessions()?, &session, &text, ended)
+            });
+            kept.await
+                .unwrap_or_else(|e| Err(Error::NotStored(e.to_string())))?;
+            self.app.metrics.stored();
+            if self.before > 0 {
+                self.app.metrics.resumed();
+            }
+        }
+        Ok(end)
     }
 
     fn tell(&self, part: Part) {

@@ -20,13 +20,17 @@ mod error;
 mod job;
 mod load;
 mod metrics;
+#[cfg(feature = "s3")]
+pub mod objects;
 mod policies;
 mod read;
 pub mod sequence;
 pub mod server;
+mod sessions;
 pub mod stops;
+pub mod store;
 
-pub use app::{App, Served};
+pub use app::{App, Places, Served};
 pub use args::{Args, Settings};
 pub use body::whole;
 pub use error::{Error, Result};

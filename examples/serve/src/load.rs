@@ -1,8 +1,11 @@
 //! From a command line to what is served.
 
-use crate::{App, Args, Result, Served};
+use crate::{App, Args, Places, Result, Served, store};
 use locret_core::Limits;
 use locret_examples::{runtime::Runtime, with_shipped_heads};
+
+/// Bytes for what sequences begin with, unless that is much of what there is.
+const PREFIXES: usize = 64 << 20;
 
 impl App {
     /// Fetches the model if need be, loads it, and makes a batch over it.
@@ -20,7 +23,15 @@ impl App {
             .rows(args.prefill.chunk)
             .memory(args.memory_cap.unwrap_or(usize::MAX));
         let reading = (args.prefill.prefill(), args.prefill.cache());
-        Self::new(served, limits, config, reading, args.settings())
+        let places = Places {
+            sessions: args.sessions.as_deref().map(store::open).transpose()?,
+            spill: args.spill.as_deref().map(store::open).transpose()?,
+            prefixes: args.prefixes.unwrap_or(match args.memory_cap {
+                Some(cap) => PREFIXES.min(cap / 8),
+                None => PREFIXES,
+            }),
+        };
+        Self::new(served, limits, config, reading, args.settings(), places)
     }
 }
 

@@ -148,6 +148,11 @@ impl Metrics {
                 "Sequences that have ended",
                 load.ended,
             ),
+            (
+                "locret_sequences_parked_total",
+                "Times that a sequence made way for another",
+                load.parked,
+            ),
         ] {
             one(name, "counter", help, value);
         }

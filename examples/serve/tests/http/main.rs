@@ -5,6 +5,7 @@ mod client;
 mod hostile;
 mod limits;
 mod reading;
+mod sessions;
 
 use burn::tensor::Device;
 use client::Client;
@@ -17,7 +18,7 @@ use locret_models::{
     ChatTemplate, DecoderConfig, FetchOptions, Layout, LoadOptions, ModelFiles, Tokenizer, resolve,
 };
 use locret_policies::{Method, PolicyConfig};
-use locret_serve::{App, Served, Settings, server};
+use locret_serve::{App, Places, Served, Settings, server};
 use std::{
     net::SocketAddr,
     sync::{Arc, LazyLock},
@@ -78,6 +79,10 @@ struct Running {
 
 impl Running {
     fn new(limits: Limits, settings: Settings) -> Self {
+        Self::with(limits, settings, Places::default())
+    }
+
+    fn with(limits: Limits, settings: Settings, places: Places) -> Self {
         let served = Served {
             name: "random".into(),
             model: MODEL.clone(),
@@ -86,7 +91,7 @@ impl Running {
             stop: TOKENIZER.end_of_turn(&[]),
         };
         let reading = (PREFILL, CacheOptions::new());
-        let app = Arc::new(App::new(served, limits, config(), reading, settings).unwrap());
+        let app = Arc::new(App::new(served, limits, config(), reading, settings, places).unwrap());
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(2)
             .enable_all()
