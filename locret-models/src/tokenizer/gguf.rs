@@ -5,7 +5,7 @@ use super::{
     ranks::split_as_llama3,
     vocabulary::{Vocabulary, kind},
 };
-use crate::{Array, Gguf, ModelError, Result, Value};
+use crate::{Gguf, ModelError, Result, Value};
 use tokenizers::{
     models::bpe::{BPE, Merges},
     pre_tokenizers::{byte_level::ByteLevel, digits::Digits, sequence::Sequence as PreTokenizers},
@@ -33,13 +33,15 @@ impl<'a> Vocabulary<'a> {
             .ok_or_else(|| ModelError::config(path, TOKENS, "an array of strings", "nothing"))?;
         let kinds = match gguf.metadata().get(KINDS) {
             None => vec![kind::NORMAL; tokens.len()],
-            Some(Value::Array(Array::I32(kinds))) => kinds.iter().map(|&k| i64::from(k)).collect(),
-            Some(Value::Array(Array::U32(kinds))) => kinds.iter().map(|&k| i64::from(k)).collect(),
+            Some(Value::Array(kinds)) if kinds.as_integers().is_some() => {
+                let kinds = kinds.as_integers().unwrap_or_default();
+                kinds.into_iter().map(|k| k.clamp(-1, 99) as i64).collect()
+            }
             Some(_) => {
                 return Err(ModelError::config(
                     path,
                     KINDS,
-                    "an array of 32-bit integers",
+                    "an array of integers",
                     "another type",
                 ));
             }
@@ -56,16 +58,9 @@ impl<'a> Vocabulary<'a> {
         }
         let id = |key: &str| -> Result<Option<u32>> {
             let key = format!("tokenizer.ggml.{key}");
-            match gguf.get_u64(&key)? {
-                None => Ok(None),
-                Some(id) if id < tokens.len() as u64 => Ok(Some(id as u32)),
-                Some(id) => Err(ModelError::config(
-                    path,
-                    key,
-                    format!("less than the {} tokens", tokens.len()),
-                    id,
-                )),
-            }
+            // There are files with -1, or the id of a token that was left out, for "none".
+            let id = gguf.get_id(&key)?;
+            Ok(id.filter(|id| (*id as usize) < tokens.len()))
         };
         Ok(Self {
             path,
@@ -89,7 +84,7 @@ impl<'a> Vocabulary<'a> {
                 let prefix = gguf
                     .get_bool("tokenizer.ggml.add_space_prefix")?
                     .unwrap_or(true);
-                let inner = self.sentence_piece(self.scores(gguf)?, prefix)?;
+                let inner = self.sentence_piece(&self.scores(gguf)?, prefix)?;
                 (inner, Alphabet::SentencePiece, prefix.into(), true)
             }
             other => {
@@ -118,8 +113,9 @@ impl<'a> Vocabulary<'a> {
         (this.bos, this.eos) = (self.bos, self.eos);
         for key in ["eot", "eom"] {
             let key = format!("tokenizer.ggml.{key}_token_id");
-            let id = gguf.get_u64(&key)?;
-            this.eot.extend(id.and_then(|id| u32::try_from(id).ok()));
+            let id = gguf.get_id(&key)?;
+            this.eot
+                .extend(id.filter(|id| (*id as usize) < self.tokens.len()));
         }
         Ok(this)
     }
@@ -177,16 +173,18 @@ impl<'a> Vocabulary<'a> {
     }
 
     /// The scores of a SentencePiece vocabulary, one for each token.
-    fn scores(&self, gguf: &'a Gguf) -> Result<&'a [f32]> {
+    fn scores(&self, gguf: &'a Gguf) -> Result<Vec<f32>> {
         const SCORES: &str = "tokenizer.ggml.scores";
-        match gguf.metadata().get(SCORES) {
-            Some(Value::Array(Array::F32(scores))) if scores.len() == self.tokens.len() => {
-                Ok(scores)
-            }
+        let scores = match gguf.metadata().get(SCORES) {
+            Some(Value::Array(scores)) => scores.as_f32(),
+            _ => None,
+        };
+        match scores {
+            Some(scores) if scores.len() == self.tokens.len() => Ok(scores),
             _ => Err(ModelError::config(
                 self.path,
                 SCORES,
-                format!("an array of {} f32", self.tokens.len()),
+                format!("an array of {} numbers", self.tokens.len()),
                 "none such",
             )),
         }
@@ -197,7 +195,7 @@ impl<'a> Vocabulary<'a> {
 mod tests {
     use super::*;
     use crate::{
-        SpecialTokens, Value as Meta,
+        Array, SpecialTokens, Value as Meta,
         gguf_file::File,
         tokenizer::tests::{build, byte_level_file, names},
     };
@@ -308,7 +306,10 @@ mod tests {
             ("tokenizer.ggml.merges", strings(&["hello hello"])),
             ("tokenizer.ggml.model", None),
             ("tokenizer.ggml.model", Some(Meta::String("bert".into()))),
-            ("tokenizer.ggml.bos_token_id", Some(Meta::U32(1 << 20))),
+            (
+                "tokenizer.ggml.bos_token_id",
+                Some(Meta::String("1".into())),
+            ),
             // SentencePiece without scores.
             ("tokenizer.ggml.model", Some(Meta::String("llama".into()))),
         ] {

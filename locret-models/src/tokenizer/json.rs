@@ -1,59 +1,70 @@
 //! Tokenizers of `tokenizer.json`.
 
-use super::{Alphabet, Inner, Tokenizer, WORD_START, guarded};
+use super::{Alphabet, Inner, NamedTokens, Tokenizer, WORD_START, check::check, guarded};
 use crate::{ModelError, Result, files::json};
 use serde_json::Value as Json;
 use std::{collections::HashSet, path::Path};
+use tokenizers::{NormalizedString, Normalizer};
 
 impl Tokenizer {
-    /// Reads `tokenizer.json`, and `tokenizer_config.json` if it is there, of a model folder; a
-    /// `tokenizer.model` ([`from_model_file`](Self::from_model_file)) where there is none.
+    /// Reads `tokenizer.json` of a model folder, with the tokens that `tokenizer_config.json`,
+    /// `special_tokens_map.json` and `added_tokens.json` name, where these are there; a `tokenizer.model`
+    /// ([`from_model_file`](Self::from_model_file)) where there is none.
     ///
     /// # Errors
     /// [`ModelError::Io`], [`ModelError::Json`]; [`ModelError::Tokenizer`] for a tokenizer that is
-    /// damaged, or whose decoder is of a kind that no causal language model of today uses.
+    /// damaged, that would take endless time or memory, or that has parts of a kind that no causal
+    /// language model of today uses.
     pub fn from_dir(dir: impl AsRef<Path>) -> Result<Self> {
         let dir = dir.as_ref();
         let (file, model) = (dir.join("tokenizer.json"), dir.join("tokenizer.model"));
         if !file.exists() && model.exists() {
             return Self::from_model_file(model);
         }
-        let config: Option<Json> = json::read_optional(&dir.join("tokenizer_config.json"))?;
-        let named = |key: &str| {
-            let token = config.as_ref()?.get(key)?;
-            let text = token.as_str().or_else(|| token.get("content")?.as_str())?;
-            Some(text.to_owned())
-        };
-        let names = [
-            named("bos_token"),
-            named("eos_token"),
-            named("unk_token"),
-            named("pad_token"),
-        ];
-        Self::from_json(&file, names)
+        Self::from_json(&file, &NamedTokens::read(dir)?)
     }
 
-    /// `names`: the beginning, end, unknown and padding token.
-    fn from_json(path: &Path, names: [Option<String>; 4]) -> Result<Self> {
+    fn from_json(path: &Path, named: &NamedTokens) -> Result<Self> {
         let bytes = json::read_bytes(path)?;
-        let mut inner = guarded(path, || Inner::from_bytes(&bytes))?;
-        // A prompt is never cut or filled up in silence.
-        inner.with_padding(None);
-        inner
-            .with_truncation(None)
-            .map_err(|e| ModelError::tokenizer(path, e))?;
+        let fail = |e: &dyn std::fmt::Display| ModelError::tokenizer(path, e);
+        let mut file: Json = serde_json::from_slice(&bytes).map_err(|e| fail(&e))?;
+        drop(bytes);
+        check(&mut file).map_err(|e| fail(&e))?;
+        let mut inner: Inner = guarded(path, || Ok(serde_json::from_value(file)?))?;
+        named.add_to(&mut inner, path)?;
+        check_normalized(path, &inner)?;
         let decoder = inner
             .get_decoder()
             .map(serde_json::to_value)
             .transpose()
             .map_err(|e| ModelError::tokenizer(path, e))?;
         let (alphabet, strip) = alphabet(path, decoder.as_ref())?;
-        let known: HashSet<&str> = names.iter().flatten().map(String::as_str).collect();
+        let known: HashSet<&str> = named.names().collect();
         let mut this = Self::new(path, inner, alphabet, strip, &known)?;
-        let id = |name: &Option<String>| this.token_to_id(name.as_deref()?);
-        (this.bos, this.eos) = (id(&names[0]), id(&names[1]));
+        let id = |part: &str| this.token_to_id(named.text(part)?);
+        (this.bos, this.eos) = (id("bos_token"), id("eos_token"));
         Ok(this)
     }
+}
+
+/// A token that is looked for in the normalised text has to be there: the library would find nothing
+/// everywhere, in the middle of characters, too.
+fn check_normalized(path: &Path, inner: &Inner) -> Result<()> {
+    let Some(normalizer) = inner.get_normalizer() else {
+        return Ok(());
+    };
+    for token in inner.get_added_tokens_decoder().values() {
+        if !token.normalized {
+            continue;
+        }
+        let mut text = NormalizedString::from(token.content.as_str());
+        guarded(path, || normalizer.normalize(&mut text))?;
+        if text.get().is_empty() {
+            let what = format!("the normalizer leaves nothing of {:?}", token.content);
+            return Err(ModelError::tokenizer(path, what));
+        }
+    }
+    Ok(())
 }
 
 /// How a `tokenizer.json` decodes: its alphabet, and the spaces to take off the start.
@@ -136,6 +147,12 @@ mod tests {
                 "{bad}"
             );
         }
+        let vanishing = model("[]", r#"{"a": 0}"#)
+            .replace(r#""added_tokens": []"#, r#""added_tokens": [{"id": 1, "content": " ",
+                "single_word": false, "lstrip": false, "rstrip": false, "normalized": true, "special": false}],
+                "normalizer": {"type": "Strip", "strip_left": true, "strip_right": true}"#);
+        let error = read(&vanishing).unwrap_err().to_string();
+        assert!(error.contains("leaves nothing"), "{error}");
         fs::remove_file(dir.path().join("tokenizer.json")).unwrap();
         assert!(matches!(
             Tokenizer::from_dir(dir.path()),

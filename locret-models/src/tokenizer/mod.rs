@@ -1,13 +1,16 @@
 //! Text to token ids and back.
 
 mod alphabet;
+mod check;
 mod gguf;
 mod json;
+mod named;
 mod ranks;
 mod sentencepiece;
 mod stream;
 mod vocabulary;
 
+pub(crate) use named::NamedTokens;
 pub use stream::DecodeStream;
 
 use crate::{ModelError, Result, files::json::read_bytes};
@@ -22,7 +25,9 @@ use std::{
 use tokenizers::{AddedToken, Tokenizer as Inner};
 
 /// No vocabulary comes near this; a larger id is damage.
-const MAX_ID: u32 = 1 << 24;
+const MAX_ID: u32 = 1 << 22;
+/// Ids that no token has: as many, and some for each token.
+const MAX_UNUSED: u32 = 100_000;
 /// Longer tokens of a SentencePiece vocabulary are never merged to: trying all their splits takes
 /// quadratic time, and no real vocabulary has any.
 const MAX_TOKEN: usize = 4096;
@@ -154,10 +159,14 @@ impl Tokenizer {
 
         let vocab = interpret.get_vocab(true);
         let max = vocab.values().chain(added.keys()).max().copied();
-        if max.is_some_and(|max| max > MAX_ID) {
+        let most = MAX_ID.min(MAX_UNUSED + 8 * vocab.len() as u32);
+        if max.is_some_and(|max| max > most) {
             return Err(ModelError::tokenizer(
                 path,
-                format!("token ids up to {MAX_ID} are expected, but there is {max:?}"),
+                format!(
+                    "ids up to {most} are expected of {} tokens, but there is {max:?}",
+                    vocab.len()
+                ),
             ));
         }
         let mut pieces = vec![None; max.map_or(0, |max| max as usize + 1)];
