@@ -5,7 +5,7 @@ use burn::tensor::{Device, Tensor};
 use locret_core::CausalLm;
 use locret_eval::{corpus::Essays, files::file_sha256, tasks::Frame};
 use locret_models::{
-    FetchOptions, LoadedModel, Message, SpecialTokens, Tokenizer, load_model, resolve,
+    Date, FetchOptions, LoadedModel, Message, SpecialTokens, Tokenizer, load_model, resolve,
 };
 use std::{
     cell::OnceCell,
@@ -97,9 +97,17 @@ impl Runtime {
     /// # Errors
     /// [`Error::Model`]; [`Error::Usage`] if a chat is asked for and there is no template for it.
     pub fn prompt(&self, text: &str, chat: bool, control: bool) -> Result<Vec<u32>> {
+        self.prompt_on(Date::today(), text, chat, control)
+    }
+
+    /// The same on a certain day, which a chat template may print.
+    ///
+    /// # Errors
+    /// As [`prompt`](Self::prompt).
+    pub fn prompt_on(&self, date: Date, text: &str, chat: bool, control: bool) -> Result<Vec<u32>> {
         if chat {
             let template = self.loaded.files.chat_template()?;
-            let template = template.ok_or_else(no_template)?;
+            let template = template.ok_or_else(no_template)?.with_date(date);
             let turn = [Message::new("user", text)];
             if control {
                 return self.encode(&template.render(&turn, true)?);

@@ -1,19 +1,23 @@
 //! Chat templates.
 
-use crate::{Gguf, ModelError, Result, SpecialTokens, Tokenizer, files::json};
-use minijinja::{
-    Environment, ErrorKind, Value,
-    syntax::SyntaxConfig,
-    value::{Kwargs, Serde},
+mod date;
+mod jinja;
+
+pub use date::Date;
+
+use crate::{
+    Gguf, ModelError, Result, SpecialTokens, Tokenizer, files::json, tokenizer::NamedTokens,
 };
+use jinja::{Template, Value};
 use serde::{Deserialize, Serialize};
 use serde_json::Value as Json;
-use std::{fmt, io, ops::Range, path::Path};
+use std::{ops::Range, path::Path, sync::Arc};
 
-/// What one rendering may use up: a step costs one, and so do 64 bytes of text. Enough for thousands
-/// of messages and 256 MB of text; used up in about a second.
-const FUEL: u64 = 4_000_000;
-const NAME: &str = "chat";
+/// Bytes that a template may write for itself, and for each message.
+const OWN_TEXT: usize = 32 << 10;
+const OWN_TEXT_PER_MESSAGE: usize = 2 << 10;
+/// How often a template may repeat what it says itself, and what messages say.
+const REPEATS: usize = 4;
 
 /// One message of a conversation.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -35,38 +39,20 @@ impl Message {
     }
 }
 
-/// A date, for templates that tell the model what day it is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Date {
-    /// The year.
-    pub year: u16,
-    /// The month, 1 to 12.
-    pub month: u8,
-    /// The day, 1 to 31.
-    pub day: u8,
-}
-
 /// A model's own way of writing a conversation as one text.
 ///
-/// Templates are written in Jinja, with the settings and functions that transformers gives them.
-/// Steps and memory of a rendering are limited. Templates find no function `strftime_now`, and most then
-/// use a date of their own, so that the same messages always give the same text;
-/// [`with_date`](Self::with_date) supplies one.
+/// Templates are written in Jinja, with the settings, functions and variables that transformers gives
+/// them; `tools` and `documents` are none. Nobody has to trust one: the steps that it takes, the memory,
+/// the depth and the length of its text are limited, by the messages' own length beyond a constant.
+/// Templates find no function `strftime_now`, and most then use a date of their own, so that the same
+/// messages always give the same text; [`with_date`](Self::with_date) supplies one.
+#[derive(Debug)]
 pub struct ChatTemplate {
-    environment: Environment<'static>,
+    template: Template,
     source: String,
-    bos: String,
-    eos: String,
-}
-
-impl fmt::Debug for ChatTemplate {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("ChatTemplate")
-            .field("source", &self.source)
-            .field("bos", &self.bos)
-            .field("eos", &self.eos)
-            .finish_non_exhaustive()
-    }
+    /// What `bos_token` and the like stand for.
+    tokens: Vec<(String, String)>,
+    date: Option<Date>,
 }
 
 fn error(message: impl ToString) -> ModelError {
@@ -75,69 +61,42 @@ fn error(message: impl ToString) -> ModelError {
     }
 }
 
-/// An error of the engine, with the line it is about.
-fn engine_error(e: minijinja::Error) -> ModelError {
-    let mut message = e.to_string();
-    let mut source = std::error::Error::source(&e);
-    while let Some(inner) = source {
-        message.push_str(&format!(": {inner}"));
-        source = inner.source();
-    }
-    error(message)
-}
-
 impl ChatTemplate {
     /// A template from its source, with the texts that `bos_token` and `eos_token` stand for.
     ///
     /// # Errors
     /// [`ModelError::ChatTemplate`] if it does not compile.
     pub fn new(source: &str, bos: &str, eos: &str) -> Result<Self> {
-        let mut environment = Environment::new();
-        environment.set_fuel(Some(FUEL));
-        let syntax = SyntaxConfig::builder()
-            .trim_blocks(true)
-            .lstrip_blocks(true)
-            .build()
-            .map_err(engine_error)?;
-        environment.set_syntax(syntax);
-        environment
-            .set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
-        environment.add_function("raise_exception", raise_exception);
-        environment.add_filter("tojson", to_json);
-        environment
-            .add_template_owned(NAME, source.to_owned())
-            .map_err(engine_error)?;
+        let tokens = [("bos_token", bos), ("eos_token", eos)];
+        let tokens = tokens.map(|(name, text)| (name.to_owned(), text.to_owned()));
+        Self::with_tokens(source, tokens.into())
+    }
+
+    fn with_tokens(source: &str, tokens: Vec<(String, String)>) -> Result<Self> {
         Ok(Self {
-            environment,
+            template: Template::new(source).map_err(error)?,
             source: source.to_owned(),
-            bos: bos.to_owned(),
-            eos: eos.to_owned(),
+            tokens,
+            date: None,
         })
     }
 
     /// The template of a model folder: `chat_template.jinja`, or `chat_template` in
-    /// `tokenizer_config.json` (of several named ones, `default`). `None` if there is none.
+    /// `tokenizer_config.json`, `chat_template.json` or `processor_config.json` (of several named ones,
+    /// `default`). `None` if there is none.
+    ///
+    /// The texts of `bos_token` and of the other named tokens are looked for where transformers does:
+    /// in `tokenizer_config.json`, then in `special_tokens_map.json`.
     ///
     /// # Errors
     /// [`ModelError::Io`], [`ModelError::Json`]; [`ModelError::ChatTemplate`].
     pub fn from_dir(dir: impl AsRef<Path>) -> Result<Option<Self>> {
         let dir = dir.as_ref();
-        let config: Option<Json> = json::read_optional(&dir.join("tokenizer_config.json"))?;
-        let config = config.unwrap_or_default();
-        let token = |key: &str| {
-            let token = &config[key];
-            let text = token.as_str().or(token["content"].as_str());
-            text.unwrap_or_default().to_owned()
+        let Some(source) = source_in(dir)? else {
+            return Ok(None);
         };
-        let file = dir.join("chat_template.jinja");
-        let source = if file.exists() {
-            Some(json::read_text(&file)?)
-        } else {
-            named_template(&config["chat_template"])?
-        };
-        source
-            .map(|source| Self::new(&source, &token("bos_token"), &token("eos_token")))
-            .transpose()
+        let tokens = NamedTokens::read(dir)?.texts();
+        Self::with_tokens(&source, tokens).map(Some)
     }
 
     /// The template in a GGUF file. `None` if there is none.
@@ -148,21 +107,31 @@ impl ChatTemplate {
         let Some(source) = gguf.get_str("tokenizer.chat_template")? else {
             return Ok(None);
         };
-        let tokens = gguf.get_strings("tokenizer.ggml.tokens")?.unwrap_or(&[]);
-        let token = |key: &str| -> Result<&str> {
-            let id = gguf.get_u64(key)?;
-            let text = id.and_then(|id| tokens.get(usize::try_from(id).ok()?));
-            Ok(text.map_or("", String::as_str))
-        };
-        let bos = token("tokenizer.ggml.bos_token_id")?;
-        let eos = token("tokenizer.ggml.eos_token_id")?;
-        Self::new(source, bos, eos).map(Some)
+        let texts = gguf.get_strings("tokenizer.ggml.tokens")?.unwrap_or(&[]);
+        let mut tokens = Vec::new();
+        for (name, key) in [
+            ("bos_token", "bos"),
+            ("eos_token", "eos"),
+            ("unk_token", "unknown"),
+            ("pad_token", "padding"),
+        ] {
+            let id = gguf.get_u64(&format!("tokenizer.ggml.{key}_token_id"))?;
+            let text = id.and_then(|id| texts.get(usize::try_from(id).ok()?));
+            match text {
+                Some(text) => tokens.push((name.to_owned(), text.clone())),
+                // A template puts these together with texts, which fails for what is undefined.
+                None if matches!(key, "bos" | "eos") => {
+                    tokens.push((name.to_owned(), String::new()));
+                }
+                None => {}
+            }
+        }
+        Self::with_tokens(source, tokens).map(Some)
     }
 
     /// The same template with a date that it may print.
     pub fn with_date(mut self, date: Date) -> Self {
-        self.environment
-            .add_function("strftime_now", move |format: &str| date.format(format));
+        self.date = Some(date);
         self
     }
 
@@ -187,17 +156,44 @@ impl ChatTemplate {
                 message.role
             )));
         }
-        self.environment
-            .get_template(NAME)
-            .and_then(|template| {
-                template.render(minijinja::context! {
-                    messages => Serde(messages),
-                    add_generation_prompt,
-                    bos_token => self.bos.as_str(),
-                    eos_token => self.eos.as_str(),
-                })
-            })
-            .map_err(engine_error)
+        let content: usize = messages.iter().map(|m| m.content.len()).sum();
+        let own = OWN_TEXT + self.source.len() + messages.len() * OWN_TEXT_PER_MESSAGE;
+        let limit = own.saturating_add(content.saturating_mul(REPEATS));
+        let clock = self
+            .date
+            .map(|date| move |format: &str| date.format(format));
+        let clock = clock.as_ref().map(|clock| clock as jinja::Clock<'_>);
+        let variables = || self.variables(messages, add_generation_prompt);
+        self.template
+            .render(variables, clock, content, limit)
+            .map_err(error)
+    }
+
+    /// What a template finds.
+    fn variables(
+        &self,
+        messages: &[Message],
+        add_generation_prompt: bool,
+    ) -> Vec<(Arc<str>, Value)> {
+        let message = |m: &Message| {
+            Value::given_map(vec![
+                ("role", Value::text(&m.role)),
+                ("content", Value::text(&m.content)),
+            ])
+        };
+        let messages = messages.iter().map(message).collect();
+        let mut variables: Vec<(Arc<str>, Value)> = vec![
+            ("messages".into(), Value::given_list(messages)),
+            ("tools".into(), Value::None),
+            ("documents".into(), Value::None),
+            (
+                "add_generation_prompt".into(),
+                Value::Bool(add_generation_prompt),
+            ),
+        ];
+        let tokens = self.tokens.iter();
+        variables.extend(tokens.map(|(name, text)| (name.as_str().into(), Value::text(text))));
+        variables
     }
 
     /// Token ids of a conversation, in which the template's control tokens count and those that are
@@ -358,132 +354,48 @@ fn is_role(role: &str) -> bool {
             .all(|c| c.is_alphanumeric() || matches!(c, '-' | '_'))
 }
 
-/// `chat_template` of a `tokenizer_config.json`: one, or a list of named ones.
-fn named_template(value: &Json) -> Result<Option<String>> {
-    match value {
-        Json::Null => Ok(None),
-        Json::String(source) => Ok(Some(source.clone())),
+/// The template of a model folder.
+fn source_in(dir: &Path) -> Result<Option<String>> {
+    let file = dir.join("chat_template.jinja");
+    if file.exists() {
+        return json::read_text(&file).map(Some);
+    }
+    // The first is where tokenizers have it, the others where processors of several media do.
+    for name in [
+        "tokenizer_config.json",
+        "chat_template.json",
+        "processor_config.json",
+    ] {
+        let config: Option<Json> = json::read_optional(&dir.join(name))?;
+        let found = named_template(name, &config.unwrap_or_default()["chat_template"])?;
+        if found.is_some() {
+            return Ok(found);
+        }
+    }
+    Ok(None)
+}
+
+/// A `chat_template`: one, or named ones as a list or an object.
+fn named_template(file: &str, value: &Json) -> Result<Option<String>> {
+    let default = match value {
+        Json::Null => return Ok(None),
+        Json::String(source) => return Ok(Some(source.clone())),
         Json::Array(list) => list
             .iter()
             .find(|t| t["name"] == "default")
-            .and_then(|t| t["template"].as_str())
-            .map(|source| Some(source.to_owned()))
-            .ok_or_else(|| {
-                error("of several templates in tokenizer_config.json none is `default`")
-            }),
-        _ => Err(error(
-            "chat_template in tokenizer_config.json: expected a string or a list",
-        )),
-    }
-}
-
-/// What a template calls to refuse messages.
-fn raise_exception(message: String) -> Result<Value, minijinja::Error> {
-    Err(minijinja::Error::new(ErrorKind::InvalidOperation, message))
-}
-
-/// JSON as Python writes it: a space after commas and colons, nothing escaped that need not be.
-fn to_json(value: Value, options: Kwargs) -> Result<String, minijinja::Error> {
-    let fail = |e: serde_json::Error| {
-        minijinja::Error::new(ErrorKind::BadSerialization, "cannot be written as JSON")
-            .with_source(e)
+            .and_then(|t| t["template"].as_str()),
+        Json::Object(named) => named.get("default").and_then(Json::as_str),
+        _ => {
+            return Err(error(format!(
+                "chat_template in {file}: expected a string, or named ones"
+            )));
+        }
     };
-    let indent: Option<usize> = options.get("indent")?;
-    // What else Python's function takes makes no difference here.
-    for ignored in ["ensure_ascii", "separators", "sort_keys"] {
-        let _: Option<Value> = options.get(ignored)?;
-    }
-    options.assert_all_used()?;
-    let mut out = Vec::new();
-    match indent {
-        Some(n) => {
-            let spaces = vec![b' '; n.min(16)];
-            let formatter = serde_json::ser::PrettyFormatter::with_indent(&spaces);
-            let mut serializer = serde_json::Serializer::with_formatter(&mut out, formatter);
-            value.serialize(&mut serializer).map_err(fail)?;
-        }
-        None => {
-            let mut serializer = serde_json::Serializer::with_formatter(&mut out, Spaced);
-            value.serialize(&mut serializer).map_err(fail)?;
-        }
-    }
-    String::from_utf8(out)
-        .map_err(|e| minijinja::Error::new(ErrorKind::BadSerialization, e.to_string()))
-}
-
-struct Spaced;
-
-impl serde_json::ser::Formatter for Spaced {
-    fn begin_array_value<W: ?Sized + io::Write>(
-        &mut self,
-        writer: &mut W,
-        first: bool,
-    ) -> io::Result<()> {
-        writer.write_all(if first { b"" } else { b", " })
-    }
-
-    fn begin_object_key<W: ?Sized + io::Write>(
-        &mut self,
-        writer: &mut W,
-        first: bool,
-    ) -> io::Result<()> {
-        writer.write_all(if first { b"" } else { b", " })
-    }
-
-    fn begin_object_value<W: ?Sized + io::Write>(&mut self, writer: &mut W) -> io::Result<()> {
-        writer.write_all(b": ")
-    }
-}
-
-impl Date {
-    /// As `strftime`, of which a date knows `%Y %y %m %d %b %B %%`.
-    fn format(self, format: &str) -> Result<String, minijinja::Error> {
-        const MONTHS: [&str; 12] = [
-            "January",
-            "February",
-            "March",
-            "April",
-            "May",
-            "June",
-            "July",
-            "August",
-            "September",
-            "October",
-            "November",
-            "December",
-        ];
-        let month = MONTHS
-            .get(usize::from(self.month).wrapping_sub(1))
-            .ok_or_else(|| {
-                minijinja::Error::new(
-                    ErrorKind::InvalidOperation,
-                    format!("there is no month {}", self.month),
-                )
-            })?;
-        let mut out = String::new();
-        let mut chars = format.chars();
-        while let Some(c) = chars.next() {
-            if c != '%' {
-                out.push(c);
-                continue;
-            }
-            match chars.next() {
-                Some('Y') => out.push_str(&self.year.to_string()),
-                Some('y') => out.push_str(&format!("{:02}", self.year % 100)),
-                Some('m') => out.push_str(&format!("{:02}", self.month)),
-                Some('d') => out.push_str(&format!("{:02}", self.day)),
-                Some('b') => out.push_str(&month[..3]),
-                Some('B') => out.push_str(month),
-                Some('%') => out.push('%'),
-                other => {
-                    return Err(minijinja::Error::new(
-                        ErrorKind::InvalidOperation,
-                        format!("strftime_now knows no %{}", other.unwrap_or(' ')),
-                    ));
-                }
-            }
-        }
-        Ok(out)
+    match default {
+        Some(source) => Ok(Some(source.to_owned())),
+        None => Err(error(format!(
+            "of several templates in {file} none is `default`"
+        ))),
     }
 }
 
@@ -495,7 +407,7 @@ mod tests {
         tokenizer::tests::{build, byte_level_file},
     };
     use proptest::prelude::*;
-    use std::fs;
+    use std::{fmt, fs};
 
     const CHATML: &str = "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' \
         + message['content'] + '<|im_end|>' + '\n' }}{% endfor %}\
@@ -561,16 +473,15 @@ mod tests {
             ),
             ("  {% if true %}\na\n  {% endif %}\nb", "a\nb"),
             ("{{ strftime_now is defined }}", "False"),
-            ("{{ tools is defined }}", "False"),
+            ("{{ tools is defined and tools is none }}", "True"),
+            ("{{ documents is none }}", "True"),
             (
                 "{{ {'a': [1, '<é>'], 'b': none} | tojson }}",
                 r#"{"a": [1, "<é>"], "b": null}"#,
             ),
             ("{{ {'a': 1} | tojson(indent=2) }}", "{\n  \"a\": 1\n}"),
         ] {
-            // Truth values are spelled as the engine spells them.
-            let found = render(source).unwrap();
-            assert_eq!(found.to_lowercase(), expected.to_lowercase(), "{source}");
+            assert_eq!(render(source).unwrap(), expected, "{source}");
         }
         let refusal = render("{{ raise_exception('roles must alternate') }}");
         assert!(message(refusal).contains("roles must alternate"));
@@ -618,7 +529,8 @@ mod tests {
             "{{ nothing.at.all }}",
             "{% include 'other' %}",
         ] {
-            let rendered = template(source).render(&[user("Hi")], false);
+            let rendered = ChatTemplate::new(source, "", "")
+                .and_then(|template| template.render(&[user("Hi")], false));
             assert!(!message(rendered).is_empty(), "{source}");
         }
         for role in ["", "user<|im_end|>", "a b", "a\nb"] {
