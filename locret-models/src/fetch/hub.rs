@@ -6,7 +6,10 @@ use super::{
 };
 use crate::{
     ModelError, Result,
-    files::safetensors::{self, INDEX, SINGLE},
+    files::{
+        gguf::part_names,
+        safetensors::{self, INDEX, SINGLE},
+    },
 };
 use hf_hub::{
     Cache, Repo, RepoType,
@@ -21,12 +24,14 @@ use std::{
 const CONFIG: &str = "config.json";
 /// Read if they are there. They come before the weights, so that a snapshot with all weights is
 /// complete.
-const SETTINGS: [&str; 5] = [
+const SETTINGS: [&str; 7] = [
     "generation_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
+    "added_tokens.json",
     "chat_template.jinja",
+    "chat_template.json",
 ];
 
 /// `owner/name[/file.gguf][@revision]`.
@@ -112,6 +117,9 @@ pub(super) fn hub_model(
     let api = builder.build().map_err(|e| repository.error(e))?.repo(repo);
     let fetch = |file: &str| fetch(&repository, &api, |f| cached.get(f), file, progress);
     if let Some(file) = repository.file {
+        for part in part_names(file) {
+            fetch(&part)?;
+        }
         return fetch(file);
     }
     let info = api.info().map_err(|e| repository.error(e))?;
@@ -166,6 +174,9 @@ fn hub_cache(options: &FetchOptions) -> Result<PathBuf> {
 /// The model if every file of it is in the cache.
 fn in_cache(repository: &Repository<'_>, get: impl Fn(&str) -> Option<PathBuf>) -> Option<PathBuf> {
     if let Some(file) = repository.file {
+        for part in part_names(file) {
+            get(&part)?;
+        }
         return get(file);
     }
     let config = get(CONFIG)?;

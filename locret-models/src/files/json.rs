@@ -23,6 +23,7 @@ pub(crate) fn read_bytes(path: &Path) -> Result<Vec<u8>> {
             "more",
         ));
     }
+    super::check_content(path, &bytes)?;
     Ok(bytes)
 }
 

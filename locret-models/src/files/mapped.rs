@@ -28,6 +28,7 @@ impl MappedFile {
         // SAFETY: the map is read-only and never handed out as anything but bytes, any value of
         // which is valid. That nobody shortens the file is the documented demand on callers.
         let map = unsafe { Mmap::map(&file) }.map_err(ModelError::io("map", path))?;
+        super::check_content(path, &map)?;
         Ok(Self {
             path: path.to_path_buf(),
             map,

@@ -113,6 +113,12 @@ impl SafetensorsDir {
                 Dtype::F32 => DType::F32,
                 Dtype::F16 => DType::F16,
                 Dtype::BF16 => DType::BF16,
+                // Masks and indices that old programs saved along with the weights.
+                Dtype::BOOL | Dtype::I64
+                    if !name.ends_with("weight") && !name.ends_with("bias") =>
+                {
+                    continue;
+                }
                 other => {
                     return Err(ModelError::UnsupportedEncoding {
                         path: path.to_path_buf(),
@@ -452,7 +458,7 @@ mod tests {
             );
         }
         let wrong = raw(
-            r#"{"a":{"dtype":"I64","shape":[1],"data_offsets":[0,8]}}"#,
+            r#"{"weight":{"dtype":"I64","shape":[1],"data_offsets":[0,8]}}"#,
             8,
         );
         let folder = dir(&[(SINGLE, &wrong)]);

@@ -1,11 +1,14 @@
 //! Reading GGUF files (versions 2 and 3, little-endian).
 //!
 //! A [`Gguf`] is a memory map, the parsed metadata, and a checked table of tensors. Whatever the
-//! file claims is checked against its length before anything is allocated.
+//! file claims is checked against its length before anything is allocated. A file that was split into
+//! several is opened as the one that it was.
 
 mod header;
+mod split;
 mod value;
 
+pub(crate) use split::part_names;
 pub use value::{Array, Value};
 
 use super::mapped::MappedFile;
@@ -46,17 +49,20 @@ impl GgufTensor {
 
 /// A GGUF file: memory-mapped, with parsed metadata and a checked table of tensors.
 pub struct Gguf {
-    file: MappedFile,
+    /// The first has the metadata.
+    files: Vec<MappedFile>,
     version: u32,
     metadata: BTreeMap<String, Value>,
     tensors: Vec<GgufTensor>,
-    by_name: HashMap<String, usize>,
+    /// Which tensor, and the file that has it.
+    by_name: HashMap<String, (usize, usize)>,
 }
 
 impl fmt::Debug for Gguf {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Gguf")
-            .field("path", &self.file.path())
+            .field("path", &self.path())
+            .field("files", &self.files.len())
             .field("version", &self.version)
             .field("metadata", &self.metadata.len())
             .field("tensors", &self.tensors.len())
@@ -65,33 +71,71 @@ impl fmt::Debug for Gguf {
 }
 
 impl Gguf {
-    /// Maps a file and parses its header.
+    /// Maps a file and parses its header. Any part of a file that was split (`-00001-of-00003.gguf` in
+    /// its name) stands for all, which have to be in the same folder.
     ///
     /// # Errors
-    /// [`ModelError::Io`]; [`ModelError::Format`] for anything that the format does not allow;
-    /// [`ModelError::Truncated`] for counts, lengths and offsets that point past the end;
-    /// [`ModelError::Duplicate`], [`ModelError::Overlap`]; [`ModelError::UnsupportedEncoding`].
+    /// [`ModelError::Io`]; [`ModelError::Format`] for anything that the format does not allow, and for
+    /// parts that do not belong together; [`ModelError::Truncated`] for counts, lengths and offsets that
+    /// point past the end; [`ModelError::Duplicate`], [`ModelError::Overlap`];
+    /// [`ModelError::UnsupportedEncoding`].
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
         let file = MappedFile::open(path.as_ref())?;
         let header = Header::parse(file.path(), file.bytes())?;
-        let by_name = header
-            .tensors
-            .iter()
-            .enumerate()
-            .map(|(i, t)| (t.name.clone(), i))
-            .collect();
-        Ok(Self {
-            file,
-            version: header.version,
-            metadata: header.metadata,
-            tensors: header.tensors,
-            by_name,
-        })
+        let parts = split::parts(&file, &header)?;
+        if parts.is_empty() {
+            return Self::of(vec![(file, header)]);
+        }
+        let mut all = Vec::with_capacity(parts.len());
+        for (number, path) in parts.iter().enumerate() {
+            let file = MappedFile::open(path)?;
+            let header = Header::parse(file.path(), file.bytes())?;
+            split::check(path, &header, number, parts.len())?;
+            all.push((file, header));
+        }
+        let found: usize = all.iter().map(|(_, header)| header.tensors.len()).sum();
+        split::check_count(&parts[0], &all[0].1, found)?;
+        Self::of(all)
     }
 
-    /// The file.
+    /// Several files as one.
+    fn of(parts: Vec<(MappedFile, Header)>) -> Result<Self> {
+        let mut this = Self {
+            files: Vec::with_capacity(parts.len()),
+            version: 0,
+            metadata: BTreeMap::new(),
+            tensors: Vec::new(),
+            by_name: HashMap::new(),
+        };
+        for (part, (file, header)) in parts.into_iter().enumerate() {
+            if part == 0 {
+                (this.version, this.metadata) = (header.version, header.metadata);
+            }
+            for tensor in header.tensors {
+                let place = (this.tensors.len(), part);
+                if this.by_name.insert(tensor.name.clone(), place).is_some() {
+                    return Err(ModelError::Duplicate {
+                        path: file.path().to_path_buf(),
+                        what: "tensor",
+                        name: tensor.name,
+                    });
+                }
+                this.tensors.push(tensor);
+            }
+            this.files.push(file);
+        }
+        Ok(this)
+    }
+
+    /// The file; of several the first.
     pub fn path(&self) -> &Path {
-        self.file.path()
+        self.files[0].path()
+    }
+
+    /// The file that has a tensor.
+    fn file(&self, tensor: &GgufTensor) -> &MappedFile {
+        let part = self.by_name.get(&tensor.name).map_or(0, |place| place.1);
+        &self.files[part]
     }
 
     /// The version of the format.
@@ -111,14 +155,15 @@ impl Gguf {
 
     /// The tensor of a name.
     pub fn tensor(&self, name: &str) -> Option<&GgufTensor> {
-        self.by_name.get(name).map(|&i| &self.tensors[i])
+        self.by_name.get(name).map(|&(i, _)| &self.tensors[i])
     }
 
     /// The packed blocks of a tensor, as they are in the file.
     pub fn raw(&self, tensor: &GgufTensor) -> Result<&[u8]> {
-        self.file.bytes().get(tensor.bytes.clone()).ok_or_else(|| {
+        let file = self.file(tensor);
+        file.bytes().get(tensor.bytes.clone()).ok_or_else(|| {
             ModelError::format(
-                self.path(),
+                file.path(),
                 format!("tensor {:?}", tensor.name),
                 "an entry of this file",
                 "an entry of another file",
@@ -159,7 +204,8 @@ impl Gguf {
     pub(crate) fn release_rows(&self, tensor: &GgufTensor, rows: Range<usize>) {
         if let Ok(range) = row_range(self.path(), tensor, rows) {
             let start = tensor.bytes.start;
-            self.file.release(start + range.start..start + range.end);
+            let file = self.file(tensor);
+            file.release(start + range.start..start + range.end);
         }
     }
 
@@ -177,6 +223,15 @@ impl Gguf {
     /// [`ModelError::Config`] if there is another type of value.
     pub fn get_u64(&self, key: &str) -> Result<Option<u64>> {
         self.get(key, "a non-negative integer", Value::as_u64)
+    }
+
+    /// The token id under a key; none for a negative or larger integer, which some files have for "none".
+    ///
+    /// # Errors
+    /// [`ModelError::Config`] if there is another type of value.
+    pub fn get_id(&self, key: &str) -> Result<Option<u32>> {
+        let id = self.get(key, "a token id", Value::as_i128)?;
+        Ok(id.and_then(|id| u32::try_from(id).ok()))
     }
 
     /// The number under a key.

@@ -89,6 +89,33 @@ impl Array {
         self.len() == 0
     }
 
+    /// Integers of any width.
+    pub fn as_integers(&self) -> Option<Vec<i128>> {
+        fn all<T: Copy + Into<i128>>(values: &[T]) -> Option<Vec<i128>> {
+            Some(values.iter().map(|&x| x.into()).collect())
+        }
+        match self {
+            Self::U8(v) => all(v),
+            Self::I8(v) => all(v),
+            Self::U16(v) => all(v),
+            Self::I16(v) => all(v),
+            Self::U32(v) => all(v),
+            Self::I32(v) => all(v),
+            Self::U64(v) => all(v),
+            Self::I64(v) => all(v),
+            Self::F32(_) | Self::F64(_) | Self::Bool(_) | Self::String(_) | Self::Array(_) => None,
+        }
+    }
+
+    /// Numbers of any type, in single precision.
+    pub fn as_f32(&self) -> Option<Vec<f32>> {
+        match self {
+            Self::F32(v) => Some(v.clone()),
+            Self::F64(v) => Some(v.iter().map(|&x| x as f32).collect()),
+            _ => Some(self.as_integers()?.into_iter().map(|x| x as f32).collect()),
+        }
+    }
+
     fn kind(&self) -> &'static str {
         match self {
             Self::U8(_) => "u8",
@@ -109,19 +136,24 @@ impl Array {
 }
 
 impl Value {
-    /// A non-negative integer of any width.
-    pub fn as_u64(&self) -> Option<u64> {
+    /// An integer of any width.
+    pub fn as_i128(&self) -> Option<i128> {
         match *self {
             Self::U8(x) => Some(x.into()),
             Self::U16(x) => Some(x.into()),
             Self::U32(x) => Some(x.into()),
-            Self::U64(x) => Some(x),
-            Self::I8(x) => x.try_into().ok(),
-            Self::I16(x) => x.try_into().ok(),
-            Self::I32(x) => x.try_into().ok(),
-            Self::I64(x) => x.try_into().ok(),
+            Self::U64(x) => Some(x.into()),
+            Self::I8(x) => Some(x.into()),
+            Self::I16(x) => Some(x.into()),
+            Self::I32(x) => Some(x.into()),
+            Self::I64(x) => Some(x.into()),
             _ => None,
         }
+    }
+
+    /// A non-negative integer of any width.
+    pub fn as_u64(&self) -> Option<u64> {
+        self.as_i128()?.try_into().ok()
     }
 
     /// A float of either width, or an integer.
@@ -129,19 +161,19 @@ impl Value {
         match *self {
             Self::F32(x) => Some(x.into()),
             Self::F64(x) => Some(x),
-            Self::I8(x) => Some(x.into()),
-            Self::I16(x) => Some(x.into()),
-            Self::I32(x) => Some(x.into()),
-            Self::I64(x) => Some(x as f64),
-            _ => self.as_u64().map(|x| x as f64),
+            _ => self.as_i128().map(|x| x as f64),
         }
     }
 
-    /// A truth value.
+    /// A truth value; 0 and 1 count.
     pub fn as_bool(&self) -> Option<bool> {
         match *self {
             Self::Bool(x) => Some(x),
-            _ => None,
+            _ => match self.as_u64()? {
+                0 => Some(false),
+                1 => Some(true),
+                _ => None,
+            },
         }
     }
 
