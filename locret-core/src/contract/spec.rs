@@ -25,6 +25,9 @@ pub struct ModelSpec {
     pub softmax_scale: f32,
     /// The length that the model was trained for, in tokens, where it is known.
     pub max_positions: Option<usize>,
+    /// How many of the newest tokens the model attends to, where that is not all. A cache of kept units
+    /// does not imitate such a window, so that sequences end with it.
+    pub attention_window: Option<usize>,
     /// Rotary position embedding.
     pub rope: RopeConfig,
     /// Whether the adapter hands along what each layer makes q, k and v from
@@ -49,6 +52,7 @@ impl ModelSpec {
             vocab,
             softmax_scale: 1.0,
             max_positions: None,
+            attention_window: None,
             rope: RopeConfig::plain(10_000.0, 0),
             layer_input: false,
         };
@@ -86,6 +90,14 @@ impl ModelSpec {
     pub fn with_max_positions(self, tokens: Option<usize>) -> Self {
         Self {
             max_positions: tokens,
+            ..self
+        }
+    }
+
+    /// A model that attends to so many of the newest tokens only.
+    pub fn with_attention_window(self, tokens: Option<usize>) -> Self {
+        Self {
+            attention_window: tokens,
             ..self
         }
     }

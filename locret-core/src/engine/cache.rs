@@ -399,6 +399,16 @@ impl SequenceCache {
     /// # Errors
     /// [`Error::NotSupported`] if they cannot.
     pub(super) fn check_length(&self, total: usize) -> Result<()> {
+        if let Some(window) = self.spec.attention_window.filter(|window| total > *window) {
+            return Err(Error::setting(
+                "length of a sequence",
+                format!(
+                    "at most {window} tokens, the sliding_window of this model's attention (a cache \
+                     that evicts by a policy does not imitate it)"
+                ),
+                total,
+            ));
+        }
         if self.seen == 0 || self.positions != Positions::Original || !self.rope.changes(total) {
             return Ok(());
         }
