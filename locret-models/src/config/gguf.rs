@@ -1,7 +1,7 @@
 //! Settings in the metadata of a GGUF file.
 
 use super::{Family, ModelConfig, head_dim, limits, long_rope_attention};
-use crate::{Gguf, ModelError, Result};
+use crate::{Gguf, ModelError, Result, Value};
 use locret_core::{LongRopeSwitch, RopeConfig, RopeScaling};
 
 impl ModelConfig {
@@ -16,7 +16,7 @@ impl ModelConfig {
         let keys = Keys { gguf, arch };
         let heads = keys.need("attention.head_count")?;
         let hidden = keys.need("embedding_length")?;
-        let head_dim = match keys.size("attention.key_length")? {
+        let head_dim = match keys.size("attention.fulllength")? {
             Some(n) => n,
             None => head_dim(gguf.path(), hidden, heads)?,
         };
@@ -33,11 +33,13 @@ impl ModelConfig {
                 .ok_or_else(|| keys.bad("vocab_size", "a number", "nothing"))?,
         };
         let max_positions = keys.need("context_length")?;
+        let layers = keys.need("block_count")?;
+        let has = |part: &str| gguf.tensor(&format!("blk.0.{part}")).is_some();
         let config = Self {
             family: Family::new(arch),
             hidden,
             intermediate: keys.need("feed_forward_length")?,
-            layers: keys.need("block_count")?,
+            layers,
             heads,
             kv_heads: keys.size("attention.head_count_kv")?.unwrap_or(heads),
             head_dim,
@@ -50,13 +52,15 @@ impl ModelConfig {
             rope: keys.rope(head_dim, max_positions)?,
             max_positions,
             tied_embeddings: gguf.tensor("output.weight").is_none(),
-            sliding_window: keys.size("attention.sliding_window")?.filter(|&n| n > 0),
-            attention_bias: gguf.tensor("blk.0.attn_q.bias").is_some(),
-            mlp_bias: gguf.tensor("blk.0.ffn_down.bias").is_some(),
+            sliding_window: keys.window(layers, max_positions)?,
+            attention_bias: has("attn_q.bias"),
+            output_bias: has("attn_output.bias"),
+            mlp_bias: has("ffn_down.bias"),
+            head_norms: has("attn_q_norm.weight"),
             activation: "silu".into(),
-            bos: keys.token("tokenizer.ggml.bos_token_id")?,
+            bos: keys.token("tokenizer.ggml.bos_token_id", vocab)?,
             eos: keys
-                .token("tokenizer.ggml.eos_token_id")?
+                .token("tokenizer.ggml.eos_token_id", vocab)?
                 .into_iter()
                 .collect(),
         };
@@ -81,8 +85,20 @@ impl Keys<'_> {
     }
 
     fn size(&self, key: &str) -> Result<Option<usize>> {
-        let Some(n) = self.gguf.get_u64(&self.key(key))? else {
-            return Ok(None);
+        let full = self.key(key);
+        // Some files have a list with a number for each layer; a model of different ones is another.
+        let n = match self.gguf.metadata().get(&full) {
+            Some(Value::Array(list)) => {
+                let list = list.as_integers().unwrap_or_default();
+                let first = list.first().and_then(|first| u64::try_from(*first).ok());
+                let same = list.windows(2).all(|pair| pair[0] == pair[1]);
+                let found = first.filter(|_| same);
+                found.ok_or_else(|| self.bad(key, "the same number for all layers", "a list"))?
+            }
+            _ => match self.gguf.get_u64(&full)? {
+                Some(n) => n,
+                None => return Ok(None),
+            },
         };
         usize::try_from(n)
             .map(Some)
@@ -98,13 +114,22 @@ impl Keys<'_> {
         self.gguf.get_f64(&self.key(key))
     }
 
-    fn token(&self, key: &str) -> Result<Option<u32>> {
-        let Some(id) = self.gguf.get_u64(key)? else {
-            return Ok(None);
-        };
-        u32::try_from(id)
-            .map(Some)
-            .map_err(|_| ModelError::config(self.gguf.path(), key, "a token id", id))
+    /// A token's id; none for one outside of the vocabulary, which no text has.
+    fn token(&self, key: &str, vocab: usize) -> Result<Option<u32>> {
+        let id = self.gguf.get_id(key)?;
+        Ok(id.filter(|id| (*id as usize) < vocab))
+    }
+
+    /// How many tokens attention sees. Files of Phi-3 from before there was a key for that leave it out;
+    /// the two models with such a window are known by their dimensions, as llama.cpp knew them.
+    fn window(&self, layers: usize, max_positions: usize) -> Result<Option<usize>> {
+        match self.size("attention.sliding_window")? {
+            Some(window) => Ok(Some(window).filter(|&n| n > 0)),
+            None if self.arch == "phi3" && matches!(layers, 32 | 40) && max_positions == 4096 => {
+                Ok(Some(2047))
+            }
+            None => Ok(None),
+        }
     }
 
     /// A tensor of factors for the frequencies.
@@ -124,6 +149,24 @@ impl Keys<'_> {
         Ok(Some(values.into_iter().map(f64::from).collect()))
     }
 
+    /// The factor of a linear scaling, 1 where there is none.
+    fn linear(&self) -> Result<f64> {
+        let factor = match self.number("rope.scaling.factor")? {
+            Some(factor) => Some(factor),
+            None => self.number("rope.scale_linear")?,
+        };
+        // Programs write 0 for "none".
+        let factor = factor.filter(|factor| *factor != 0.0);
+        match self.gguf.get_str(&self.key("rope.scaling.type"))? {
+            Some("none") => Ok(1.0),
+            None | Some("linear") => Ok(factor.unwrap_or(1.0)),
+            Some(other) => {
+                let expected = "none, or linear with a factor, or factors as tensors";
+                Err(self.bad("rope.scaling.type", expected, other))
+            }
+        }
+    }
+
     fn rope(&self, head_dim: usize, max_positions: usize) -> Result<RopeConfig> {
         let original_max = self
             .size("rope.scaling.original_context_length")?
@@ -131,6 +174,12 @@ impl Keys<'_> {
         let long = self.factors("rope_factors_long.weight")?;
         let short = self.factors("rope_factors_short.weight")?;
         let scaling = if let (Some(long), Some(short)) = (long, short) {
+            let factor = match self.gguf.get_str(&self.key("rope.scaling.type"))? {
+                // The type that goes with such factors.
+                Some("longrope") => 1.0,
+                _ => self.linear()?,
+            };
+            let scaled = |factors: Vec<f64>| factors.iter().map(|f| f * factor).collect();
             let attention_factor = match self.number("rope.scaling.attn_factor")? {
                 Some(factor) => factor,
                 None => {
@@ -139,38 +188,29 @@ impl Keys<'_> {
                 }
             };
             RopeScaling::LongRope {
-                short,
-                long,
+                short: scaled(short),
+                long: scaled(long),
                 original_max,
                 attention_factor,
                 switch: LongRopeSwitch::ByLength,
             }
-        } else if let Some(factors) = self.factors("rope_freqs.weight")? {
-            // Llama 3.1 as converted: the scaled frequencies themselves, as divisors that hold at
-            // every length.
-            RopeScaling::LongRope {
-                short: factors.clone(),
-                long: factors,
-                original_max,
-                attention_factor: 1.0,
-                switch: LongRopeSwitch::ByLength,
-            }
         } else {
-            let kind = self.gguf.get_str(&self.key("rope.scaling.type"))?;
-            let factor = match self.number("rope.scaling.factor")? {
-                Some(factor) => Some(factor),
-                None => self.number("rope.scale_linear")?,
-            };
-            match (kind, factor) {
-                (None | Some("none"), None) | (Some("none"), Some(_)) => RopeScaling::None,
-                (None | Some("linear"), Some(factor)) => RopeScaling::Linear { factor },
-                (Some(other), _) => {
-                    return Err(self.bad(
-                        "rope.scaling.type",
-                        "none, or linear with a factor, or factors as tensors",
-                        other,
-                    ));
+            let factor = self.linear()?;
+            match self.factors("rope_freqs.weight")? {
+                // Llama 3.1 as converted: the scaled frequencies themselves, as divisors that hold at
+                // every length. A further scaling divides once more.
+                Some(factors) => {
+                    let factors: Vec<f64> = factors.iter().map(|f| f * factor).collect();
+                    RopeScaling::LongRope {
+                        short: factors.clone(),
+                        long: factors,
+                        original_max,
+                        attention_factor: 1.0,
+                        switch: LongRopeSwitch::ByLength,
+                    }
                 }
+                None if factor == 1.0 => RopeScaling::None,
+                None => RopeScaling::Linear { factor },
             }
         };
         Ok(RopeConfig {
@@ -230,8 +270,94 @@ mod tests {
             gguf(&linear).unwrap().rope.scaling,
             RopeScaling::Linear { factor: 2.0 }
         );
-        let other = gguf(&gguf_file("qwen2")).unwrap();
-        assert_eq!(other.family, Family::Other("qwen2".into()));
+        assert_eq!(gguf(&gguf_file("qwen2")).unwrap().family, Family::Qwen2);
+        let other = gguf(&gguf_file("gpt2")).unwrap();
+        assert_eq!(other.family, Family::Other("gpt2".into()));
+    }
+
+    #[test]
+    fn numbers_of_any_width() {
+        let plain = gguf(&gguf_file("llama")).unwrap();
+        for value in [
+            Meta::U8(2),
+            Meta::I8(2),
+            Meta::U16(2),
+            Meta::I16(2),
+            Meta::I32(2),
+            Meta::U64(2),
+            Meta::I64(2),
+            Meta::Array(Array::I32(vec![2, 2])),
+            Meta::Array(Array::U64(vec![2, 2])),
+        ] {
+            let key = "llama.attention.head_count_kv";
+            let mut file = gguf_file("llama");
+            file.metadata.retain(|(k, _)| k != key);
+            assert_eq!(
+                gguf(&file.meta(key, value.clone())).unwrap(),
+                plain,
+                "{value:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn tokens_that_there_are_not() {
+        for none in [Meta::I32(-1), Meta::U32(u32::MAX), Meta::U32(300)] {
+            for key in ["tokenizer.ggml.bos_token_id", "tokenizer.ggml.eos_token_id"] {
+                let mut file = gguf_file("llama");
+                file.metadata.retain(|(k, _)| k != key);
+                let config = gguf(&file.meta(key, none.clone())).unwrap();
+                assert!(
+                    config.bos.is_none() || config.eos.is_empty(),
+                    "{key}: {none:?}"
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn windows_of_phi3() {
+        let phi3 = |layers: u32, context: u32| {
+            let mut file = gguf_file("phi3");
+            let own = ["phi3.block_count", "phi3.context_length"];
+            file.metadata.retain(|(k, _)| !own.contains(&k.as_str()));
+            file.meta(own[0], Meta::U32(layers))
+                .meta(own[1], Meta::U32(context))
+        };
+        let window = |file: &File| gguf(file).unwrap().sliding_window;
+        assert_eq!(window(&phi3(32, 4096)), Some(2047));
+        assert_eq!(window(&phi3(40, 4096)), Some(2047));
+        assert_eq!(window(&phi3(32, 131_072)), None);
+        assert_eq!(window(&gguf_file("llama")), None);
+        let key = "phi3.attention.sliding_window";
+        assert_eq!(window(&phi3(32, 4096).meta(key, Meta::U32(512))), Some(512));
+        assert_eq!(window(&phi3(32, 4096).meta(key, Meta::U32(0))), None);
+    }
+
+    #[test]
+    fn a_scaling_beside_factors() {
+        let scaled = |kind: &str, factor: Meta| {
+            let file = gguf_file("llama")
+                .f32(
+                    "rope_freqs.weight",
+                    &[8],
+                    &[1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0],
+                )
+                .meta("llama.rope.scaling.type", Meta::String(kind.into()))
+                .meta("llama.rope.scaling.factor", factor);
+            gguf(&file)
+        };
+        let first = |config: ModelConfig| match config.rope.scaling {
+            RopeScaling::LongRope { short, long, .. } if short == long => short[1],
+            other => panic!("{other:?}"),
+        };
+        assert_eq!(first(scaled("linear", Meta::F32(4.0)).unwrap()), 8.0);
+        assert_eq!(first(scaled("linear", Meta::F32(0.0)).unwrap()), 2.0);
+        assert_eq!(first(scaled("none", Meta::F32(4.0)).unwrap()), 2.0);
+        assert!(scaled("yarn", Meta::F32(4.0)).is_err());
+        // 0 is what programs write for "none".
+        let zero = gguf_file("llama").meta("llama.rope.scale_linear", Meta::F32(0.0));
+        assert_eq!(gguf(&zero).unwrap().rope.scaling, RopeScaling::None);
     }
 
     #[test]
@@ -272,10 +398,15 @@ mod tests {
             ),
             ("llama.rope.freq_base", Meta::F32(f32::INFINITY)),
             ("llama.rope.dimension_count", Meta::U32(17)),
-            ("llama.attention.key_length", Meta::U32(7)),
+            ("llama.attention.fulllength", Meta::U32(7)),
             ("llama.attention.value_length", Meta::U32(8)),
             ("llama.rope.scaling.type", Meta::String("yarn".into())),
-            ("tokenizer.ggml.eos_token_id", Meta::U32(5000)),
+            ("tokenizer.ggml.eos_token_id", Meta::String("2".into())),
+            (
+                "llama.attention.head_count_kv",
+                Meta::Array(Array::U32(vec![2, 4])),
+            ),
+            ("llama.block_count", Meta::Array(Array::U32(vec![]))),
         ] {
             let mut file = gguf_file("llama");
             file.metadata.retain(|(k, _)| k != key);

@@ -103,15 +103,35 @@ impl Settings<'_> {
         }))
     }
 
-    /// One token id or a list of them.
-    fn tokens(&self, key: &str) -> Result<Vec<u32>> {
-        let id = |v: &Value| v.as_u64().and_then(|n| u32::try_from(n).ok());
-        Ok(self
+    /// One token id or a list of them. Those that the vocabulary does not have, -1 among them, say that
+    /// there is no such token.
+    fn tokens(&self, key: &str, vocab: usize) -> Result<Vec<u32>> {
+        let id = |v: &Value| v.as_i64().or_else(|| v.as_u64().map(|_| i64::MAX));
+        let ids: Vec<i64> = self
             .get(key, "a token id or a list of them", |v| match v {
                 Value::Array(ids) => ids.iter().map(id).collect(),
                 one => id(one).map(|id| vec![id]),
             })?
-            .unwrap_or_default())
+            .unwrap_or_default();
+        let ids = ids.into_iter().filter_map(|id| u32::try_from(id).ok());
+        Ok(ids.filter(|id| (*id as usize) < vocab).collect())
+    }
+
+    /// How many tokens attention sees, where that is not all.
+    fn window(&self, family: &Family, layers: usize) -> Result<Option<usize>> {
+        let window = match (self.values.get("sliding_window"), family) {
+            // What its configuration stands for if it says nothing.
+            (None, Family::Mistral) => Some(4096),
+            _ => self.size("sliding_window")?,
+        };
+        // Qwen writes a window and says elsewhere whether it is in use, and by which layers.
+        let qwen = matches!(family, Family::Qwen2 | Family::Qwen3);
+        let used = self.flag("use_sliding_window")?.unwrap_or(!qwen);
+        let first = self.size("max_window_layers")?.filter(|_| qwen);
+        let none = first.is_some_and(|first| first >= layers);
+        let kinds = self.get("layer_types", "a list", Value::as_array)?;
+        let full = kinds.is_some_and(|kinds| kinds.iter().all(|kind| kind == "full_attention"));
+        Ok(window.filter(|_| used && !none && !full))
     }
 
     fn model(&self, generation: Option<&Settings<'_>>) -> Result<ModelConfig> {
@@ -125,41 +145,55 @@ impl Settings<'_> {
             self.text("model_type")?
                 .ok_or_else(|| self.bad("model_type", "a string", "nothing"))?,
         );
+        for key in ["quantization_config", "compression_config"] {
+            if let Some(Value::Object(settings)) = self.value(key) {
+                let method = settings.get("quant_method").or(settings.get("format"));
+                return Err(self.bad(
+                    key,
+                    "weights as f32, f16 or bf16 (take the checkpoint that this one was made of, or a \
+                     GGUF file with quantised weights)",
+                    method.map_or_else(|| "another way".into(), excerpt),
+                ));
+            }
+        }
         let max_positions = self.size("max_position_embeddings")?.unwrap_or(2048);
-        // Qwen2 writes a window and says elsewhere that it is not in use.
-        let windowed = self.flag("use_sliding_window")?.unwrap_or(true);
+        let (vocab, layers) = (self.need("vocab_size")?, self.need("num_hidden_layers")?);
         let mut eos = match generation {
-            Some(generation) => generation.tokens("eos_token_id")?,
+            Some(generation) => generation.tokens("eos_token_id", vocab)?,
             None => Vec::new(),
         };
-        for id in self.tokens("eos_token_id")? {
+        for id in self.tokens("eos_token_id", vocab)? {
             if !eos.contains(&id) {
                 eos.push(id);
             }
         }
+        let bias = self.flag("attention_bias")?.unwrap_or(false);
         let config = ModelConfig {
             rope: self.rope(&family, head_dim, max_positions)?,
             hidden,
             intermediate: self.need("intermediate_size")?,
-            layers: self.need("num_hidden_layers")?,
+            layers,
             heads,
             kv_heads: self.size("num_key_value_heads")?.unwrap_or(heads),
             head_dim,
-            vocab: self.need("vocab_size")?,
+            vocab,
             rms_norm_eps: self
                 .number("rms_norm_eps")?
                 .ok_or_else(|| self.bad("rms_norm_eps", "a number", "nothing"))?,
             max_positions,
             tied_embeddings: self.flag("tie_word_embeddings")?.unwrap_or(false),
-            sliding_window: self.size("sliding_window")?.filter(|_| windowed),
-            attention_bias: self.flag("attention_bias")?.unwrap_or(false),
+            sliding_window: self.window(&family, layers)?,
+            // Qwen2 always has them, on q, k and v alone.
+            attention_bias: bias || family == Family::Qwen2,
+            output_bias: bias && family != Family::Qwen2,
+            head_norms: family == Family::Qwen3,
             mlp_bias: self.flag("mlp_bias")?.unwrap_or(false),
             activation: self
                 .text("hidden_act")?
                 .or(self.text("hidden_activation")?)
-                .unwrap_or("silu")
+                .map_or("silu", |name| if name == "swish" { "silu" } else { name })
                 .to_owned(),
-            bos: self.tokens("bos_token_id")?.first().copied(),
+            bos: self.tokens("bos_token_id", vocab)?.first().copied(),
             eos,
             family,
         };
@@ -438,14 +472,54 @@ pub(super) mod tests {
         assert_eq!(config.eos, [2]);
         let config = read(&with(llama(), json!({"eos_token_id": null}))).unwrap();
         assert!(config.eos.is_empty());
+        // What the vocabulary does not have ends no text.
+        let list = json!({"eos_token_id": [2, 300, -1, u64::MAX], "bos_token_id": -1});
+        let config = read(&with(llama(), list)).unwrap();
+        assert_eq!((config.bos, config.eos), (None, vec![2]));
+        for wrong in [json!("2"), json!(2.5), json!([2, null]), json!({})] {
+            let config = with(llama(), json!({"eos_token_id": wrong}));
+            assert_eq!(refused(&config).0, "eos_token_id");
+        }
+    }
+
+    #[test]
+    fn families_have_what_their_configurations_leave_out() {
+        let family = |name: &str, more: Value| {
+            read(&with(with(llama(), json!({"model_type": name})), more)).unwrap()
+        };
+        let qwen2 = family("qwen2", json!({"sliding_window": 512}));
+        assert_eq!(qwen2.family, Family::Qwen2);
+        assert!(qwen2.attention_bias && !qwen2.output_bias && !qwen2.head_norms);
+        assert_eq!(qwen2.sliding_window, None);
+        let used = json!({"sliding_window": 512, "use_sliding_window": true});
+        assert_eq!(family("qwen2", used.clone()).binding_window(), Some(512));
+        let few = with(used, json!({"max_window_layers": 28}));
+        assert_eq!(family("qwen2", few).binding_window(), None);
+        let qwen3 = family("qwen3", json!({"attention_bias": false}));
+        assert!(qwen3.head_norms && !qwen3.attention_bias);
+        assert_eq!(family("mistral", json!({})).sliding_window, Some(4096));
         assert_eq!(
-            refused(&with(llama(), json!({"eos_token_id": -1}))).0,
-            "eos_token_id"
+            family("mistral", json!({"sliding_window": null})).sliding_window,
+            None
         );
+        let full =
+            json!({"sliding_window": 512, "layer_types": ["full_attention", "full_attention"]});
+        assert_eq!(family("mistral", full).sliding_window, None);
+        let biases = family("llama", json!({"attention_bias": true}));
+        assert!(biases.attention_bias && biases.output_bias);
         assert_eq!(
-            refused(&with(llama(), json!({"eos_token_id": 300}))).0,
-            "bos or eos token id"
+            family("llama", json!({"hidden_act": "swish"})).activation,
+            "silu"
         );
+    }
+
+    #[test]
+    fn quantised_checkpoints_are_refused() {
+        let fp8 = json!({"quantization_config": {"quant_method": "fp8"}});
+        let (what, found) = refused(&with(llama(), fp8));
+        assert_eq!(what, "quantization_config");
+        assert!(found.contains("fp8"));
+        read(&with(llama(), json!({"quantization_config": null}))).unwrap();
     }
 
     #[test]

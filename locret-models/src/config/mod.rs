@@ -13,8 +13,14 @@ use std::path::Path;
 pub enum Family {
     /// Llama 2 and 3, and models of the same layout such as SmolLM2.
     Llama,
-    /// Phi-3 with its fused projections.
+    /// Phi-3, 3.5 and 4-mini with their fused projections.
     Phi3,
+    /// Mistral: Llama's layout, with a sliding window in its first version.
+    Mistral,
+    /// Qwen2 and 2.5: Llama's layout with biases on q, k and v.
+    Qwen2,
+    /// Qwen3: Llama's layout with normalised heads of q and k.
+    Qwen3,
     /// Another one, as the file names it. For adapters outside this crate.
     Other(String),
 }
@@ -24,6 +30,9 @@ impl Family {
         match name {
             "llama" => Self::Llama,
             "phi3" => Self::Phi3,
+            "mistral" => Self::Mistral,
+            "qwen2" => Self::Qwen2,
+            "qwen3" => Self::Qwen3,
             other => Self::Other(other.to_owned()),
         }
     }
@@ -61,15 +70,20 @@ pub struct ModelConfig {
     pub tied_embeddings: bool,
     /// Attention sees this many of the newest tokens only.
     pub sliding_window: Option<usize>,
-    /// q, k, v (and in some models o) have biases.
+    /// q, k and v have biases.
     pub attention_bias: bool,
+    /// The output projection of attention has a bias.
+    pub output_bias: bool,
+    /// Each head of q and k is normalised before it is rotated.
+    pub head_norms: bool,
     /// The feed-forward matrices have biases.
     pub mlp_bias: bool,
     /// The activation, `silu` for example.
     pub activation: String,
     /// The token before every text, if any.
     pub bos: Option<u32>,
-    /// The tokens that end a text or a turn, as the configuration lists them.
+    /// The tokens that end a text or a turn, as the configuration lists them, those that the vocabulary
+    /// has.
     pub eos: Vec<u32>,
 }
 
@@ -96,6 +110,7 @@ impl ModelConfig {
         .with_head_dim(self.head_dim)
         .with_rope(self.rope.clone())
         .with_max_positions(Some(self.max_positions))
+        .with_attention_window(self.binding_window())
     }
 
     /// A sliding window that is narrower than the context, so that it changes results.
@@ -154,19 +169,6 @@ impl ModelConfig {
                 "rms_norm_eps",
                 "a finite number from 0 on",
                 self.rms_norm_eps,
-            ));
-        }
-        if let Some(id) = self
-            .eos
-            .iter()
-            .chain(&self.bos)
-            .find(|&&id| id as usize >= self.vocab)
-        {
-            return Err(ModelError::config(
-                path,
-                "bos or eos token id",
-                format!("less than the vocabulary of {}", self.vocab),
-                id,
             ));
         }
         self.spec()
