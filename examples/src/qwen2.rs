@@ -40,7 +40,7 @@ impl Qwen2 {
     /// [`Error::Model`]; [`Error::Usage`] for another family.
     pub fn load(folder: &Path, device: &Device) -> Result<Self> {
         let config = ModelConfig::from_dir(folder)?;
-        if config.family != Family::Other("qwen2".into()) || config.binding_window().is_some() {
+        if config.family != Family::Qwen2 || config.binding_window().is_some() {
             return Err(Error::Usage(
                 "expected a Qwen2 without a sliding window".into(),
             ));

@@ -1,10 +1,12 @@
-//! The decoder that Llama and Phi-3 share: RMS norm, attention, RMS norm, SwiGLU.
+//! The decoder that Llama, Mistral, Qwen and Phi-3 share: RMS norm, attention, RMS norm, SwiGLU.
 
 use crate::{Loader, Result};
+use burn::tensor::Tensor;
 use locret_core::{CausalLm, Compute, Error as CoreError, Matrix, ModelSpec, Pass, Qkv, Rows};
 use rayon::prelude::*;
 use sha2::{Digest, Sha256};
 use std::{
+    borrow::Cow,
     ops::Range,
     sync::{Arc, OnceLock},
 };
@@ -25,6 +27,8 @@ pub struct Decoder {
     head: Arc<dyn Matrix>,
     /// Made when it is first asked for.
     fingerprint: OnceLock<String>,
+    /// Rows lie in host memory.
+    in_host: bool,
 }
 
 /// One layer's weights. Projections that read the same input are one matrix.
@@ -34,14 +38,68 @@ struct DecoderLayer {
     attention_norm: Rows,
     /// `[(heads + 2 * kv_heads) * head_dim, hidden]`: queries, keys, values.
     qkv: Arc<dyn Matrix>,
+    /// What is added to queries, keys and values.
+    qkv_bias: Option<[Bias; 3]>,
+    /// `[1, head_dim]` each: gains of the norms of each head of queries and keys.
+    head_norms: Option<[Rows; 2]>,
     /// `[hidden, heads * head_dim]`
     output: Arc<dyn Matrix>,
+    output_bias: Option<Bias>,
     /// `[1, hidden]`
     mlp_norm: Rows,
     /// `[2 * intermediate, hidden]`: gate, up.
     gate_up: Arc<dyn Matrix>,
+    gate_up_bias: Option<Bias>,
     /// `[hidden, intermediate]`
     down: Arc<dyn Matrix>,
+    down_bias: Option<Bias>,
+}
+
+/// A row that is added to each row of a product.
+#[derive(Debug)]
+enum Bias {
+    /// Where rows lie in host memory.
+    Host(Vec<f32>),
+    /// `[1, width]`
+    Device(Tensor<2>),
+}
+
+impl Bias {
+    /// `rows` are `[1, width]`, where the decoder computes.
+    fn new(rows: Rows) -> locret_core::Result<Self> {
+        if let Cow::Borrowed(values) = rows.values()? {
+            return Ok(Self::Host(values.to_vec()));
+        }
+        Ok(Self::Device(rows.into_tensor()))
+    }
+
+    fn add(&self, mut x: Rows) -> locret_core::Result<Rows> {
+        match self {
+            Self::Host(bias) => {
+                for row in x.values_mut()?.chunks_mut(bias.len()) {
+                    for (x, b) in row.iter_mut().zip(bias) {
+                        *x += b;
+                    }
+                }
+                Ok(x)
+            }
+            Self::Device(bias) => Ok((x.into_tensor() + bias.clone()).into()),
+        }
+    }
+
+    fn values(&self) -> locret_core::Result<Cow<'_, [f32]>> {
+        match self {
+            Self::Host(bias) => Ok(Cow::Borrowed(bias)),
+            Self::Device(bias) => locret_core::into_f32(bias.clone()).map(Cow::Owned),
+        }
+    }
+
+    fn add_if(bias: Option<&Self>, x: Rows) -> locret_core::Result<Rows> {
+        match bias {
+            Some(bias) => bias.add(x),
+            None => Ok(x),
+        }
+    }
 }
 
 /// How a checkpoint names and groups a layer's projections.
@@ -62,20 +120,55 @@ pub struct DecoderConfig {
     pub intermediate: usize,
     /// Added to the mean square before the root.
     pub norm_epsilon: f32,
-    /// Whether the embedding is the head, too.
+    /// Whether the embedding is the head, too. A checkpoint that has a head of its own all the same, with
+    /// other numbers, is taken at its word.
     pub tied: bool,
     /// How the checkpoint groups projections.
     pub layout: Layout,
 }
 
+/// What some checkpoints have in every layer beside its matrices and norms: the first layer tells.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Extras {
+    /// Biases on q, k and v.
+    pub(crate) qkv_bias: bool,
+    /// A bias on the output projection of attention.
+    pub(crate) output_bias: bool,
+    /// Biases on the projections of the MLP.
+    pub(crate) mlp_bias: bool,
+    /// Norms of each head of q and k.
+    pub(crate) head_norms: bool,
+}
+
+impl Extras {
+    pub(crate) fn of(loader: &Loader<'_>, layout: Layout) -> Self {
+        let has = |name: &str| loader.has(&format!("model.layers.0.{name}"));
+        Self {
+            qkv_bias: has(match layout {
+                Layout::Separate => "self_attn.q_proj.bias",
+                Layout::Fused => "self_attn.qkv_proj.bias",
+            }),
+            output_bias: has("self_attn.o_proj.bias"),
+            mlp_bias: has("mlp.down_proj.bias"),
+            head_norms: has("self_attn.q_norm.weight"),
+        }
+    }
+}
+
 impl Decoder {
-    /// Loads a decoder's weights to where the loader's compute with them.
+    /// Loads a decoder's weights to where the loader's compute with them. Biases, and norms of the heads
+    /// of q and k, are used if the checkpoint has them.
     ///
     /// # Errors
     /// Missing tensors, wrong shapes, values that are not finite; an impossible
     /// [`ModelSpec`].
     pub fn load(config: &DecoderConfig, loader: &Loader<'_>) -> Result<Self> {
-        let spec = config.spec.clone().with_layer_input();
+        let extras = Extras::of(loader, config.layout);
+        let mut spec = config.spec.clone();
+        // Queries, keys and values are a product of the input alone.
+        if !(extras.qkv_bias || extras.head_norms) {
+            spec = spec.with_layer_input();
+        }
         spec.validate()?;
         let (hidden, inner) = (spec.hidden, config.intermediate);
         let (q, kv) = (spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim);
@@ -83,6 +176,19 @@ impl Decoder {
             let own = |name: &str| format!("model.layers.{index}.{name}.weight");
             let attn = |name: &str| own(&format!("self_attn.{name}"));
             let mlp = |name: &str| own(&format!("mlp.{name}"));
+            // Biases of matrices one below the other, one after the other.
+            let bias = |weights: &[(String, usize)]| -> Result<Bias> {
+                let mut all = Vec::new();
+                for (weight, width) in weights {
+                    let stem = weight.strip_suffix(".weight").unwrap_or(weight);
+                    all.extend(loader.values(&format!("{stem}.bias"), &[*width])?);
+                }
+                let width = all.len();
+                Ok(Bias::new(loader.compute().rows(all, width)?)?)
+            };
+            let bias_if = |wanted: bool, weights: &[(String, usize)]| {
+                wanted.then(|| bias(weights)).transpose()
+            };
             let (qkv, gate_up) = match config.layout {
                 Layout::Separate => (
                     vec![
@@ -97,6 +203,29 @@ impl Decoder {
                     vec![(mlp("gate_up_proj"), 2 * inner)],
                 ),
             };
+            let qkv_bias = match (extras.qkv_bias, &qkv[..]) {
+                (true, [q, k, v]) => {
+                    let one = |part: &(String, usize)| bias(std::slice::from_ref(part));
+                    Some([one(q)?, one(k)?, one(v)?])
+                }
+                (true, [fused]) => {
+                    let stem = fused.0.strip_suffix(".weight").unwrap_or(&fused.0);
+                    let all = loader.values(&format!("{stem}.bias"), &[fused.1])?;
+                    let part = |from: usize, width: usize| -> Result<Bias> {
+                        let values = all[from..from + width].to_vec();
+                        Ok(Bias::new(loader.compute().rows(values, width)?)?)
+                    };
+                    Some([part(0, q)?, part(q, kv)?, part(q + kv, kv)?])
+                }
+                _ => None,
+            };
+            let head_norm = |name: &str| loader.row(&attn(name), spec.head_dim);
+            let head_norms = match extras.head_norms {
+                true => Some([head_norm("q_norm")?, head_norm("k_norm")?]),
+                false => None,
+            };
+            let output = [(attn("o_proj"), hidden)];
+            let down = [(mlp("down_proj"), hidden)];
             // Some published Llama checkpoints still carry the frequencies.
             loader.skip(&format!(
                 "model.layers.{index}.self_attn.rotary_emb.inv_freq"
@@ -104,19 +233,28 @@ impl Decoder {
             Ok(DecoderLayer {
                 attention_norm: loader.row(&own("input_layernorm"), hidden)?,
                 qkv: loader.matrix(&qkv, hidden)?,
-                output: loader.matrix(&[(attn("o_proj"), hidden)], q)?,
+                qkv_bias,
+                head_norms,
+                output: loader.matrix(&output, q)?,
+                output_bias: bias_if(extras.output_bias, &output)?,
                 mlp_norm: loader.row(&own("post_attention_layernorm"), hidden)?,
                 gate_up: loader.matrix(&gate_up, hidden)?,
-                down: loader.matrix(&[(mlp("down_proj"), hidden)], inner)?,
+                gate_up_bias: bias_if(extras.mlp_bias, &gate_up)?,
+                down: loader.matrix(&down, inner)?,
+                down_bias: bias_if(extras.mlp_bias, &down)?,
             })
         });
         let table = |name: &str| loader.matrix(&[(name.to_owned(), spec.vocab)], hidden);
         let embedding = table("model.embed_tokens.weight")?;
         let layers = layers.collect::<Result<_>>()?;
-        let head = "lm_head.weight";
+        let norm = loader.row("model.norm.weight", hidden)?;
+        let in_host = matches!(norm.values()?, Cow::Borrowed(_));
+        let (head, words) = ("lm_head.weight", "model.embed_tokens.weight");
+        // A tied head may be stored all the same, and is the same tensor then; or the configuration is
+        // wrong, as after a training that untied them.
+        let tied = config.tied && (!loader.has(head) || loader.same(head, words)?);
         Ok(Self {
-            head: if config.tied {
-                // A tied head may be stored all the same; it is the same tensor.
+            head: if tied {
                 loader.skip(head);
                 embedding.clone()
             } else {
@@ -124,7 +262,8 @@ impl Decoder {
             },
             embedding,
             layers,
-            norm: loader.row("model.norm.weight", hidden)?,
+            norm,
+            in_host,
             epsilon: config.norm_epsilon,
             compute: loader.compute().clone(),
             spec,
@@ -139,6 +278,22 @@ impl Decoder {
         for layer in &self.layers {
             for norm in [&layer.attention_norm, &layer.mlp_norm] {
                 hash_norm(&mut hash, norm)?;
+            }
+            if let Some(norms) = &layer.head_norms {
+                hash.update("norms of heads");
+                norms
+                    .iter()
+                    .try_for_each(|norm| hash_norm(&mut hash, norm))?;
+            }
+            let of_qkv = layer.qkv_bias.iter().flatten();
+            let others = [&layer.output_bias, &layer.gate_up_bias, &layer.down_bias];
+            let named = of_qkv.map(|bias| ("qkv", bias)).chain(
+                (["output", "gate and up", "down"].into_iter().zip(others))
+                    .filter_map(|(name, bias)| Some((name, bias.as_ref()?))),
+            );
+            for (name, bias) in named {
+                hash.update(format!("a bias of {name}"));
+                hash.update(bytemuck::cast_slice(&bias.values()?));
             }
             for matrix in [&layer.qkv, &layer.output, &layer.gate_up, &layer.down] {
                 hash_matrix(&mut hash, &**matrix)?;
@@ -203,13 +358,29 @@ impl CausalLm for Decoder {
         let norms = norms.chain([&self.norm]);
         for ((index, layer), next_norm) in self.layers.iter().enumerate().zip(norms) {
             let parts = layer.qkv.apply_parts(&normed, &[q, kv, kv])?;
-            let [q, k, v]: [Rows; 3] = parts.try_into().map_err(|_| three())?;
-            let attended = pass.attend(index, Qkv::new(q, k, v).made_from(normed))?;
+            let [mut q, mut k, mut v]: [Rows; 3] = parts.try_into().map_err(|_| three())?;
+            if let Some([of_q, of_k, of_v]) = &layer.qkv_bias {
+                (q, k, v) = (of_q.add(q)?, of_k.add(k)?, of_v.add(v)?);
+            }
+            if let Some([of_q, of_k]) = &layer.head_norms {
+                q = self.norm_heads(q, of_q)?;
+                k = self.norm_heads(k, of_k)?;
+            }
+            let mut qkv = Qkv::new(q, k, v);
+            if spec.layer_input {
+                qkv = qkv.made_from(normed);
+            }
+            let attended = pass.attend(index, qkv)?;
             let y = through(&*layer.output, attended)?;
+            let y = Bias::add_if(layer.output_bias.as_ref(), y)?;
             let inner = compute.add_norm(&mut x, &y, &layer.mlp_norm, epsilon)?;
             drop(y);
-            let gated = compute.gate(&through(&*layer.gate_up, inner)?)?;
+            let gate_up = through(&*layer.gate_up, inner)?;
+            let gate_up = Bias::add_if(layer.gate_up_bias.as_ref(), gate_up)?;
+            let gated = compute.gate(&gate_up)?;
+            drop(gate_up);
             let y = through(&*layer.down, gated)?;
+            let y = Bias::add_if(layer.down_bias.as_ref(), y)?;
             normed = compute.add_norm(&mut x, &y, next_norm, epsilon)?;
         }
         Ok(normed)
@@ -225,7 +396,10 @@ impl CausalLm for Decoder {
             expected: format!("below {}", self.layers.len()),
             found: layer.to_string(),
         })?;
-        Ok(Some(found.qkv.values()?))
+        match self.spec.layer_input {
+            true => Ok(Some(found.qkv.values()?)),
+            false => Ok(None),
+        }
     }
 
     /// Takes a while when it is first asked for: all weights are read once.
@@ -235,6 +409,22 @@ impl CausalLm for Decoder {
         }
         let made = self.hash()?;
         Ok(Some(self.fingerprint.get_or_init(|| made).clone()))
+    }
+}
+
+impl Decoder {
+    /// Each head of `x`, `[tokens, heads * head_dim]`, normalised for itself.
+    fn norm_heads(&self, x: Rows, gain: &Rows) -> locret_core::Result<Rows> {
+        let ([tokens, width], head) = (x.shape(), self.spec.head_dim);
+        if self.in_host {
+            let device = x.device();
+            let heads = Rows::new(x.into_values()?, head, &device)?;
+            let normed = self.compute.norm(&heads, gain, self.epsilon)?;
+            return Rows::new(normed.into_values()?, width, &device);
+        }
+        let heads = x.into_tensor().reshape([tokens * width / head, head]);
+        let normed = self.compute.norm(&heads.into(), gain, self.epsilon)?;
+        Ok(normed.into_tensor().reshape([tokens, width]).into())
     }
 }
 

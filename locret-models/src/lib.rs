@@ -1,10 +1,10 @@
 //! Language models over `locret-core`'s bounded cache: files, tokenizers, chat templates, and the
-//! decoders of Llama and Phi-3.
+//! decoder of Llama, Mistral, Qwen2, Qwen3 and Phi-3.
 //!
 //! | To | use |
 //! |---|---|
 //! | find or fetch a model | [`resolve`]: a path, `smollm2`, or `hf:owner/name` |
-//! | load a Llama or Phi-3 | [`load_model`] |
+//! | load a Llama, Mistral, Qwen or Phi-3 | [`load_model`] |
 //! | turn text into ids and back | [`Tokenizer`], [`DecodeStream`] |
 //! | write a conversation as the model expects it | [`ChatTemplate`] |
 //! | write an adapter of your own | [`ModelConfig`], [`Loader`], [`Weights`] |
@@ -17,8 +17,9 @@
 //! than the model itself.
 //!
 //! Files are taken for hostile: counts, lengths, offsets, shapes, names and numbers are checked
-//! before they are used, weights that are not finite are refused, and what is wrong comes back as a
-//! [`ModelError`] that says what, where, and what was expected.
+//! before they are used, weights that are not finite are refused, chat templates and tokenizers take
+//! bounded time and memory, and what is wrong comes back as a [`ModelError`] that says what, where, and
+//! what was expected.
 //!
 //! # Example
 //! ```no_run

@@ -2,7 +2,7 @@
 
 use crate::{
     ChatTemplate, Decoder, DecoderConfig, Family, Gguf, GgufWeights, Layout, Loader, ModelConfig,
-    ModelError, Result, SafetensorsDir, Tokenizer, WeightDtype, Weights,
+    ModelError, Result, SafetensorsDir, Tokenizer, WeightDtype, Weights, decoder::Extras,
 };
 use burn::tensor::Device;
 use locret_core::{Activations, CausalLm, Kernels};
@@ -146,13 +146,17 @@ impl ModelFiles {
     }
 }
 
-/// Loads a model of a family that this crate knows: Llama or Phi-3.
+/// Loads a model of a family that this crate knows: Llama, Mistral, Qwen2, Qwen3 or Phi-3.
 ///
 /// `path` is a GGUF file, or a folder with `config.json` and safetensors.
 ///
+/// A model with a sliding window runs as far as the window goes: a cache that evicts by a policy does not
+/// imitate it. Tensors that belong to none of the model's layers (further heads, the layers of another
+/// medium) are left alone.
+///
 /// # Errors
-/// Whatever is wrong with the files; [`ModelError::Config`] for a family, an activation, biases or
-/// a sliding window that the decoder does not have.
+/// Whatever is wrong with the files; [`ModelError::Config`] for a family or an activation that the
+/// decoder does not have; [`ModelError::UnusedTensors`] for tensors of its layers that it does not know.
 pub fn load_model(
     path: impl AsRef<Path>,
     options: &LoadOptions,
@@ -169,7 +173,13 @@ pub fn load_model(
     let weights = files.weights()?;
     let compute = options.kernels.with(device, options.activations);
     let loader = Loader::new(&*weights, options.weights, &compute);
+    check_extras(&config, Extras::of(&loader, decoder.layout), files.path())?;
     let model = Decoder::load(&decoder, &loader)?;
+    for name in loader.unused() {
+        if !is_of_decoder(&name, config.layers) {
+            loader.skip(&name);
+        }
+    }
     loader.finish()?;
     Ok(LoadedModel {
         model: Arc::new(model),
@@ -178,38 +188,53 @@ pub fn load_model(
     })
 }
 
+/// Whether the settings and the tensors speak of the same biases and norms.
+fn check_extras(config: &ModelConfig, found: Extras, path: &Path) -> Result<()> {
+    for (what, said, found) in [
+        (
+            "biases of q, k and v",
+            config.attention_bias,
+            found.qkv_bias,
+        ),
+        (
+            "bias of attention's output",
+            config.output_bias,
+            found.output_bias,
+        ),
+        ("biases of the MLP", config.mlp_bias, found.mlp_bias),
+        (
+            "norms of the heads of q and k",
+            config.head_norms,
+            found.head_norms,
+        ),
+    ] {
+        if said != found {
+            let count = |there: bool| if there { "some" } else { "none" };
+            let expected = format!("{} among the tensors, as the settings have it", count(said));
+            return Err(ModelError::config(path, what, expected, count(found)));
+        }
+    }
+    Ok(())
+}
+
 /// What the decoder needs, if it can be this model.
 fn decoder_config(config: &ModelConfig, path: &Path) -> Result<DecoderConfig> {
     let refuse = |what: &str, expected: &str, found: String| {
         Err(ModelError::config(path, what, expected, found))
     };
     let layout = match &config.family {
-        Family::Llama => Layout::Separate,
+        Family::Llama | Family::Mistral | Family::Qwen2 | Family::Qwen3 => Layout::Separate,
         Family::Phi3 => Layout::Fused,
         Family::Other(name) => {
             return refuse(
                 "model type",
-                "llama or phi3 (or an adapter of yours)",
+                "llama, mistral, qwen2, qwen3 or phi3 (or an adapter of yours)",
                 name.clone(),
             );
         }
     };
     if config.activation != "silu" {
         return refuse("activation", "silu", config.activation.clone());
-    }
-    if config.attention_bias || config.mlp_bias {
-        return refuse("biases", "none in this family", "some".into());
-    }
-    if let Some(window) = config.binding_window() {
-        return refuse(
-            "sliding_window",
-            &format!(
-                "none, or at least the context of {} tokens: a cache that evicts by a policy \
-                 does not imitate windowed attention",
-                config.max_positions
-            ),
-            window.to_string(),
-        );
     }
     Ok(DecoderConfig {
         spec: config.spec(),
@@ -218,4 +243,59 @@ fn decoder_config(config: &ModelConfig, path: &Path) -> Result<DecoderConfig> {
         tied: config.tied_embeddings,
         layout,
     })
+}
+
+/// Whether a tensor would change what the decoder computes, if it knew it.
+fn is_of_decoder(name: &str, layers: usize) -> bool {
+    // Constants that old programs saved along with the weights.
+    const CONSTANTS: [&str; 3] = [".inv_freq", ".masked_bias", ".attn_rot_embd.weight"];
+    if CONSTANTS.iter().any(|constant| name.ends_with(constant)) {
+        return false;
+    }
+    // The second is what a GGUF file calls a layer, for tensors without a name of transformers'.
+    for prefix in ["model.layers.", "blk."] {
+        if let Some(rest) = name.strip_prefix(prefix) {
+            let layer = rest.split('.').next().and_then(|n| n.parse::<usize>().ok());
+            // Layers behind the last predict several tokens at once.
+            return layer.is_none_or(|layer| layer < layers);
+        }
+    }
+    [
+        "model.embed_tokens.",
+        "model.norm.",
+        "lm_head.",
+        "output.",
+        "output_norm.",
+        "token_embd.",
+    ]
+    .iter()
+    .any(|prefix| name.starts_with(prefix))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::is_of_decoder;
+
+    #[test]
+    fn tensors_that_no_model_uses() {
+        for harmless in [
+            "model.layers.0.self_attn.rotary_emb.inv_freq",
+            "model.layers.2.mlp.gate_proj.weight",
+            "vision_tower.layers.0.weight",
+            "score.weight",
+            "v_head.summary.bias",
+            "blk.2.nextn.eh_proj.weight",
+        ] {
+            assert!(!is_of_decoder(harmless, 2), "{harmless}");
+        }
+        for harmful in [
+            "model.layers.1.self_attn.q_norm.weight",
+            "model.layers.0.self_attn.q_proj.bias",
+            "model.layers.0.mlp.gate_proj.weight_scale",
+            "lm_head.bias",
+            "blk.0.attn_q.scale",
+        ] {
+            assert!(is_of_decoder(harmful, 2), "{harmful}");
+        }
+    }
 }

@@ -398,6 +398,29 @@ impl<'a> Loader<'a> {
         self.weights.info(name).is_some()
     }
 
+    /// Whether two tensors are stored as the same numbers. This does not count as use.
+    ///
+    /// # Errors
+    /// [`ModelError::MissingTensors`], and those of reading the file.
+    pub fn same(&self, a: &str, b: &str) -> Result<bool> {
+        let (first, second) = (self.weights.expect(a)?, self.weights.expect(b)?);
+        if first != second {
+            return Ok(false);
+        }
+        let band = (BAND_VALUES / first.cols().max(1)).max(1);
+        for start in (0..first.rows()).step_by(band) {
+            let rows = start..(start + band).min(first.rows());
+            let same = self.weights.raw_rows(a, rows.clone())?
+                == self.weights.raw_rows(b, rows.clone())?;
+            self.weights.release_rows(a, rows.clone());
+            self.weights.release_rows(b, rows);
+            if !same {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
     /// Marks a tensor as known to the model although it is not loaded.
     pub fn skip(&self, name: &str) {
         self.used

@@ -72,7 +72,14 @@ fn check(name: &str, folder: &Path, case: &common::Case, kernels: Kernels) {
 #[test]
 fn logits_and_continuations_are_those_of_transformers() {
     let mut seen = 0;
-    for model in ["llama2", "llama31", "llama32", "phi3_4k", "phi3_128k"] {
+    for model in [
+        "llama2",
+        "llama31",
+        "llama32",
+        "phi3_4k",
+        "phi3_128k",
+        "qwen2",
+    ] {
         let everything = Everything::read(model);
         for (config, case, folder) in everything.cases() {
             let name = format!("{model}/{config}, {} tokens", case.ids.len());
@@ -98,101 +105,161 @@ fn shards_of_bf16_are_the_same_model() {
 }
 
 #[test]
-fn a_binding_window_is_refused() {
+fn a_sequence_ends_with_a_binding_window() {
     let everything = Everything::read("phi3_4k");
     for config in ["config_sliding.json", "config_sliding_v4.json"] {
         let folder = everything.folder_with(config);
-        let error =
-            load_model(folder.path(), &LoadOptions::default(), &Device::flex()).unwrap_err();
+        let load = |config: &Path| load_model(config, &LoadOptions::default(), &Device::flex());
+        let windowed = load(folder.path()).unwrap();
+        let plain = load(everything.folder_with("config.json").path()).unwrap();
+        assert_eq!(windowed.model.spec().attention_window, Some(24));
+        // As long as all tokens are in the window, there is no difference.
+        let ids: Vec<u32> = (3..27).collect();
+        assert_eq!(
+            logits(&windowed, &ids, 7, Kernels::Auto),
+            logits(&plain, &ids, 7, Kernels::Auto)
+        );
+        let session = |prompt: &[u32]| {
+            let mut session = Session::new(windowed.model.clone(), Arc::new(Full::new())).unwrap();
+            session
+                .prefill(prompt, &Prefill::new(16, 5))
+                .map(|_| session)
+        };
+        let longer: Vec<u32> = (3..28).collect();
+        let error = session(&longer).err().unwrap();
         assert!(error.to_string().contains("sliding_window"), "{error}");
+        // While generating, too.
+        let mut session = session(&ids[..20]).unwrap();
+        let tokens = session.generate(Generate::greedy(10)).unwrap();
+        let errors: Vec<_> = tokens.filter_map(Result::err).collect();
+        assert_eq!(errors.len(), 1, "{errors:?}");
     }
 }
 
 #[test]
 fn an_unknown_family_is_refused() {
-    let error = load_model(
-        common::golden("qwen2"),
-        &LoadOptions::default(),
-        &Device::flex(),
-    )
-    .unwrap_err();
-    assert!(error.to_string().contains("qwen2"), "{error}");
-}
-
-/// Loads a folder in every way; all of them have to fail alike.
-fn refused(folder: &Path, check: impl Fn(&ModelError) -> bool) {
-    for kernels in [Kernels::Auto, Kernels::Operations] {
-        for weights in [WeightDtype::F32, WeightDtype::BF16, WeightDtype::File] {
-            let options = LoadOptions::new().weights(weights).kernels(kernels);
-            let error = load_model(folder, &options, &Device::flex()).unwrap_err();
-            assert!(check(&error), "{weights:?}, {kernels:?}: {error}");
-        }
-    }
-}
-
-#[test]
-fn weights_that_are_not_numbers_are_named() {
-    let folder = Everything::read("llama31").folder_with("config.json");
-    let path = folder.path().join("model.safetensors");
-    let whole = fs::read(&path).unwrap();
-    let header = u64::from_le_bytes(whole[..8].try_into().unwrap()) as usize;
-    let table: serde_json::Value = serde_json::from_slice(&whole[8..8 + header]).unwrap();
-    for name in [
-        "model.embed_tokens.weight",
-        "model.layers.1.self_attn.k_proj.weight",
-        "model.layers.2.mlp.down_proj.weight",
-        "model.layers.0.input_layernorm.weight",
-        "lm_head.weight",
-    ] {
-        let start = table[name]["data_offsets"][0].as_u64().unwrap() as usize;
-        for value in [f32::NAN, f32::NEG_INFINITY] {
-            let mut bad = whole.clone();
-            let at = 8 + header + start + 4;
-            bad[at..at + 4].copy_from_slice(&value.to_le_bytes());
-            fs::write(&path, bad).unwrap();
-            refused(
-                folder.path(),
-                |error| matches!(error, ModelError::NotFinite { tensor, row: 0, .. } if tensor == name),
-            );
-        }
-    }
-}
-
-#[test]
-fn missing_and_unknown_weights_are_named() {
     let folder = Everything::read("llama31").folder_with("config.json");
     let path = folder.path().join("config.json");
-    let config: serde_json::Value = common::json(&path);
-    let with = |key: &str, value: u64| {
-        let mut config = config.clone();
-        assert!(config[key].is_u64(), "{key}");
-        config[key] = value.into();
-        fs::write(&path, config.to_string()).unwrap();
+    let config = fs::read_to_string(&path).unwrap();
+    fs::write(&path, config.replace("\"llama\"", "\"gpt2\"")).unwrap();
+    let error = load_model(folder.path(), &LoadOptions::default(), &Device::flex()).unwrap_err();
+    assert!(error.to_string().contains("gpt2"), "{error}");
+}
+
+/// A folder of a golden model whose tensors are those that `change` makes of them.
+fn changed(
+    model: &str,
+    settings: &[(&str, serde_json::Value)],
+    change: impl FnOnce(&mut Vec<(String, Vec<usize>, Vec<f32>)>),
+) -> tempfile::TempDir {
+    use safetensors::{Dtype, SafeTensors, tensor::TensorView};
+
+    let folder = Everything::read(model).folder_with("config.json");
+    let path = folder.path().join("config.json");
+    let mut config = common::json(&path);
+    for (key, value) in settings {
+        config[*key] = value.clone();
+    }
+    fs::write(&path, config.to_string()).unwrap();
+    let path = folder.path().join("model.safetensors");
+    let bytes = fs::read(&path).unwrap();
+    let file = SafeTensors::deserialize(&bytes).unwrap();
+    let mut tensors: Vec<_> = file
+        .iter()
+        .map(|(name, view)| {
+            let values = view.data().chunks_exact(4);
+            let values = values.map(|b| f32::from_le_bytes(b.try_into().unwrap()));
+            (name.to_owned(), view.shape().to_vec(), values.collect())
+        })
+        .collect();
+    change(&mut tensors);
+    let bytes: Vec<(String, Vec<usize>, Vec<u8>)> = tensors
+        .into_iter()
+        .map(|(name, shape, values): (_, _, Vec<f32>)| {
+            let bytes = values.iter().flat_map(|x| x.to_le_bytes()).collect();
+            (name, shape, bytes)
+        })
+        .collect();
+    let views = bytes.iter().map(|(name, shape, bytes)| {
+        (
+            name.clone(),
+            TensorView::new(Dtype::F32, shape.clone(), bytes).unwrap(),
+        )
+    });
+    fs::write(&path, safetensors::serialize(views, None).unwrap()).unwrap();
+    folder
+}
+
+fn last_logits(folder: &Path) -> Result<Vec<f32>, ModelError> {
+    let loaded = load_model(folder, &LoadOptions::default(), &Device::flex())?;
+    let ids: Vec<u32> = (1..13).collect();
+    let all = logits(&loaded, &ids, 5, Kernels::Auto);
+    Ok(all[all.len() - loaded.config.vocab..].to_vec())
+}
+
+#[test]
+fn a_head_of_its_own_is_used_though_the_configuration_says_tied() {
+    let tied = [("tie_word_embeddings", true.into())];
+    let untied = last_logits(changed("llama31", &[], |_| {}).path()).unwrap();
+    assert_eq!(
+        last_logits(changed("llama31", &tied, |_| {}).path()).unwrap(),
+        untied
+    );
+    // One that is the embedding is no contradiction.
+    let same = changed("llama31", &tied, |tensors| {
+        let words = tensors
+            .iter()
+            .find(|t| t.0 == "model.embed_tokens.weight")
+            .unwrap();
+        let words = words.2.clone();
+        tensors
+            .iter_mut()
+            .find(|t| t.0 == "lm_head.weight")
+            .unwrap()
+            .2 = words;
+    });
+    let without = changed("llama31", &tied, |tensors| {
+        tensors.retain(|t| t.0 != "lm_head.weight")
+    });
+    assert_eq!(
+        last_logits(same.path()).unwrap(),
+        last_logits(without.path()).unwrap()
+    );
+    assert_ne!(last_logits(same.path()).unwrap(), untied);
+}
+
+#[test]
+fn biases_are_those_that_the_settings_speak_of() {
+    let zeros = |tensors: &mut Vec<(String, Vec<usize>, Vec<f32>)>| {
+        let weights = tensors.iter().filter(|t| t.0.contains("self_attn"));
+        let biases: Vec<_> = weights
+            .map(|(name, shape, _)| {
+                let name = name.replace(".weight", ".bias");
+                (name, vec![shape[0]], vec![0.0; shape[0]])
+            })
+            .collect();
+        tensors.extend(biases);
     };
-    with("num_hidden_layers", 4);
-    refused(folder.path(), |error| {
-        matches!(error, ModelError::MissingTensors { names, .. }
-            if names[0].starts_with("model.layers.3."))
-    });
-    with("num_hidden_layers", 2);
-    refused(folder.path(), |error| {
-        matches!(error, ModelError::UnusedTensors { names, .. }
-            if names.len() == 9 && names.iter().all(|n| n.starts_with("model.layers.2.")))
-    });
-    with("intermediate_size", 40);
-    refused(
-        folder.path(),
-        |error| matches!(error, ModelError::Shape { tensor, .. } if tensor.contains("mlp.")),
+    let with = [("attention_bias", true.into())];
+    let plain = last_logits(changed("llama31", &[], |_| {}).path()).unwrap();
+    let nothing = last_logits(changed("llama31", &with, zeros).path()).unwrap();
+    for (a, b) in nothing.iter().zip(&plain) {
+        assert!((a - b).abs() < 1e-5, "{a} for {b}");
+    }
+    // What the settings do not speak of is not used in silence, nor is what is missing made up.
+    let silent = changed("llama31", &[], zeros);
+    assert!(
+        last_logits(silent.path())
+            .unwrap_err()
+            .to_string()
+            .contains("biases")
     );
-    with("num_attention_heads", 0);
-    refused(
-        folder.path(),
-        |error| matches!(error, ModelError::Config { what, .. } if what == "number of heads"),
-    );
-    with("num_key_value_heads", 3);
-    refused(
-        folder.path(),
-        |error| matches!(error, ModelError::Config { what, .. } if what == "number of KV heads"),
+    let missing = changed("llama31", &with, |_| {});
+    assert!(
+        last_logits(missing.path())
+            .unwrap_err()
+            .to_string()
+            .contains("biases")
     );
 }
 
@@ -200,7 +267,14 @@ fn missing_and_unknown_weights_are_named() {
 /// setting is another one.
 #[test]
 fn a_fingerprint_is_that_of_every_weight() {
-    let folder = Everything::read("llama31").folder_with("config.json");
+    // With biases of all kinds, and with norms of heads.
+    for model in ["llama31", "llama_biases", "qwen3"] {
+        fingerprints_of(model);
+    }
+}
+
+fn fingerprints_of(model: &str) {
+    let folder = Everything::read(model).folder_with("config.json");
     let fingerprint = |weights, kernels| {
         let options = LoadOptions::new().weights(weights).kernels(kernels);
         let loaded = load_model(folder.path(), &options, &Device::flex()).unwrap();
@@ -227,7 +301,7 @@ fn a_fingerprint_is_that_of_every_weight() {
         let mut other = whole.clone();
         other[8 + header + end - 4] ^= 1;
         fs::write(&path, other).unwrap();
-        assert!(all.insert(of()), "{name}");
+        assert!(all.insert(of()), "{model} {name}");
     }
     fs::write(&path, &whole).unwrap();
     assert_eq!(of(), own);
@@ -239,8 +313,33 @@ fn a_fingerprint_is_that_of_every_weight() {
         ("/rope_parameters/rope_theta", 400.0),
     ] {
         let mut config = config.clone();
-        *config.pointer_mut(key).unwrap() = value.into();
-        fs::write(&path, config.to_string()).unwrap();
-        assert!(all.insert(of()), "{key}");
+        if let Some(own) = config.pointer_mut(key) {
+            *own = value.into();
+            fs::write(&path, config.to_string()).unwrap();
+            assert!(all.insert(of()), "{model} {key}");
+        }
     }
+}
+
+#[test]
+fn tensors_that_no_layer_has_are_left_alone() {
+    let plain = last_logits(changed("llama31", &[], |_| {}).path()).unwrap();
+    let more = |name: &'static str| {
+        move |tensors: &mut Vec<(String, Vec<usize>, Vec<f32>)>| {
+            tensors.push((name.to_owned(), vec![2], vec![1.0; 2]));
+        }
+    };
+    for harmless in [
+        "score.weight",
+        "vision_tower.embedding.weight",
+        "model.layers.3.eh_proj.weight",
+    ] {
+        let folder = changed("llama31", &[], more(harmless));
+        assert_eq!(last_logits(folder.path()).unwrap(), plain, "{harmless}");
+    }
+    let harmful = changed("llama31", &[], more("model.layers.0.self_attn.sinks"));
+    assert!(matches!(
+        last_logits(harmful.path()),
+        Err(ModelError::UnusedTensors { .. })
+    ));
 }

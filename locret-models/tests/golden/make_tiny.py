@@ -1,10 +1,10 @@
 """Tiny random models of the architectures that the crate reads, with their golden logits.
 
-    python3 make_tiny.py [--search]
+    python3 make_tiny.py [--search] [MODEL...]
 
 Packages: torch 2.15.0, transformers 5.23.0, safetensors 0.8.0, numpy 2.4.6. Under a minute. Writes
-the folders llama2, llama31 (and llama31/sharded), llama32, phi3_4k, phi3_128k and qwen2 beside this
-script. The weights are drawn from torch's generator with a seed per model, chosen (--search) so
+the folders llama2, llama31 (and llama31/sharded), llama32, llama_biases, mistral, phi3_4k, phi3_128k,
+phi4_mini, qwen2 and qwen3 beside this script, or those that are named. The weights are drawn from torch's generator with a seed per model, chosen (--search) so
 that no greedy step is too close to call. All weights are exactly representable in bf16, so one
 golden serves llama31 in f32 and its bf16 shards. Computation is f32 throughout.
 
@@ -57,6 +57,8 @@ def published(kind, **more):
 LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
 PHI3 = {"architectures": ["Phi3ForCausalLM"], "model_type": "phi3"}
 QWEN2 = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
+QWEN3 = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}
+MISTRAL = {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}
 
 LONG = [1.0, 1.25, 2.0, 5.5]
 SHORT = [1.0, 1.02, 1.05, 1.1]
@@ -130,6 +132,51 @@ MODELS = {
         lengths=[20, 40, 48, 120],
         spellings={"config_v4_su.json": dict(rope_scaling={"long_factor": LONG, "short_factor": SHORT, "type": "su"})},
         variants={"always_long": dict(rope_scaling={"long_factor": LONG, "short_factor": LONG, "type": "longrope"})},
+    ),  # fmt: skip
+    # biases on every projection
+    "llama_biases": dict(
+        seed=1,
+        v4=published(
+            LLAMA, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, max_position_embeddings=128, rms_norm_eps=1e-5, rope_theta=10000.0,
+            rope_scaling=None, attention_bias=True, mlp_bias=True, tie_word_embeddings=False,
+            bos_token_id=186, eos_token_id=187,
+        ),
+        lengths=[12, 50],
+    ),  # fmt: skip
+    # norms of the heads of q and k, head_dim of its own, tied
+    "qwen3": dict(
+        seed=1,
+        v4=published(
+            QWEN3, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, head_dim=16, max_position_embeddings=128, rms_norm_eps=1e-6,
+            rope_theta=1000000.0, rope_scaling=None, attention_bias=False, use_sliding_window=False,
+            sliding_window=None, max_window_layers=2, tie_word_embeddings=True, bos_token_id=186, eos_token_id=186,
+        ),
+        lengths=[12, 50],
+    ),  # fmt: skip
+    # no window, head_dim of its own, as in the larger ones
+    "mistral": dict(
+        seed=1,
+        v4=published(
+            MISTRAL, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, head_dim=16, max_position_embeddings=128, rms_norm_eps=1e-5,
+            rope_theta=1000000.0, sliding_window=None, tie_word_embeddings=False, bos_token_id=1, eos_token_id=2,
+        ),
+        lengths=[12, 50],
+    ),  # fmt: skip
+    # GQA, three quarters of the features rotated, tied, LongRoPE, as Phi-4-mini
+    "phi4_mini": dict(
+        seed=1,
+        v4=published(
+            PHI3, hidden_size=48, intermediate_size=40, num_hidden_layers=2, num_attention_heads=3,
+            num_key_value_heads=1, partial_rotary_factor=0.5, max_position_embeddings=192,
+            original_max_position_embeddings=48, rms_norm_eps=1e-5, rope_theta=10000.0,
+            rope_scaling={"long_factor": LONG, "short_factor": SHORT, "type": "longrope"},
+            sliding_window=262144, embd_pdrop=0.0, resid_pdrop=0.0, tie_word_embeddings=True,
+            attention_bias=False, bos_token_id=1, eos_token_id=186, pad_token_id=186,
+        ),
+        lengths=[20, 48, 80],
     ),  # fmt: skip
     # biases on q, k and v; for the adapter that is written outside the crates
     "qwen2": dict(
@@ -324,9 +371,12 @@ def main():
     ap = argparse.ArgumentParser()
     ap.add_argument("--search", action="store_true", help="print, per model, the first seed clear enough")
     ap.add_argument("--threads", type=int, default=1)
+    ap.add_argument("models", nargs="*")
     args = ap.parse_args()
     torch.set_num_threads(args.threads)
     for name, spec in MODELS.items():
+        if args.models and name not in args.models:
+            continue
         if args.search:
             for seed in itertools.count(1):
                 if run_cases(name, {**spec, "seed": seed})[1] > CLEAR:
