@@ -13,7 +13,7 @@ use locret_eval::{
     files::sha256,
     tasks::{self, Kind, Recipe, Task},
 };
-use locret_models::{Activations, FetchOptions, LoadOptions, WeightDtype};
+use locret_models::{Activations, Date, FetchOptions, LoadOptions, WeightDtype};
 use locret_policies::{Method, PolicyConfig};
 use serde_json::json;
 use std::{fs, path::PathBuf};
@@ -232,6 +232,9 @@ pub struct PromptArgs {
     /// Take control tokens that are written in the prompt as control tokens
     #[arg(long)]
     pub control_tokens: bool,
+    /// The day that a chat template may print; today if it is not given
+    #[arg(long, value_name = "YYYY-MM-DD", value_parser = parse_date)]
+    pub date: Option<Date>,
 }
 
 impl PromptArgs {
@@ -247,7 +250,8 @@ impl PromptArgs {
                 return Err(Error::Usage("give a --prompt or a --prompt-file".into()));
             }
         };
-        runtime.prompt(&text, self.chat, self.control_tokens)
+        let date = self.date.unwrap_or_else(Date::today);
+        runtime.prompt_on(date, &text, self.chat, self.control_tokens)
     }
 }
 
@@ -336,19 +340,39 @@ impl TaskArgs {
 #[command(next_help_heading = "Sampling")]
 pub struct SamplingArgs {
     /// Divides the logits; 0 takes the most likely token
-    #[arg(long, value_name = "X", default_value_t = 0.0)]
+    #[arg(
+        long,
+        value_name = "X",
+        default_value_t = 0.0,
+        allow_negative_numbers = true
+    )]
     pub temperature: f32,
     /// Only the N most likely tokens; 0 for all
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub top_k: usize,
-    /// Only the most likely tokens that together have this probability
-    #[arg(long, value_name = "P", default_value_t = 1.0)]
+    /// Only the most likely tokens that together have this probability; 0 takes the most likely one
+    #[arg(
+        long,
+        value_name = "P",
+        default_value_t = 1.0,
+        allow_negative_numbers = true
+    )]
     pub top_p: f32,
     /// Only tokens at least P times as likely as the most likely one
-    #[arg(long, value_name = "P", default_value_t = 0.0)]
+    #[arg(
+        long,
+        value_name = "P",
+        default_value_t = 0.0,
+        allow_negative_numbers = true
+    )]
     pub min_p: f32,
     /// Makes tokens that have occurred less likely; 1 changes nothing
-    #[arg(long, value_name = "X", default_value_t = 1.0)]
+    #[arg(
+        long,
+        value_name = "X",
+        default_value_t = 1.0,
+        allow_negative_numbers = true
+    )]
     pub repetition_penalty: f32,
     /// Seed of the draws
     #[arg(long, value_name = "N", default_value_t = 0)]
@@ -359,9 +383,14 @@ impl SamplingArgs {
     /// The engine's settings.
     pub fn sampling(&self) -> Sampling {
         Sampling {
-            temperature: self.temperature,
+            // Nothing but the most likely token is left of a probability of 0.
+            temperature: if self.top_p == 0.0 {
+                0.0
+            } else {
+                self.temperature
+            },
             top_k: self.top_k,
-            top_p: self.top_p,
+            top_p: if self.top_p == 0.0 { 1.0 } else { self.top_p },
             min_p: self.min_p,
             repetition_penalty: self.repetition_penalty,
             seed: self.seed,
@@ -381,6 +410,22 @@ pub fn parse_bytes(text: &str) -> Result<usize, String> {
     match text.parse() {
         Ok(Budget::Bytes(bytes)) => Ok(bytes),
         _ => Err("expected bytes, such as 4MiB".into()),
+    }
+}
+
+fn parse_date(text: &str) -> Result<Date, String> {
+    let mut parts = text.splitn(3, '-');
+    let mut part = |most: u16| {
+        let number = parts.next().and_then(|part| part.parse::<u16>().ok());
+        number.filter(|n| (1..=most).contains(n))
+    };
+    match (part(9999), part(12), part(31)) {
+        (Some(year), Some(month), Some(day)) => Ok(Date {
+            year,
+            month: month as u8,
+            day: day as u8,
+        }),
+        _ => Err("expected a date, such as 2024-07-26".into()),
     }
 }
 
@@ -475,6 +520,35 @@ mod tests {
             (128, 16)
         );
         assert_eq!(prefill.cache().dtype, DType::BF16);
+    }
+
+    #[test]
+    fn dates() {
+        let date = parse_date("2024-07-06").unwrap();
+        assert_eq!((date.year, date.month, date.day), (2024, 7, 6));
+        for bad in [
+            "",
+            "2024",
+            "2024-13-01",
+            "2024-01-32",
+            "2024-1-1-1",
+            "a-b-c",
+        ] {
+            assert!(parse_date(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn sampling_at_its_limits() {
+        // What clients send for "the most likely token".
+        let zero = parse("--temperature 1 --top-p 0")
+            .unwrap()
+            .sampling
+            .sampling();
+        assert_eq!(zero, Sampling::greedy());
+        // The engine says what is wrong with these, and names the setting.
+        let negative = parse("--temperature -1").unwrap().sampling;
+        assert!(negative.sampling().sampler().is_err());
     }
 
     #[test]
