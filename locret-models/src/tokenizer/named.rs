@@ -361,7 +361,7 @@ mod tests {
         );
         assert_eq!(render(&[]), "||");
         assert_eq!(render(&[config(json!({}))]), "<c>||");
-        assert_eq!(render(&[map.clone()]), "<m>||<p>");
+        assert_eq!(render(std::slice::from_ref(&map)), "<m>||<p>");
         assert_eq!(render(&[config(json!({})), map.clone()]), "<m>||<p>");
         let listed = config(json!({"added_tokens_decoder": {}, "eos_token": null}));
         assert_eq!(render(&[listed, map]), "<c>||<p>");

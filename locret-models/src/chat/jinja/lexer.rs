@@ -223,10 +223,8 @@ impl<'a> Lexer<'a> {
                     "(" => braces.push(")"),
                     "[" => braces.push("]"),
                     "{" => braces.push("}"),
-                    ")" | "]" | "}" => {
-                        if braces.pop() != Some(op) {
-                            return Err(self.fault(format!("an unexpected {op:?}")));
-                        }
+                    ")" | "]" | "}" if braces.pop() != Some(op) => {
+                        return Err(self.fault(format!("an unexpected {op:?}")));
                     }
                     _ => {}
                 }

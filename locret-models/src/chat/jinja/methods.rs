@@ -225,7 +225,11 @@ fn string(meter: &Meter, s: &str, name: &str, given: Given) -> Outcome<Value> {
             simple(given)?;
             let (mut inside, mut cased, mut right) = (false, false, true);
             for c in s.chars() {
-                right &= !(c.is_uppercase() && inside) && !(c.is_lowercase() && !inside);
+                right &= !(if inside {
+                    c.is_uppercase()
+                } else {
+                    c.is_lowercase()
+                });
                 inside = c.is_uppercase() || c.is_lowercase();
                 cased |= inside;
             }
