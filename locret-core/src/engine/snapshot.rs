@@ -540,6 +540,7 @@ struct Shape<'a> {
     vocab: usize,
     softmax_scale: f32,
     max_positions: Option<usize>,
+    attention_window: Option<usize>,
     rope: &'a RopeConfig,
     layer_input: bool,
 }
@@ -555,6 +556,7 @@ impl<'a> Shape<'a> {
             vocab,
             softmax_scale,
             max_positions,
+            attention_window,
             ref rope,
             layer_input,
         } = *spec;
@@ -567,6 +569,7 @@ impl<'a> Shape<'a> {
             vocab,
             softmax_scale,
             max_positions,
+            attention_window,
             rope,
             layer_input,
         }
