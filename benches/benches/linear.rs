@@ -1,6 +1,7 @@
 //! A token meets SmolLM2's head, `[49152, 576]`: the kernel in every type of the weights, and beside
-//! it the plain reading of as many bytes, which is what bounds it. And a chunk of 512 tokens meets
-//! the matrices of a layer, in operations per second: that is bound by arithmetic.
+//! it the plain reading of as many bytes, which is what bounds it. A chunk of 512 tokens meets the matrices of
+//! a layer, in operations per second: that is bound by arithmetic. And a few tokens meet them and the head, in
+//! tokens per second: weights are read once for all of them.
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use locret_benches::numbers;
@@ -75,16 +76,59 @@ fn linear(c: &mut Criterion) {
 /// Tokens of a chunk.
 const TOKENS: usize = 512;
 
+/// Matrices of a layer: name, rows and columns.
+const LAYER: [(&str, usize, usize); 4] = [
+    ("queries, keys and values", 960, 576),
+    ("output", 576, 576),
+    ("gate and up", 3072, 576),
+    ("down", 576, 1536),
+];
+
+/// Layers of the model.
+const LAYERS: usize = 30;
+
+fn few(c: &mut Criterion) {
+    for format in FORMATS {
+        let mut group = c.benchmark_group(format!("few/{format:?}"));
+        group.sample_size(20);
+        let mut arena = Arena::default();
+        let mut weight = |rows: usize, columns: usize| {
+            let len = rows * columns / format.block() * format.block_bytes();
+            let mut bytes = arena.zeros(len);
+            for (i, byte) in bytes.iter_mut().enumerate() {
+                *byte = 0x30 + (i % 11) as u8;
+            }
+            Weight::shared(format, rows, columns, bytes.freeze()).expect("whole blocks")
+        };
+        // As many as a model has, so that each is read from memory.
+        let layers = (0..LAYERS).flat_map(|_| LAYER);
+        let mut weights: Vec<Weight<'_>> = layers
+            .map(|(_, rows, columns)| weight(rows, columns))
+            .collect();
+        weights.push(weight(ROWS, COLUMNS));
+        for tokens in [1, 2, 4, 8, 12, 16] {
+            let x = numbers(tokens * 1536, 7, 1.0);
+            let mut out = vec![0.0; tokens * ROWS];
+            group.throughput(Throughput::Elements(tokens as u64));
+            group.bench_function(format!("{tokens} tokens, all matrices of the model"), |b| {
+                b.iter(|| {
+                    awake(|| {
+                        for weight in &weights {
+                            let x = &x[..tokens * weight.columns()];
+                            matmul(black_box(x), weight, &mut out[..tokens * weight.rows()]);
+                        }
+                    });
+                });
+            });
+        }
+    }
+}
+
 fn chunk(c: &mut Criterion) {
-    let shapes = [
-        ("queries, keys and values", 960, 576),
-        ("gate and up", 3072, 576),
-        ("down", 576, 1536),
-    ];
     for format in FORMATS {
         let mut group = c.benchmark_group(format!("chunk/{format:?}"));
         group.sample_size(20);
-        for (name, rows, columns) in shapes {
+        for (name, rows, columns) in LAYER {
             let x = numbers(TOKENS * columns, 7, 1.0);
             let mut out = vec![0.0; TOKENS * rows];
             let len = rows * columns / format.block() * format.block_bytes();
@@ -98,5 +142,5 @@ fn chunk(c: &mut Criterion) {
     }
 }
 
-criterion_group!(benches, linear, chunk);
+criterion_group!(benches, linear, few, chunk);
 criterion_main!(benches);

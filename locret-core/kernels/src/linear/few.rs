@@ -1,14 +1,16 @@
-//! Few tokens: rows of weights are read once for up to four tokens, as dot products in registers.
+//! Few tokens: weights are converted once for up to eight of them, as dot products in registers.
 
 use super::{
-    BLOCK, Job, jobs,
-    rounded::{Rounded, RoundedDot},
+    BLOCK, Job,
+    columns::Columns,
+    jobs,
+    rounded::{Rounded, rounded_rows},
     weight::{Bytes, Float, Nibbles, Packed, Weight, half_at},
 };
 use crate::{
     dtype::{DType, Number},
     scratch::Scratch,
-    simd::{Isa, Simd, dispatch, load},
+    simd::{Isa, Simd, dispatch, load, store},
 };
 use half::{bf16, f16};
 use rayon::prelude::*;
@@ -17,18 +19,22 @@ use std::ops::Range;
 /// Weights in a job of few tokens, about.
 const FEW_JOB: usize = 1 << 15;
 
+/// Rows that are multiplied with all groups of tokens before the next ones are read; whole groups of any number
+/// of rows that are multiplied at once.
+const ROWS: usize = 24;
+
 /// The activations of few tokens, in the forms that the formats of the weights need; a form that
 /// none needs is empty.
 #[derive(Clone, Copy)]
-struct Input<'a> {
-    tokens: usize,
-    columns: usize,
-    /// `[tokens, columns]`
+pub(super) struct Input<'a> {
+    pub(super) tokens: usize,
+    pub(super) columns: usize,
+    /// All tokens, [interleaved](interleave).
     plain: &'a [f32],
     /// [`Sums`] of each token.
     sums: &'a [f32],
     /// [`Rounded`] tokens.
-    rounded: &'a [f32],
+    pub(super) rounded: &'a [f32],
 }
 
 pub(super) fn few_tokens(
@@ -41,22 +47,28 @@ pub(super) fn few_tokens(
     serial: bool,
 ) {
     let columns = xs.iter().map(|x| x.len()).sum::<usize>() / tokens;
-    let widths: Vec<usize> = outs.iter().map(|out| out.len() / tokens).collect();
     let (sum_layout, code_layout) = (Sums::new(columns), Rounded::new(columns));
     let packed = weights.iter().any(|w| !w.dtype.is_float());
     let offsets = weights
         .iter()
         .any(|w| matches!(w.dtype, DType::Q4_0 | DType::Q4_1));
-    let if_needed = |needed: bool, numbers: usize| if needed { tokens * numbers } else { 0 };
+    let if_needed = |needed: bool, numbers: usize| if needed { numbers } else { 0 };
+    // Several tokens are read from a second copy.
     let lengths = [
-        tokens * columns,
-        if_needed(offsets && !rounded, sum_layout.len()),
-        if_needed(packed && rounded, code_layout.len()),
-        if_needed(tokens > 1, widths.iter().sum()),
+        if_needed(tokens == 1 || xs.len() > 1, tokens * columns),
+        if_needed(tokens > 1, padded(isa.lanes(), tokens) * columns),
+        if_needed(offsets && !rounded, tokens * sum_layout.len()),
+        if_needed(packed && rounded, tokens * code_layout.len()),
     ];
     let mut memory = Scratch::for_lengths(&lengths);
-    let [plain, sums, codes, turned] = memory.slices(lengths);
-    side_by_side(xs, tokens, plain);
+    let [plain, interleaved, sums, codes] = memory.slices(lengths);
+    let plain: &[f32] = match xs {
+        [x] if tokens > 1 => x,
+        _ => {
+            side_by_side(xs, tokens, plain);
+            plain
+        }
+    };
     let each = plain.chunks_exact(columns);
     for (x, sums) in each.clone().zip(sums.chunks_exact_mut(sum_layout.len())) {
         dispatch!(isa, s => sum_layout.of(s, x, sums));
@@ -64,71 +76,97 @@ pub(super) fn few_tokens(
     for (x, codes) in each.zip(codes.chunks_exact_mut(code_layout.len())) {
         dispatch!(isa, s => code_layout.round(s, x, codes));
     }
+    if tokens > 1 {
+        dispatch!(isa, s => interleave(s, plain, tokens, interleaved));
+    }
     let input = Input {
         tokens,
         columns,
-        plain,
+        plain: if tokens > 1 { interleaved } else { plain },
         sums,
         rounded: codes,
     };
-    // Outputs by row of the weights, then by token. For one token that is their order; those of
-    // several are turned in the end.
-    let mut rest = &mut *turned;
-    let mut rows: Vec<&mut [f32]> = match tokens {
-        1 => outs.iter_mut().map(|out| &mut **out).collect(),
-        _ => (widths.iter().map(|width| take(&mut rest, width * tokens))).collect(),
+    let outs: Vec<Columns> = outs.iter_mut().map(|o| Columns::of(o, tokens)).collect();
+    let widths: Vec<usize> = outs.iter().map(|out| out.stride).collect();
+    let job_rows = match tokens {
+        1 => (FEW_JOB / columns).next_multiple_of(4).max(4),
+        _ => (FEW_JOB / columns / ROWS * ROWS).max(ROWS),
     };
-    let job_rows = (FEW_JOB / columns).next_multiple_of(4).max(4);
-    let jobs: Vec<(Job, &mut [f32])> = jobs(weights, &widths, |_| job_rows)
-        .into_iter()
-        .map(|job| {
-            let out = take(&mut rows[job.out], job.rows.len() * tokens);
-            (job, out)
-        })
-        .collect();
-    let run = |(job, out): (Job, &mut [f32])| {
-        dispatch!(isa, s => few_rows(s, weights[job.weight], job.rows, input, rounded, out));
+    let jobs = jobs(weights, &widths, |_| job_rows);
+    let run = |job: &Job| {
+        let (weight, out) = (weights[job.weight], outs[job.out]);
+        dispatch!(isa, s => few_rows(s, Work { weight, job, input, out }, rounded));
     };
     if serial {
-        jobs.into_iter().for_each(run);
+        jobs.iter().for_each(run);
     } else {
-        jobs.into_par_iter().for_each(run);
-    }
-    if tokens > 1 {
-        by_token(turned, tokens, &widths, outs);
+        jobs.par_iter().for_each(run);
     }
 }
 
 /// The parts of each token's activations, `[tokens, …]` each, in one row. A copy even of a single part,
-/// since each vector of activations is loaded once for each row of weights: half as fast where it lies in
-/// two lines of the cache.
+/// since each vector of activations is loaded for a few rows of weights at a time: half as fast where it
+/// lies in two lines of the cache.
 fn side_by_side(xs: &[&[f32]], tokens: usize, rows: &mut [f32]) {
     let columns = rows.len() / tokens;
     for (token, mut row) in rows.chunks_exact_mut(columns).enumerate() {
         for x in xs {
             let width = x.len() / tokens;
-            take(&mut row, width).copy_from_slice(&x[token * width..][..width]);
+            let (part, rest) = std::mem::take(&mut row).split_at_mut(width);
+            part.copy_from_slice(&x[token * width..][..width]);
+            row = rest;
         }
     }
 }
 
-/// Outputs by row of the weights, `[widths together, tokens]`, to `[tokens, width]` each.
-fn by_token(turned: &[f32], tokens: usize, widths: &[usize], outs: &mut [&mut [f32]]) {
-    let mut rows = turned.chunks_exact(tokens);
-    for (out, width) in outs.iter_mut().zip(widths) {
-        for (column, row) in rows.by_ref().take(*width).enumerate() {
-            for (token, x) in row.iter().enumerate() {
-                out[token * width + column] = *x;
+/// How many tokens the next group has room for, of `left` that are left: with 32 registers up to eight.
+#[inline(always)]
+const fn group(lanes: usize, left: usize) -> usize {
+    match left {
+        0..=2 => left,
+        3 | 4 => 4,
+        _ if lanes < 16 => 4,
+        // Nine to twelve are two groups of about the same size.
+        5 | 6 | 9..=12 => 6,
+        _ => 8,
+    }
+}
+
+/// Tokens that all groups have room for.
+const fn padded(lanes: usize, tokens: usize) -> usize {
+    let (mut at, mut room) = (0, 0);
+    while at < tokens {
+        let width = group(lanes, tokens - at);
+        (at, room) = (at + width, room + width);
+    }
+    room
+}
+
+/// Activations `[tokens, columns]`, group by group of tokens, in the order in which they are read: vector by vector
+/// all tokens side by side, and after the vectors the columns that are left, one by one. The last token also
+/// fills the room of those that a group lacks.
+#[inline(always)]
+fn interleave<S: Simd>(s: S, x: &[f32], tokens: usize, out: &mut [f32]) {
+    let columns = x.len() / tokens;
+    let whole = columns - columns % S::LANES;
+    let (mut token, mut rest) = (0, out);
+    while token < tokens {
+        let width = group(S::LANES, tokens - token);
+        let (own, others) = std::mem::take(&mut rest).split_at_mut(width * columns);
+        let (vectors, numbers) = own.split_at_mut(width * whole);
+        for t in 0..width {
+            let x = &x[(token + t).min(tokens - 1) * columns..][..columns];
+            let from = x.chunks_exact(S::LANES);
+            let to = vectors.chunks_exact_mut(width * S::LANES);
+            for (from, to) in from.zip(to) {
+                store(s, &mut to[t * S::LANES..], load(s, from));
+            }
+            for (x, to) in x[whole..].iter().zip(numbers.chunks_exact_mut(width)) {
+                to[t] = *x;
             }
         }
+        (token, rest) = (token + width, others);
     }
-}
-
-/// Takes the first `n` numbers of a slice.
-fn take<'a>(rest: &mut &'a mut [f32], n: usize) -> &'a mut [f32] {
-    let (part, tail) = std::mem::take(rest).split_at_mut(n);
-    *rest = tail;
-    part
 }
 
 /// What scales and minima of packed blocks are multiplied with, for each token and block of its
@@ -180,106 +218,190 @@ pub(super) const fn padded_blocks(columns: usize) -> usize {
     (columns / BLOCK + 7).next_multiple_of(8)
 }
 
-/// `out` `[rows, tokens]`.
+/// A job's weights, what they are multiplied with, and where the outputs go.
+#[derive(Clone, Copy)]
+pub(super) struct Work<'a> {
+    pub(super) weight: &'a Weight<'a>,
+    pub(super) job: &'a Job,
+    pub(super) input: Input<'a>,
+    pub(super) out: Columns,
+}
+
 #[inline(always)]
-fn few_rows<S: Simd>(
-    s: S,
-    weight: &Weight<'_>,
-    rows: Range<usize>,
-    input: Input<'_>,
-    rounded: bool,
-    out: &mut [f32],
-) {
-    match (weight.dtype, rounded) {
-        (DType::F32, _) => few_of::<S, Float<f32>>(s, weight, rows, input, out),
-        (DType::F16, _) => few_of::<S, Float<f16>>(s, weight, rows, input, out),
-        (DType::BF16, _) => few_of::<S, Float<bf16>>(s, weight, rows, input, out),
-        (DType::Q8_0, false) => few_of::<S, Bytes>(s, weight, rows, input, out),
-        (DType::Q4_0, false) => few_of::<S, Nibbles<false>>(s, weight, rows, input, out),
-        (DType::Q4_1, false) => few_of::<S, Nibbles<true>>(s, weight, rows, input, out),
-        (DType::Q8_0, true) => few_of::<S, RoundedDot<Bytes>>(s, weight, rows, input, out),
-        (DType::Q4_0, true) => few_of::<S, RoundedDot<Nibbles<false>>>(s, weight, rows, input, out),
-        (DType::Q4_1, true) => few_of::<S, RoundedDot<Nibbles<true>>>(s, weight, rows, input, out),
+fn few_rows<S: Simd>(s: S, work: Work<'_>, rounded: bool) {
+    match (work.weight.dtype, rounded) {
+        (DType::F32, _) => work.rows::<S, Float<f32>>(s),
+        (DType::F16, _) => work.rows::<S, Float<f16>>(s),
+        (DType::BF16, _) => work.rows::<S, Float<bf16>>(s),
+        (DType::Q8_0, false) => work.rows::<S, Bytes>(s),
+        (DType::Q4_0, false) => work.rows::<S, Nibbles<false>>(s),
+        (DType::Q4_1, false) => work.rows::<S, Nibbles<true>>(s),
+        (DType::Q8_0, true) => rounded_rows::<S, Bytes>(s, work),
+        (DType::Q4_0, true) => rounded_rows::<S, Nibbles<false>>(s, work),
+        (DType::Q4_1, true) => rounded_rows::<S, Nibbles<true>>(s, work),
         (dtype, _) => unreachable!("no weight is of type {dtype}"),
     }
 }
 
-#[inline(always)]
-fn few_of<S: Simd, D: Dot>(
-    s: S,
-    weight: &Weight<'_>,
-    rows: Range<usize>,
-    input: Input<'_>,
-    out: &mut [f32],
-) {
-    let mut from = rows.start;
-    while from < rows.end {
-        // A few rows at a time, so that the tokens of the second pass find them in the cache.
-        let n = (rows.end - from).min(4);
-        let out = &mut out[(from - rows.start) * input.tokens..][..n * input.tokens];
-        let mut token = 0;
-        while token < input.tokens {
-            match input.tokens - token {
-                1 => {
-                    dots::<S, D, 4, 1>(s, weight, from, n, input, token, out);
-                    token += 1;
+impl Work<'_> {
+    /// All rows of the job.
+    #[inline(always)]
+    fn rows<S: Simd, D: Dot>(self, s: S) {
+        let (rows, tokens) = (&self.job.rows, self.input.tokens);
+        if tokens == 1 {
+            return self.of_one::<S, D>(s);
+        }
+        let lengths = [ROWS * padded(S::LANES, tokens).min(8) * S::LANES];
+        let mut memory = Scratch::for_lengths(&lengths);
+        let [kept] = memory.slices(lengths);
+        for from in rows.clone().step_by(ROWS) {
+            let part = from..rows.end.min(from + ROWS);
+            let mut token = 0;
+            while token < tokens {
+                // As many sums as fit the registers beside the weights and activations that they are of.
+                let width = group(S::LANES, tokens - token);
+                match (S::LANES == 16, D::PACKED, width) {
+                    (_, _, 1) => self.part::<S, D, 4, 1>(s, part.clone(), token, kept),
+                    (_, false, 2) => self.part::<S, D, 4, 2>(s, part.clone(), token, kept),
+                    (_, true, 2) => self.part::<S, D, 2, 2>(s, part.clone(), token, kept),
+                    (false, false, _) => self.part::<S, D, 3, 4>(s, part.clone(), token, kept),
+                    (false, true, _) => self.part::<S, D, 1, 4>(s, part.clone(), token, kept),
+                    (true, false, 4) => self.part::<S, D, 6, 4>(s, part.clone(), token, kept),
+                    (true, false, 6) => self.part::<S, D, 4, 6>(s, part.clone(), token, kept),
+                    (true, false, _) => self.part::<S, D, 3, 8>(s, part.clone(), token, kept),
+                    (true, true, 4) => self.part::<S, D, 2, 4>(s, part.clone(), token, kept),
+                    (true, true, 6) => self.part::<S, D, 2, 6>(s, part.clone(), token, kept),
+                    (true, true, _) => self.part::<S, D, 2, 8>(s, part.clone(), token, kept),
                 }
-                2 | 3 => {
-                    dots::<S, D, 4, 2>(s, weight, from, n, input, token, out);
-                    token += 2;
-                }
-                _ => {
-                    dots::<S, D, 2, 4>(s, weight, from, n, input, token, out);
-                    token += 4;
-                }
+                token += width;
             }
         }
-        from += n;
     }
-}
 
-/// Dot products of `n` rows from `from` with `T` tokens from `token`, `R` rows at a time.
-#[inline(always)]
-fn dots<S: Simd, D: Dot, const R: usize, const T: usize>(
-    s: S,
-    weight: &Weight<'_>,
-    from: usize,
-    n: usize,
-    input: Input<'_>,
-    token: usize,
-    out: &mut [f32],
-) {
-    let (columns, row_bytes) = (input.columns, weight.row_bytes);
-    assert!(from + n <= weight.rows && weight.bytes.len() == weight.rows * row_bytes);
-    let (x, stride) = match D::ROUNDED {
-        true => (input.rounded, Rounded::new(columns).len()),
-        false => (input.plain, columns),
-    };
-    assert!(x.len() >= (token + T) * stride && weight.columns == columns);
-    let sum_layout = Sums::new(columns);
-    assert!(!D::SUMS || input.sums.len() >= (token + T) * sum_layout.len());
-    for first in (0..n).step_by(R) {
-        let (mut rows, mut xs, mut sums) = (
-            [std::ptr::null(); R],
-            [std::ptr::null(); T],
-            [std::ptr::null(); T],
-        );
-        for (r, row) in rows.iter_mut().enumerate() {
-            // Beyond the last row it is read again, and what comes of it is left out.
-            *row = weight.bytes[(from + (first + r).min(n - 1)) * row_bytes..].as_ptr();
+    /// All rows of the job with a single token, two at a time: the more rows are read beside each other, the
+    /// less a processor sees what comes next.
+    #[inline(always)]
+    fn of_one<S: Simd, D: Dot>(self, s: S) {
+        let (columns, x) = (self.input.columns, self.input.plain);
+        let layout = Sums::new(columns);
+        assert!(x.len() == columns && (!D::SUMS || self.input.sums.len() == layout.len()));
+        let (sums, rows) = ([self.input.sums.as_ptr()], &self.job.rows);
+        for first in rows.clone().step_by(4) {
+            let mut four = [s.splat(0.0); 4];
+            for (two, first) in four.chunks_exact_mut(2).zip((first..rows.end).step_by(2)) {
+                let pointers = self.pointers::<2>(first, rows.end);
+                let ahead = Ahead {
+                    next: pointers[0].wrapping_add(AHEAD),
+                    alone: true,
+                };
+                // SAFETY: each row has `row_bytes` bytes, and the token its sums where the format needs them.
+                let done =
+                    unsafe { D::dots::<S, 2, 1>(s, columns, pointers, ahead, x.as_ptr(), sums) };
+                two.copy_from_slice(&[done[0][0], done[1][0]]);
+            }
+            self.finish::<S, D, 1>(s, four, first, rows.end, 0, 0, x);
         }
-        for t in 0..T {
-            xs[t] = x[(token + t) * stride..].as_ptr();
-            if D::SUMS {
-                sums[t] = input.sums[(token + t) * sum_layout.len()..].as_ptr();
+    }
+
+    /// Where `R` rows begin. Beyond the last one it is read again, and what comes of it is left out.
+    #[inline(always)]
+    fn pointers<const R: usize>(self, first: usize, end: usize) -> [*const u8; R] {
+        let (bytes, row_bytes) = (&self.weight.bytes[..], self.weight.row_bytes);
+        assert!(end <= self.weight.rows && bytes.len() == self.weight.rows * row_bytes);
+        let mut rows = [std::ptr::null(); R];
+        for (r, row) in rows.iter_mut().enumerate() {
+            *row = bytes[(first + r).min(end - 1) * row_bytes..].as_ptr();
+        }
+        rows
+    }
+
+    /// Outputs of up to four rows from `first` on and of token `t` of the group `x` that begins with `token`.
+    #[inline(always)]
+    #[expect(clippy::too_many_arguments, reason = "a part of a function")]
+    fn finish<S: Simd, D: Dot, const T: usize>(
+        self,
+        s: S,
+        four: [S::V; 4],
+        first: usize,
+        end: usize,
+        token: usize,
+        t: usize,
+        x: &[f32],
+    ) {
+        let columns = self.input.columns;
+        let whole = columns - columns % S::LANES;
+        let (mut dots, n) = (s.sum4(four), 4.min(end - first));
+        if whole < columns {
+            for (row, dot) in self.pointers::<4>(first, end).into_iter().zip(&mut dots) {
+                for c in whole..columns {
+                    // SAFETY: the row has as many numbers.
+                    *dot += unsafe { D::number(row, c) } * x[c * T + t];
+                }
             }
         }
-        // SAFETY: each row has `row_bytes` bytes, and each token its activations in the form that the
-        // format needs, with sums where it needs them (all checked above).
-        let dots = unsafe { D::dots::<S, R, T>(s, columns, rows, xs, sums) };
-        for r in 0..R.min(n - first) {
+        let column = self.job.column + first - self.job.rows.start;
+        // SAFETY: these columns are our job's.
+        unsafe { self.out.put(token + t, column, dots, n) };
+    }
+
+    /// Some rows, `R` at a time, and the group of `T` tokens from `token` on.
+    #[inline(always)]
+    fn part<S: Simd, D: Dot, const R: usize, const T: usize>(
+        self,
+        s: S,
+        part: Range<usize>,
+        token: usize,
+        kept: &mut [f32],
+    ) {
+        let Self { weight, input, .. } = self;
+        let (columns, row_bytes, tokens) = (input.columns, weight.row_bytes, input.tokens);
+        // Groups before this one have no room for more than their tokens.
+        let x = &input.plain[token * columns..][..T * columns];
+        let layout = Sums::new(columns);
+        let mut sums = [std::ptr::null(); T];
+        for (t, sums) in sums.iter_mut().enumerate() {
+            if D::SUMS {
+                let own = (token + t).min(tokens - 1) * layout.len();
+                *sums = input.sums[own..own + layout.len()].as_ptr();
+            }
+        }
+        // Where several groups read the same rows, the first one asks for one half of the rows that come next,
+        // and those after it for the other.
+        let alone = token == 0 && T >= tokens;
+        for first in part.clone().step_by(R) {
+            let rows = self.pointers::<R>(first, part.end);
+            let next = match alone {
+                true => rows[0].wrapping_add(AHEAD),
+                false => {
+                    let (all, done) = (part.len() * row_bytes, (first - part.start) * row_bytes);
+                    let half = if token == 0 { 0 } else { all / 2 };
+                    rows[0].wrapping_add(all + half - done + done / 2)
+                }
+            };
+            let ahead = Ahead { next, alone };
+            // SAFETY: each row has `row_bytes` bytes, and there are T tokens, with sums where the format
+            // needs them (all checked above).
+            let sums = unsafe { D::dots::<S, R, T>(s, columns, rows, ahead, x.as_ptr(), sums) };
+            let to = &mut kept[(first - part.start) * S::LANES..];
+            assert!(to.len() >= ((T - 1) * ROWS + R) * S::LANES);
             for t in 0..T {
-                out[(first + r) * input.tokens + token + t] = dots[r][t];
+                for (r, sums) in sums.iter().enumerate() {
+                    // SAFETY: as many vectors are there.
+                    unsafe {
+                        let to = to.as_mut_ptr().add((t * ROWS + r) * S::LANES);
+                        s.store(to, sums[t]);
+                    }
+                }
+            }
+        }
+        for t in 0..T.min(tokens - token) {
+            for first in part.clone().step_by(4) {
+                let from = &kept[(t * ROWS + first - part.start) * S::LANES..];
+                let mut four = [s.splat(0.0); 4];
+                for (i, four) in four.iter_mut().enumerate() {
+                    *four = load(s, &from[i * S::LANES..]);
+                }
+                self.finish::<S, D, T>(s, four, first, part.end, token, t, x);
             }
         }
     }
@@ -289,214 +411,259 @@ fn dots<S: Simd, D: Dot, const R: usize, const T: usize>(
 /// the order of memory.
 pub(super) const AHEAD: usize = 4096;
 
+/// What is to be asked for, in the order of memory, while something else is multiplied.
+#[derive(Clone, Copy)]
+struct Ahead {
+    next: *const u8,
+    /// Whether as much is asked for as is read; half of it otherwise.
+    alone: bool,
+}
+
+impl Ahead {
+    /// While as many bytes are read.
+    #[inline(always)]
+    fn ask<S: Simd>(&mut self, s: S, bytes: usize) {
+        s.prefetch(self.next);
+        let bytes = if self.alone { bytes } else { bytes / 2 };
+        self.next = self.next.wrapping_add(bytes);
+    }
+}
+
 /// A format's dot products.
-pub(super) trait Dot {
+trait Dot {
+    /// Whether numbers are in blocks.
+    const PACKED: bool;
     /// Whether it needs [`Sums`].
     const SUMS: bool = false;
-    /// Whether it needs [`Rounded`] tokens rather than plain ones.
-    const ROUNDED: bool = false;
 
-    /// Dot products of `R` rows with `T` tokens.
+    /// Vectors whose lanes add up to dot products of `R` rows with a group of `T` tokens. What is added up for an output, in which order,
+    /// depends neither on `R` nor on `T`.
     ///
     /// # Safety
-    /// Each of `rows` must be valid for reading the bytes of a row of `columns` numbers, each of
-    /// `x` for a token (of `columns` numbers, or [`Rounded`]), and if [`Self::SUMS`] each of `sums`
-    /// for its [`Sums`].
+    /// Each of `rows` must be valid for reading the bytes of a row of `columns` numbers, `x` for `T`
+    /// [interleaved](interleave) tokens, and if [`Self::SUMS`] each of `sums` for a token's [`Sums`].
     unsafe fn dots<S: Simd, const R: usize, const T: usize>(
         s: S,
         columns: usize,
         rows: [*const u8; R],
-        x: [*const f32; T],
+        ahead: Ahead,
+        x: *const f32,
         sums: [*const f32; T],
-    ) -> [[f32; T]; R];
-}
+    ) -> [[S::V; T]; R];
 
-/// Sums over the lanes of `R · T` vectors.
-#[inline(always)]
-pub(super) fn sum_all<S: Simd, const R: usize, const T: usize>(
-    s: S,
-    acc: [[S::V; T]; R],
-) -> [[f32; T]; R] {
-    let mut out = [[0.0; T]; R];
-    if R == 4 {
-        for t in 0..T {
-            let sums = s.sum4([acc[0][t], acc[1 % R][t], acc[2 % R][t], acc[3 % R][t]]);
-            for r in 0..R {
-                out[r][t] = sums[r];
-            }
-        }
-    } else if T == 4 {
-        for r in 0..R {
-            let a = acc[r];
-            out[r].copy_from_slice(&s.sum4([a[0], a[1 % T], a[2 % T], a[3 % T]]));
-        }
-    } else {
-        for r in 0..R {
-            for t in 0..T {
-                out[r][t] = s.sum(acc[r][t]);
-            }
-        }
+    /// A number of a row that is of no whole vector.
+    ///
+    /// # Safety
+    /// `row` must be valid for reading the bytes of a row that has this column.
+    #[inline(always)]
+    unsafe fn number(_row: *const u8, _column: usize) -> f32 {
+        0.0
     }
-    out
 }
 
 impl<E: Number> Dot for Float<E> {
+    const PACKED: bool = false;
+
     #[inline(always)]
     unsafe fn dots<S: Simd, const R: usize, const T: usize>(
         s: S,
         columns: usize,
         rows: [*const u8; R],
-        x: [*const f32; T],
+        mut ahead: Ahead,
+        x: *const f32,
         _: [*const f32; T],
-    ) -> [[f32; T]; R] {
-        let mut acc = [[s.splat(0.0); T]; R];
+    ) -> [[S::V; T]; R] {
         let whole = columns - columns % S::LANES;
-        let quads = columns - columns % (4 * S::LANES);
-        for r in 0..R {
-            let row = rows[r].cast::<E>();
-            // Four sums for each token, so that no addition waits for the one before it.
-            let mut sums = [[s.splat(0.0); T]; 4];
-            for c in (0..quads).step_by(4 * S::LANES) {
-                // Single precision comes fast enough with what the processor fetches by itself.
-                let lines = if E::CONVERTED {
-                    4 * S::LANES * size_of::<E>()
-                } else {
-                    1
-                };
-                for line in (0..lines).step_by(64) {
-                    s.prefetch(row.wrapping_add(c).cast::<u8>().wrapping_add(AHEAD + line));
+        let mut acc = [[s.splat(0.0); T]; R];
+        for c in (0..whole).step_by(S::LANES) {
+            let mut weights = [s.splat(0.0); R];
+            for (weight, row) in weights.iter_mut().zip(rows) {
+                ahead.ask(s, S::LANES * size_of::<E>());
+                // SAFETY: c + LANES <= columns; loads of vectors need no alignment.
+                *weight = unsafe { E::load(s, row.cast::<E>().wrapping_add(c)) };
+            }
+            for t in 0..T {
+                // SAFETY: before `c` there are as many columns of each token, and then a vector of each.
+                let x = unsafe { s.load(x.add(c * T + t * S::LANES)) };
+                for r in 0..R {
+                    acc[r][t] = s.fma(weights[r], x, acc[r][t]);
                 }
-                for (i, sums) in sums.iter_mut().enumerate() {
-                    let c = c + i * S::LANES;
-                    // SAFETY: c + LANES <= columns; loads of vectors need no alignment.
-                    let weight = unsafe { E::load(s, row.wrapping_add(c)) };
-                    for t in 0..T {
-                        // SAFETY: as above.
-                        let x = unsafe { s.load(x[t].add(c)) };
-                        sums[t] = s.fma(weight, x, sums[t]);
+            }
+        }
+        acc
+    }
+
+    #[inline(always)]
+    unsafe fn number(row: *const u8, column: usize) -> f32 {
+        // SAFETY: promised by the caller.
+        let number = unsafe { row.cast::<E>().wrapping_add(column).read_unaligned() };
+        number.to_f32()
+    }
+}
+
+/// A packed format's codes as numbers.
+trait Codes: Packed {
+    /// Vectors that are unpacked together.
+    const TOGETHER: usize;
+    /// Those of a block's codes from number `i` on, and, if there are two, from number `i + 16` on.
+    ///
+    /// # Safety
+    /// `at` must be valid for reading a block's codes, which have as many numbers.
+    unsafe fn codes<S: Simd>(s: S, at: *const u8, i: usize) -> [S::V; 2];
+}
+
+impl Codes for Bytes {
+    const TOGETHER: usize = 1;
+
+    #[inline(always)]
+    unsafe fn codes<S: Simd>(s: S, at: *const u8, i: usize) -> [S::V; 2] {
+        // SAFETY: promised by the caller.
+        [unsafe { s.load_i8(at.add(i).cast()) }, s.splat(0.0)]
+    }
+}
+
+impl<const MINIMUM: bool> Codes for Nibbles<MINIMUM> {
+    const TOGETHER: usize = 2;
+
+    #[inline(always)]
+    unsafe fn codes<S: Simd>(s: S, at: *const u8, i: usize) -> [S::V; 2] {
+        // SAFETY: promised by the caller.
+        let (low, high) = unsafe { s.load_nibbles(at.add(i)) };
+        [low, high]
+    }
+}
+
+/// Adds the products of a block, `scales` times the sums of codes times activations.
+///
+/// # Safety
+/// `codes` must be valid for reading a block's, and `x` for a block of `T` interleaved tokens.
+#[inline(always)]
+unsafe fn block<S: Simd, C: Codes, const R: usize, const T: usize>(
+    s: S,
+    scales: [S::V; R],
+    codes: [*const u8; R],
+    x: *const f32,
+    acc: &mut [[S::V; T]; R],
+) {
+    let vectors = BLOCK / C::TOGETHER / S::LANES;
+    // Vector `i` of the first, or of the second of two numbers that are unpacked together.
+    let place = |i: usize, t: usize, second: usize| ((second * vectors + i) * T + t) * S::LANES;
+    if T == 1 {
+        let mut dots = [s.splat(0.0); R];
+        for i in 0..vectors {
+            for r in 0..R {
+                // SAFETY: promised by the caller.
+                unsafe {
+                    let codes = C::codes(s, codes[r], i * S::LANES);
+                    for second in 0..C::TOGETHER {
+                        let x = s.load(x.add(place(i, 0, second)));
+                        dots[r] = s.fma(codes[second], x, dots[r]);
                     }
                 }
             }
-            for c in (quads..whole).step_by(S::LANES) {
-                // SAFETY: as above.
-                let weight = unsafe { E::load(s, row.wrapping_add(c)) };
-                for t in 0..T {
-                    // SAFETY: as above.
-                    let x = unsafe { s.load(x[t].add(c)) };
-                    sums[0][t] = s.fma(weight, x, sums[0][t]);
-                }
-            }
-            for t in 0..T {
-                acc[r][t] = s.add(s.add(sums[0][t], sums[1][t]), s.add(sums[2][t], sums[3][t]));
-            }
         }
-        let mut out = sum_all(s, acc);
-        for c in whole..columns {
-            for r in 0..R {
-                // SAFETY: c < columns.
-                let weight = unsafe {
-                    rows[r]
-                        .cast::<E>()
-                        .wrapping_add(c)
-                        .read_unaligned()
-                        .to_f32()
-                };
-                for t in 0..T {
-                    // SAFETY: c < columns.
-                    out[r][t] += weight * unsafe { *x[t].add(c) };
+        for r in 0..R {
+            acc[r][0] = s.fma(scales[r], dots[r], acc[r][0]);
+        }
+        return;
+    }
+    let mut numbers = [[[s.splat(0.0); 2]; 8]; R];
+    for r in 0..R {
+        for i in 0..vectors {
+            // SAFETY: promised by the caller.
+            numbers[r][i] = unsafe { C::codes(s, codes[r], i * S::LANES) };
+        }
+    }
+    for t in 0..T {
+        let mut dots = [s.splat(0.0); R];
+        for i in 0..vectors {
+            for second in 0..C::TOGETHER {
+                // SAFETY: promised by the caller.
+                let x = unsafe { s.load(x.add(place(i, t, second))) };
+                for r in 0..R {
+                    dots[r] = s.fma(numbers[r][i][second], x, dots[r]);
                 }
             }
         }
-        out
+        for r in 0..R {
+            acc[r][t] = s.fma(scales[r], dots[r], acc[r][t]);
+        }
     }
 }
 
 impl Dot for Bytes {
+    const PACKED: bool = true;
+
     #[inline(always)]
     unsafe fn dots<S: Simd, const R: usize, const T: usize>(
         s: S,
         columns: usize,
         rows: [*const u8; R],
-        x: [*const f32; T],
+        mut ahead: Ahead,
+        x: *const f32,
         _: [*const f32; T],
-    ) -> [[f32; T]; R] {
+    ) -> [[S::V; T]; R] {
         let mut acc = [[s.splat(0.0); T]; R];
-        for r in 0..R {
-            // Sums of every other block, so that no addition waits for the one before it.
-            let mut halves = [[s.splat(0.0); T]; 2];
-            for block in 0..columns / BLOCK {
-                // SAFETY: the row has a block here, each token 32 numbers.
-                unsafe {
-                    let at = rows[r].add(block * Self::BYTES);
-                    s.prefetch(at.wrapping_add(AHEAD));
-                    let scale = s.splat_f16(half_at(at));
-                    let mut sums = [s.splat(0.0); T];
-                    for i in (0..BLOCK).step_by(S::LANES) {
-                        let weight = s.load_i8(at.add(Self::CODES + i).cast());
-                        for t in 0..T {
-                            let x = s.load(x[t].add(block * BLOCK + i));
-                            sums[t] = s.fma(weight, x, sums[t]);
-                        }
-                    }
-                    let [this, other] = halves;
-                    halves = [other, this];
-                    for t in 0..T {
-                        halves[1][t] = s.fma(scale, sums[t], halves[1][t]);
-                    }
+        for at in 0..columns / BLOCK {
+            let (mut scales, mut codes) = ([s.splat(0.0); R], [std::ptr::null(); R]);
+            // SAFETY: the rows have a block here, each token 32 numbers.
+            unsafe {
+                for r in 0..R {
+                    ahead.ask(s, Self::BYTES);
+                    let row = rows[r].add(at * Self::BYTES);
+                    scales[r] = s.splat_f16(half_at(row));
+                    codes[r] = row.add(Self::CODES);
                 }
-            }
-            for t in 0..T {
-                acc[r][t] = s.add(halves[0][t], halves[1][t]);
+                block::<S, Self, R, T>(s, scales, codes, x.add(at * BLOCK * T), &mut acc);
             }
         }
-        sum_all(s, acc)
+        acc
     }
 }
 
 impl<const MINIMUM: bool> Nibbles<MINIMUM> {
-    /// `N` blocks (at most `LANES / 2`) of a row from block `first` on, added to the sums of even
-    /// blocks, of odd ones and of what [`Sums`] give: no addition waits for the one before it.
+    /// `N` blocks (at most `LANES / 2`) of the rows from block `first` on: what [`Sums`] give, and then block by
+    /// block.
     ///
     /// # Safety
-    /// The row must have these blocks, `x` be tokens of as many, and `sums` what belongs to them.
+    /// The rows must have these blocks, `x` be tokens of as many, and `sums` what belongs to them.
     #[inline(always)]
-    unsafe fn group<S: Simd, const T: usize, const N: usize>(
+    #[expect(clippy::too_many_arguments, reason = "a part of a function")]
+    unsafe fn group<S: Simd, const R: usize, const T: usize, const N: usize>(
         s: S,
-        row: *const u8,
         first: usize,
-        x: [*const f32; T],
+        rows: [*const u8; R],
+        ahead: &mut Ahead,
+        x: *const f32,
         sums: [*const f32; T],
-        acc: &mut [[S::V; 3]; T],
+        acc: &mut [[S::V; T]; R],
     ) {
         // SAFETY: promised by the caller; behind the last block's sums are zeros.
         unsafe {
-            let row = row.add(first * Self::BYTES);
-            let scales = s.load_scales(row, Self::BYTES, N, MINIMUM);
-            for t in 0..T {
-                acc[t][2] = s.fma(scales, s.load(sums[t].add(2 * first)), acc[t][2]);
+            let mut scales = [s.splat(0.0); R];
+            for r in 0..R {
+                let row = rows[r].add(first * Self::BYTES);
+                scales[r] = s.load_scales(row, Self::BYTES, N, MINIMUM);
+                for t in 0..T {
+                    acc[r][t] = s.fma(scales[r], s.load(sums[t].add(2 * first)), acc[r][t]);
+                }
             }
             for i in 0..N {
-                let at = row.add(i * Self::BYTES);
-                s.prefetch(at.wrapping_add(AHEAD));
-                let mut dot = [s.splat(0.0); T];
-                for j in (0..BLOCK / 2).step_by(S::LANES) {
-                    let (low, high) = s.load_nibbles(at.add(Self::CODES + j));
-                    for t in 0..T {
-                        let x = x[t].add((first + i) * BLOCK + j);
-                        dot[t] = s.fma(low, s.load(x), dot[t]);
-                        dot[t] = s.fma(high, s.load(x.add(BLOCK / 2)), dot[t]);
-                    }
+                let (mut own, mut codes) = ([s.splat(0.0); R], [std::ptr::null(); R]);
+                for r in 0..R {
+                    ahead.ask(s, Self::BYTES);
+                    own[r] = s.splat_lane(scales[r], 2 * i);
+                    codes[r] = rows[r].add((first + i) * Self::BYTES + Self::CODES);
                 }
-                let scale = s.splat_lane(scales, 2 * i);
-                for t in 0..T {
-                    acc[t][i % 2] = s.fma(scale, dot[t], acc[t][i % 2]);
-                }
+                let x = x.add((first + i) * BLOCK * T);
+                block::<S, Self, R, T>(s, own, codes, x, acc);
             }
         }
     }
 }
 
 impl<const MINIMUM: bool> Dot for Nibbles<MINIMUM> {
+    const PACKED: bool = true;
     const SUMS: bool = true;
 
     #[inline(always)]
@@ -504,41 +671,35 @@ impl<const MINIMUM: bool> Dot for Nibbles<MINIMUM> {
         s: S,
         columns: usize,
         rows: [*const u8; R],
-        x: [*const f32; T],
-        sums: [*const f32; T],
-    ) -> [[f32; T]; R] {
-        let blocks = columns / BLOCK;
-        let sums = sums.map(|sums| match MINIMUM {
-            true => sums,
-            false => sums.wrapping_add(Sums::new(columns).without_minimum()),
-        });
-        let mut acc = [[s.splat(0.0); T]; R];
-        for r in 0..R {
-            let (row, mut parts) = (rows[r], [[s.splat(0.0); 3]; T]);
-            let mut at = 0;
-            // SAFETY: the row has the blocks before `blocks`, and so has each token.
-            unsafe {
-                while S::LANES == 16 && at + 8 <= blocks {
-                    Self::group::<S, T, 8>(s, row, at, x, sums, &mut parts);
-                    at += 8;
-                }
-                while S::LANES >= 8 && at + 4 <= blocks {
-                    Self::group::<S, T, 4>(s, row, at, x, sums, &mut parts);
-                    at += 4;
-                }
-                while at + 2 <= blocks {
-                    Self::group::<S, T, 2>(s, row, at, x, sums, &mut parts);
-                    at += 2;
-                }
-                if at < blocks {
-                    Self::group::<S, T, 1>(s, row, at, x, sums, &mut parts);
-                }
-            }
-            for t in 0..T {
-                let [even, odd, scales] = parts[t];
-                acc[r][t] = s.add(s.add(even, odd), scales);
+        mut ahead: Ahead,
+        x: *const f32,
+        mut sums: [*const f32; T],
+    ) -> [[S::V; T]; R] {
+        let (blocks, ahead) = (columns / BLOCK, &mut ahead);
+        for sums in &mut sums {
+            if !MINIMUM {
+                *sums = sums.wrapping_add(Sums::new(columns).without_minimum());
             }
         }
-        sum_all(s, acc)
+        let (mut acc, mut at) = ([[s.splat(0.0); T]; R], 0);
+        // SAFETY: the rows have the blocks before `blocks`, and so has each token.
+        unsafe {
+            while S::LANES == 16 && at + 8 <= blocks {
+                Self::group::<S, R, T, 8>(s, at, rows, ahead, x, sums, &mut acc);
+                at += 8;
+            }
+            while S::LANES >= 8 && at + 4 <= blocks {
+                Self::group::<S, R, T, 4>(s, at, rows, ahead, x, sums, &mut acc);
+                at += 4;
+            }
+            while at + 2 <= blocks {
+                Self::group::<S, R, T, 2>(s, at, rows, ahead, x, sums, &mut acc);
+                at += 2;
+            }
+            if at < blocks {
+                Self::group::<S, R, T, 1>(s, at, rows, ahead, x, sums, &mut acc);
+            }
+        }
+        acc
     }
 }

@@ -1,13 +1,15 @@
 //! Many tokens: rows of weights become panels, which hundreds of activations are multiplied with.
 
 use super::{
-    BLOCK, Job, jobs,
+    BLOCK, Job,
+    columns::{Columns, WIDEST},
+    jobs,
     weight::{Weight, convert},
 };
 use crate::{
     micro::{outer, pack_lanes, panels},
     scratch::Scratch,
-    simd::{Isa, Simd, dispatch, store},
+    simd::{Isa, Simd, dispatch},
 };
 use rayon::prelude::*;
 use std::ops::Range;
@@ -56,85 +58,6 @@ fn fetch<S: Simd>(s: S, weight: &Weight<'_>, row: usize, column: usize, n: usize
     }
 }
 
-/// Columns of the output, which jobs write side by side.
-#[derive(Clone, Copy)]
-struct Columns {
-    out: *mut f32,
-    /// Numbers in a row of the output.
-    stride: usize,
-    tokens: usize,
-}
-
-// SAFETY: jobs on different threads write different columns (see `write`).
-unsafe impl Send for Columns {}
-
-// SAFETY: as above.
-unsafe impl Sync for Columns {}
-
-impl Columns {
-    /// Where `n` numbers of a token start, from `column` on.
-    #[inline(always)]
-    fn at(self, token: usize, column: usize, n: usize) -> *mut f32 {
-        assert!(token < self.tokens && column + n <= self.stride);
-        self.out.wrapping_add(token * self.stride + column)
-    }
-
-    /// Reads `n` numbers of a token, from `column` on; lanes beyond them are 0.
-    ///
-    /// # Safety
-    /// No other thread may write these columns, and the output must still be borrowed.
-    #[inline(always)]
-    unsafe fn read<S: Simd, const N: usize>(
-        self,
-        s: S,
-        token: usize,
-        column: usize,
-        n: usize,
-        to: &mut [S::V; N],
-    ) {
-        let mut from = self.at(token, column, n).cast_const();
-        let mut part = [0.0; WIDEST];
-        if n < N * S::LANES {
-            // SAFETY: `at` has checked that there are as many; these are other numbers than the copy.
-            unsafe { part[..n].as_mut_ptr().copy_from_nonoverlapping(from, n) };
-            from = part[..N * S::LANES].as_ptr();
-        }
-        for (v, to) in to.iter_mut().enumerate() {
-            // SAFETY: N vectors, of the output or of the copy.
-            *to = unsafe { s.load(from.add(v * S::LANES)) };
-        }
-    }
-
-    /// Writes `n` numbers of a token, from `column` on; lanes beyond them are left out.
-    ///
-    /// # Safety
-    /// No other thread may access these columns, and the output must still be borrowed.
-    #[inline(always)]
-    unsafe fn write<S: Simd, const N: usize>(
-        self,
-        s: S,
-        token: usize,
-        column: usize,
-        n: usize,
-        sums: &[S::V; N],
-    ) {
-        let to = self.at(token, column, n);
-        if n >= N * S::LANES {
-            for (v, sums) in sums.iter().enumerate() {
-                // SAFETY: `at` has checked that there is room for N vectors.
-                unsafe { s.store(to.add(v * S::LANES), *sums) };
-            }
-            return;
-        }
-        let mut part = [0.0; WIDEST];
-        for (to, sums) in part.chunks_exact_mut(S::LANES).zip(sums) {
-            store(s, to, *sums);
-        }
-        // SAFETY: as above, for `n` numbers; the copy is elsewhere.
-        unsafe { to.copy_from_nonoverlapping(part[..n].as_ptr(), n) };
-    }
-}
-
 pub(super) fn many_tokens(
     isa: Isa,
     xs: &[&[f32]],
@@ -145,13 +68,7 @@ pub(super) fn many_tokens(
 ) {
     let widths: Vec<usize> = xs.iter().map(|x| x.len() / tokens).collect();
     let columns: usize = widths.iter().sum();
-    let outs: Vec<Columns> = (outs.iter_mut())
-        .map(|out| Columns {
-            out: out.as_mut_ptr(),
-            stride: out.len() / tokens,
-            tokens,
-        })
-        .collect();
+    let outs: Vec<Columns> = outs.iter_mut().map(|o| Columns::of(o, tokens)).collect();
     let strides: Vec<usize> = outs.iter().map(|out| out.stride).collect();
     let jobs = jobs(weights, &strides, job_rows);
     for first in (0..tokens).step_by(TOKENS) {
@@ -269,9 +186,6 @@ struct Block<'a> {
     /// Rows in the panel, whose other lanes are 0.
     rows: usize,
 }
-
-/// Numbers in the widest panel's rows.
-const WIDEST: usize = 48;
 
 impl Block<'_> {
     /// `out[t, r] += Σ_k x[t, k] · panel[k, r]` for panels of `N` vectors.

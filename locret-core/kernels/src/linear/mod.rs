@@ -7,8 +7,10 @@
 //! Activations are rounded in one place only, where the caller asks for it ([`matmul_rounded`]):
 //! products of few tokens with packed integers, which are then of whole numbers.
 //!
-//! - **Few tokens** (decode): bound by the reading of `W`, which is read once for up to four
-//!   tokens; rows of `W` are dot products in registers.
+//! - **Few tokens** (decode, of one sequence or of several): `W` is read from memory once for up to sixteen
+//!   tokens, and converted once for up to eight of them (four where a vector has fewer than 16 lanes); rows of
+//!   `W` are dot products in registers. What is added up for an output, in which order, does not depend on how
+//!   many tokens there are: each of several has the bits that it has alone.
 //! - **Many tokens** (prefill): blocks of `W` are converted once for hundreds of tokens, into panels
 //!   whose lanes are rows of `W`; the inner loop is the outer product of broadcast activations with
 //!   them. Activations are read and outputs written where they lie.
@@ -16,6 +18,7 @@
 //! Work is cut by rows of `W` in a way that depends on shapes alone, so that results don't depend
 //! on the number of threads.
 
+mod columns;
 mod few;
 mod many;
 mod rounded;
@@ -80,8 +83,11 @@ pub fn matmul_rounded(xs: &[&[f32]], weights: &[&Weight<'_>], outs: &mut [&mut [
     matmul_with(Isa::best(), xs, weights, true, outs);
 }
 
-/// Up to this many tokens, weights are read row by row.
-const FEW: usize = 8;
+/// Up to this many tokens, rows of weights are dot products, and outputs those of a token alone.
+const FEW: usize = 16;
+
+/// Up to this many tokens, activations are rounded where that is asked for.
+const ROUNDED: usize = 8;
 
 /// Below this many multiply-adds the calling thread does all.
 const SERIAL: usize = 1 << 16;
@@ -125,6 +131,7 @@ fn matmul_with(
     }
     let serial = tokens * rows * columns < SERIAL || rayon::current_num_threads() == 1;
     if tokens <= FEW {
+        let rounded = rounded && tokens <= ROUNDED;
         few_tokens(isa, xs, tokens, weights, rounded, outs, serial);
     } else {
         many_tokens(isa, xs, tokens, weights, outs, serial);
@@ -294,7 +301,7 @@ mod tests {
         #![proptest_config(ProptestConfig::with_cases(128))]
         #[test]
         fn every_format_and_path_agrees_with_the_definition(
-            tokens in prop_oneof![1usize..12, 12usize..70],
+            tokens in prop_oneof![4 => 1usize..20, 1 => 20usize..70],
             shapes in prop::collection::vec((0usize..6, prop_oneof![1usize..12, 90usize..110]), 1..3),
             // One piece of the columns, two and three.
             blocks in prop_oneof![6 => 1usize..12, 1 => 48usize..51, 1 => 96usize..99],
@@ -328,6 +335,14 @@ mod tests {
                 matmul_with(isa, &[&x], &weights, false, &mut [&mut out]);
                 let parts = in_parts(isa, &x, tokens, &weights, false, cuts);
                 prop_assert_eq!(bits(&parts), bits(&out), "{:?} {:?} in parts", isa, weights);
+                if tokens <= FEW {
+                    let lone: Vec<f32> = x.chunks(columns).flat_map(|x| {
+                        let mut lone = vec![f32::INFINITY; out.len() / tokens];
+                        matmul_with(isa, &[x], &weights, false, &mut [&mut lone]);
+                        lone
+                    }).collect();
+                    prop_assert_eq!(bits(&lone), bits(&out), "{:?} {:?} one by one", isa, weights);
+                }
                 for (i, (y, (sum, size))) in out.iter().zip(&expected).enumerate() {
                     // A weight near 0 is the difference of its scaled code and its offset.
                     prop_assert!(
@@ -449,7 +464,7 @@ mod tests {
                     let rounding = 2e-6 * size + 1e-30;
                     let off = (y - f64::from(exact[i])).abs();
                     prop_assert!(off <= error + 2.0 * rounding, "{isa:?} output {i}: {off} > {error}");
-                    if tokens <= FEW {
+                    if tokens <= ROUNDED {
                         // A number halfway between two codes may go either way.
                         prop_assert!(
                             (y - sum).abs() <= rounding + error / 4.0,
@@ -469,7 +484,7 @@ mod tests {
             let (rows, columns) = (500, 640);
             let (bytes, _) = matrix(dtype, rows, columns, 3);
             let weight = Weight::new(dtype, rows, columns, bytes).unwrap();
-            for tokens in [1, 7, 30, 700] {
+            for tokens in [1, 7, 16, 30, 700] {
                 let x = Numbers::new(4).take(tokens * columns);
                 let run = |threads| {
                     let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build();

@@ -2,11 +2,10 @@
 
 use super::{
     BLOCK,
-    few::{AHEAD, Dot, padded_blocks, sum_all},
+    few::{AHEAD, Work, padded_blocks},
     weight::{Bytes, Nibbles, Packed},
 };
 use crate::simd::{MAGIC, Simd, load, store};
-use std::marker::PhantomData;
 
 /// Activations of a token, rounded in blocks to `step · code` with `code` in `-127..=127`, as one
 /// slice of numbers.
@@ -165,88 +164,177 @@ impl<const MINIMUM: bool> Codes for Nibbles<MINIMUM> {
     }
 }
 
-/// Dot products with [`Rounded`] activations.
-pub(super) struct RoundedDot<C>(PhantomData<C>);
-
-impl<C: Codes> RoundedDot<C> {
-    /// `N` blocks (at most `LANES / 2`) of one row from block `first` on.
-    ///
-    /// # Safety
-    /// The row must have these blocks, and `x` be [`Rounded`] tokens of as many.
-    #[inline(always)]
-    unsafe fn group<S: Simd, const T: usize, const N: usize>(
-        s: S,
-        row: *const u8,
-        first: usize,
-        layout: Rounded,
-        x: [*const f32; T],
-        sums: &mut [[S::V; 3]; T],
-    ) {
-        // SAFETY: the row and each token have these blocks, and tokens zeros beyond their last.
-        unsafe {
-            let row = row.add(first * C::BYTES);
-            let scales = s.load_scales(row, C::BYTES, N, C::MINIMUM);
-            let mut steps = [scales; T];
-            for t in 0..T {
-                let step = s.load(x[t].add(layout.steps() + 2 * first));
-                steps[t] = s.mul(scales, step);
-                if let Some(added) = C::added(layout) {
-                    let added = s.load(x[t].add(added + 2 * first));
-                    sums[t][2] = s.fma(scales, added, sums[t][2]);
+/// All rows of a job, with up to eight tokens.
+#[inline(always)]
+pub(super) fn rounded_rows<S: Simd, C: Codes>(s: S, work: Work<'_>) {
+    // A few rows at a time, so that the tokens of the second pass find them in the cache.
+    for from in work.job.rows.clone().step_by(4) {
+        let mut token = 0;
+        while token < work.input.tokens {
+            match work.input.tokens - token {
+                1 => {
+                    rows_by::<S, C, 4, 1>(s, work, from, token);
+                    token += 1;
                 }
-            }
-            for i in 0..N {
-                let at = row.add(i * C::BYTES);
-                s.prefetch(at.wrapping_add(AHEAD));
-                let codes = C::load(s, at.add(C::CODES));
-                for t in 0..T {
-                    let dot = C::dot(s, codes, x[t].add(8 * (first + i)).cast());
-                    let step = s.splat_lane(steps[t], 2 * i);
-                    sums[t][i % 2] = s.fma(step, dot, sums[t][i % 2]);
+                2 | 3 => {
+                    rows_by::<S, C, 4, 2>(s, work, from, token);
+                    token += 2;
+                }
+                _ => {
+                    rows_by::<S, C, 2, 4>(s, work, from, token);
+                    rows_by::<S, C, 2, 4>(s, work, from + 2, token);
+                    token += 4;
                 }
             }
         }
     }
 }
 
-impl<C: Codes> Dot for RoundedDot<C> {
-    const ROUNDED: bool = true;
+/// Dot products of up to `R` rows from `from` with `T` tokens from `token`.
+#[inline(always)]
+fn rows_by<S: Simd, C: Codes, const R: usize, const T: usize>(
+    s: S,
+    work: Work<'_>,
+    from: usize,
+    token: usize,
+) {
+    let Work {
+        weight,
+        job,
+        input,
+        out,
+    } = work;
+    let n = R.min(job.rows.end.saturating_sub(from));
+    if n == 0 {
+        return;
+    }
+    let (row_bytes, columns) = (weight.row_bytes, input.columns);
+    let stride = Rounded::new(columns).len();
+    assert!(from + n <= weight.rows && weight.bytes.len() == weight.rows * row_bytes);
+    assert!(input.rounded.len() >= (token + T) * stride);
+    let (mut rows, mut x) = ([std::ptr::null(); R], [std::ptr::null(); T]);
+    for (r, row) in rows.iter_mut().enumerate() {
+        // Beyond the last row it is read again, and what comes of it is left out.
+        *row = weight.bytes[(from + r.min(n - 1)) * row_bytes..].as_ptr();
+    }
+    for (t, x) in x.iter_mut().enumerate() {
+        *x = input.rounded[(token + t) * stride..].as_ptr();
+    }
+    // SAFETY: each row has `row_bytes` bytes, and each token its activations in this form.
+    let dots = unsafe { dots::<S, C, R, T>(s, columns, rows, x) };
+    for t in 0..T {
+        let mut column = [0.0; R];
+        for (to, dots) in column.iter_mut().zip(&dots) {
+            *to = dots[t];
+        }
+        // SAFETY: these columns are our job's.
+        unsafe { out.put(token + t, job.column + from - job.rows.start, column, n) };
+    }
+}
 
-    #[inline(always)]
-    unsafe fn dots<S: Simd, const R: usize, const T: usize>(
-        s: S,
-        columns: usize,
-        rows: [*const u8; R],
-        x: [*const f32; T],
-        _: [*const f32; T],
-    ) -> [[f32; T]; R] {
-        let (blocks, layout) = (columns / BLOCK, Rounded::new(columns));
-        let mut acc = [[s.splat(0.0); T]; R];
-        for r in 0..R {
-            let (row, mut sums) = (rows[r], [[s.splat(0.0); 3]; T]);
-            let mut at = 0;
-            // SAFETY: the row has the blocks before `blocks`, and so has each token.
-            unsafe {
-                while S::LANES == 16 && at + 8 <= blocks {
-                    Self::group::<S, T, 8>(s, row, at, layout, x, &mut sums);
-                    at += 8;
-                }
-                while S::LANES >= 8 && at + 4 <= blocks {
-                    Self::group::<S, T, 4>(s, row, at, layout, x, &mut sums);
-                    at += 4;
-                }
-                while at + 2 <= blocks {
-                    Self::group::<S, T, 2>(s, row, at, layout, x, &mut sums);
-                    at += 2;
-                }
-                if at < blocks {
-                    Self::group::<S, T, 1>(s, row, at, layout, x, &mut sums);
-                }
-            }
-            for t in 0..T {
-                acc[r][t] = s.add(s.add(sums[t][0], sums[t][1]), sums[t][2]);
+/// `N` blocks (at most `LANES / 2`) of one row from block `first` on.
+///
+/// # Safety
+/// The row must have these blocks, and `x` be [`Rounded`] tokens of as many.
+#[inline(always)]
+unsafe fn group<S: Simd, C: Codes, const T: usize, const N: usize>(
+    s: S,
+    row: *const u8,
+    first: usize,
+    layout: Rounded,
+    x: [*const f32; T],
+    sums: &mut [[S::V; 3]; T],
+) {
+    // SAFETY: the row and each token have these blocks, and tokens zeros beyond their last.
+    unsafe {
+        let row = row.add(first * C::BYTES);
+        let scales = s.load_scales(row, C::BYTES, N, C::MINIMUM);
+        let mut steps = [scales; T];
+        for t in 0..T {
+            let step = s.load(x[t].add(layout.steps() + 2 * first));
+            steps[t] = s.mul(scales, step);
+            if let Some(added) = C::added(layout) {
+                let added = s.load(x[t].add(added + 2 * first));
+                sums[t][2] = s.fma(scales, added, sums[t][2]);
             }
         }
-        sum_all(s, acc)
+        for i in 0..N {
+            let at = row.add(i * C::BYTES);
+            s.prefetch(at.wrapping_add(AHEAD));
+            let codes = C::load(s, at.add(C::CODES));
+            for t in 0..T {
+                let dot = C::dot(s, codes, x[t].add(8 * (first + i)).cast());
+                let step = s.splat_lane(steps[t], 2 * i);
+                sums[t][i % 2] = s.fma(step, dot, sums[t][i % 2]);
+            }
+        }
     }
+}
+
+/// Dot products of `R` rows with `T` tokens.
+///
+/// # Safety
+/// Each of `rows` must be valid for reading the bytes of a row of `columns` numbers, each of `x` for a
+/// [`Rounded`] token.
+#[inline(always)]
+unsafe fn dots<S: Simd, C: Codes, const R: usize, const T: usize>(
+    s: S,
+    columns: usize,
+    rows: [*const u8; R],
+    x: [*const f32; T],
+) -> [[f32; T]; R] {
+    let (blocks, layout) = (columns / BLOCK, Rounded::new(columns));
+    let mut acc = [[s.splat(0.0); T]; R];
+    for r in 0..R {
+        let (row, mut sums) = (rows[r], [[s.splat(0.0); 3]; T]);
+        let mut at = 0;
+        // SAFETY: the row has the blocks before `blocks`, and so has each token.
+        unsafe {
+            while S::LANES == 16 && at + 8 <= blocks {
+                group::<S, C, T, 8>(s, row, at, layout, x, &mut sums);
+                at += 8;
+            }
+            while S::LANES >= 8 && at + 4 <= blocks {
+                group::<S, C, T, 4>(s, row, at, layout, x, &mut sums);
+                at += 4;
+            }
+            while at + 2 <= blocks {
+                group::<S, C, T, 2>(s, row, at, layout, x, &mut sums);
+                at += 2;
+            }
+            if at < blocks {
+                group::<S, C, T, 1>(s, row, at, layout, x, &mut sums);
+            }
+        }
+        for t in 0..T {
+            acc[r][t] = s.add(s.add(sums[t][0], sums[t][1]), sums[t][2]);
+        }
+    }
+    sum_all(s, acc)
+}
+
+/// Sums over the lanes of `R · T` vectors.
+#[inline(always)]
+fn sum_all<S: Simd, const R: usize, const T: usize>(s: S, acc: [[S::V; T]; R]) -> [[f32; T]; R] {
+    let mut out = [[0.0; T]; R];
+    if R == 4 {
+        for t in 0..T {
+            let sums = s.sum4([acc[0][t], acc[1 % R][t], acc[2 % R][t], acc[3 % R][t]]);
+            for r in 0..R {
+                out[r][t] = sums[r];
+            }
+        }
+    } else if T == 4 {
+        for r in 0..R {
+            let a = acc[r];
+            out[r].copy_from_slice(&s.sum4([a[0], a[1 % T], a[2 % T], a[3 % T]]));
+        }
+    } else {
+        for r in 0..R {
+            for t in 0..T {
+                out[r][t] = s.sum(acc[r][t]);
+            }
+        }
+    }
+    out
 }

@@ -236,7 +236,6 @@ impl Isa {
     }
 
     /// Numbers in a vector.
-    #[cfg(test)]
     pub(super) fn lanes(self) -> usize {
         match self {
             Isa::Portable(_) => Portable::LANES,

@@ -1,0 +1,100 @@
+//! SmolLM2-135M decodes one, two, four, eight and sixteen sequences at a time, each with a text of its own
+//! length behind it and 512 units in its cache: tokens a second of all of them together, and how often as many
+//! as one sequence alone gets.
+//!
+//! Numbers of sequences take turns step by step, so that whatever else the machine does meets all of them, and
+//! medians are printed. The model is fetched if it is not there, and its weights are those of its file unless
+//! there is something like `-- --weights f16`.
+
+use clap::Parser;
+use locret_benches::ids;
+use locret_core::{Budget, CacheOptions, CausalLm, Pass, Phase, SequenceCache, forward};
+use locret_examples::{Result, args::ModelArgs};
+use locret_policies::Window;
+use std::{hint::black_box, process::ExitCode, sync::Arc, time::Instant};
+
+/// Times decoded tokens of several sequences in one pass
+#[derive(Debug, Parser)]
+struct Args {
+    /// Sequences in a pass
+    #[arg(
+        long,
+        value_name = "N,…",
+        value_delimiter = ',',
+        default_value = "1,2,4,8,16"
+    )]
+    sequences: Vec<usize>,
+    /// Units that each sequence keeps of its text
+    #[arg(long, value_name = "N", default_value_t = 512)]
+    units: usize,
+    /// Steps of each number of sequences
+    #[arg(long, value_name = "N", default_value_t = 40)]
+    steps: usize,
+    /// Cargo says so
+    #[arg(long, hide = true)]
+    bench: bool,
+    #[command(flatten)]
+    model: ModelArgs,
+}
+
+fn main() -> ExitCode {
+    locret_examples::run(|| run(&Args::parse()))
+}
+
+fn run(args: &Args) -> Result<()> {
+    let runtime = args.model.load()?;
+    let model = runtime.model();
+    let most = args.sequences.iter().copied().max().unwrap_or(0);
+    let mut caches = (0..most)
+        .map(|i| cache(&*model, args.units, i))
+        .collect::<Result<Vec<_>>>()?;
+    let mut times = vec![Vec::new(); args.sequences.len()];
+    let next = ids(args.steps * most, model.spec().vocab, 7);
+    for next in next.chunks_exact(most.max(1)) {
+        for (n, times) in args.sequences.iter().zip(&mut times) {
+            let begun = Instant::now();
+            decode(&*model, &mut caches[..*n], &next[..*n])?;
+            times.push(begun.elapsed().as_secs_f64());
+        }
+    }
+    println!("{} units, weights {:?}", args.units, args.model.weights);
+    println!("sequences  ms a step  tokens/s  times the first");
+    let mut first = None;
+    for (n, times) in args.sequences.iter().zip(&mut times) {
+        times.sort_by(f64::total_cmp);
+        let step = times[times.len() / 2];
+        let rate = *n as f64 / step;
+        let ratio = rate / *first.get_or_insert(rate);
+        println!("{n:9}  {:9.2}  {rate:8.1}  {ratio:15.2}", 1e3 * step);
+    }
+    Ok(())
+}
+
+/// A sequence that has read a text and kept `units` of it.
+fn cache(model: &dyn CausalLm, units: usize, i: usize) -> Result<SequenceCache> {
+    let policy = Arc::new(Window::policy(Budget::Units(units)));
+    let mut cache = SequenceCache::new(model.spec(), policy, model.compute(), CacheOptions::new())?;
+    let text = ids(units + 1 + 37 * i % 256, model.spec().vocab, i as u64);
+    let total = text.len();
+    for chunk in text.chunks(512) {
+        let last = cache.seen() + chunk.len() == total;
+        let step = cache.step(Phase::Prefill { last }, chunk.len(), total);
+        let mut pass = Pass::new([step])?;
+        forward(model, chunk, &mut pass)?;
+        pass.finish(None)?;
+    }
+    Ok(cache)
+}
+
+/// One more token of each sequence, and what comes after it.
+fn decode(model: &dyn CausalLm, caches: &mut [SequenceCache], next: &[u32]) -> Result<()> {
+    let steps = caches.iter_mut().map(|cache| {
+        let total = cache.seen() + 1;
+        cache.step(Phase::Decode, 1, total)
+    });
+    let mut pass = Pass::new(steps)?;
+    let hidden = forward(model, next, &mut pass)?;
+    pass.finish(None)?;
+    black_box(model.logits(hidden)?);
+    Ok(())
+}
