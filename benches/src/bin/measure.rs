@@ -81,7 +81,7 @@ fn run(args: &Args) -> Result<()> {
         read(&ids[..args.warm_up.min(ids.len())], &prefill, 4)?;
     }
     if args.sequences > 1 {
-        return many(args, &ids, model, &policy);
+        return many(args, &ids, &model, &policy);
     }
     let (report, verdicts, made) = read(&ids, &prefill, args.max_new)?;
     let line = serde_json::json!({
