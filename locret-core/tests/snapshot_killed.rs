@@ -43,12 +43,13 @@ fn restored(model: &Arc<dyn CausalLm>, path: &Path) -> Session {
     Session::restore(model.clone(), Arc::new(Full), CacheOptions::new(), path).unwrap()
 }
 
-/// Saves one and the other, over and over, in the same place.
+/// Saves one and the other, over and over, in the same place. Which comes first is left to chance.
 fn save_for_ever(folder: &Path) -> ! {
     let model = model();
     let sessions = ["one", "other"].map(|name| restored(&model, &folder.join(name)));
     let mut out = std::io::stdout().lock();
-    for session in sessions.iter().cycle() {
+    let first = std::process::id() as usize % 2;
+    for session in sessions.iter().cycle().skip(first) {
         session.save(folder.join("saved")).unwrap();
         out.write_all(b".").unwrap();
         out.flush().unwrap();
@@ -110,7 +111,7 @@ fn a_killed_process_leaves_the_old_file_or_the_new_one() {
     let left = names.count() - 3;
     println!("{saves} saves, {found:?} found, {left} cut off");
     assert!(
-        saves > KILLS && left > KILLS / 10,
+        saves >= KILLS && left > KILLS / 10,
         "{saves} saves, {left} cut off"
     );
     assert!(found.iter().all(|n| *n > KILLS / 20), "{found:?}");
