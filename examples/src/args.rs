@@ -548,7 +548,7 @@ mod tests {
         assert_eq!(zero, Sampling::greedy());
         // The engine says what is wrong with these, and names the setting.
         let negative = parse("--temperature -1").unwrap().sampling;
-        assert!(negative.sampling().sampler().is_err());
+        assert!(negative.sampling().init().is_err());
     }
 
     #[test]
