@@ -11,7 +11,7 @@ use std::{
     fmt,
     sync::{
         Arc,
-        atomic::{AtomicBool, AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
     },
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
@@ -71,6 +71,8 @@ pub struct App {
     /// Texts that become tokens at once: each takes a core, and several times its own size.
     encoding: Semaphore,
     closing: AtomicBool,
+    /// Answers that are not at their end, what is stored of them included.
+    answering: AtomicUsize,
     started: u64,
     answers: AtomicU64,
     /// Tells this process's answers from others'.
@@ -136,6 +138,7 @@ impl App {
             sessions: places.sessions,
             encoding: Semaphore::new(ENCODING),
             closing: AtomicBool::new(false),
+            answering: AtomicUsize::new(0),
             started: seconds(),
             answers: AtomicU64::new(0),
             salt: random(),
@@ -189,12 +192,19 @@ impl App {
         self.closing.load(Ordering::Acquire)
     }
 
-    /// Waits until no sequence is left; false if that took longer than `within`.
+    /// Counts an answer until what is returned is dropped.
+    pub(crate) fn answering(self: &Arc<Self>) -> Answering {
+        self.answering.fetch_add(1, Ordering::AcqRel);
+        Answering(self.clone())
+    }
+
+    /// Waits until no sequence and no answer is left; false if that took longer than `within`.
     pub async fn idle(&self, within: Duration) -> bool {
         let idle = async {
             loop {
                 let load = self.batcher.load();
-                if load.running + load.waiting == 0 {
+                let answers = self.answering.load(Ordering::Acquire);
+                if load.running + load.waiting + answers == 0 {
                     return;
                 }
                 tokio::time::sleep(Duration::from_millis(5)).await;
@@ -237,6 +247,16 @@ impl App {
         let shared = all.starts_with(&first) && first.len() < all.len();
         let prefix = if shared { first.len() } else { 0 };
         Ok((all, prefix))
+    }
+}
+
+/// An answer that is not at its end.
+#[derive(Debug)]
+pub(crate) struct Answering(Arc<App>);
+
+impl Drop for Answering {
+    fn drop(&mut self) {
+        self.0.answering.fetch_sub(1, Ordering::AcqRel);
     }
 }
 

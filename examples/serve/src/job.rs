@@ -2,7 +2,7 @@
 
 use crate::{
     Error, Result,
-    app::App,
+    app::{Answering, App},
     ask::{Common, Source},
     sequence::{Heard, Outcome, Sequence},
     sessions::{self, Opening, Turn},
@@ -126,6 +126,7 @@ impl Answer {
             before,
             turn,
             text: String::new(),
+            _counted: app.answering(),
         };
         tokio::spawn(driver.drive(sequence));
         Ok(Self { ids, parts })
@@ -183,6 +184,7 @@ struct Driver {
     turn: Option<Turn>,
     /// The answer, where it is kept.
     text: String,
+    _counted: Answering,
 }
 
 impl Driver {

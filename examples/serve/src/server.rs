@@ -166,9 +166,21 @@ pub async fn serve(
     }
     drop(listener);
     app.close();
-    let until = Instant::now() + app.settings.grace;
-    let answered = tokio::time::timeout_at(until, graceful.shutdown()).await;
-    let left = until.saturating_duration_since(Instant::now());
-    let idle = app.idle(left).await;
-    Ok(answered.is_ok() && idle)
+    let (grace, until) = (app.settings.grace, Instant::now() + app.settings.grace);
+    let answered = async {
+        let idle = app.idle(grace).await;
+        // What is ready is being sent. Connections that only sit there are not waited for.
+        tokio::time::sleep_until(until.min(Instant::now() + SENT)).await;
+        idle
+    };
+    tokio::select! {
+        idle = answered => Ok(idle),
+        // All connections are closed; what they left behind ends at once.
+        () = graceful.shutdown() => {
+            Ok(app.idle(until.saturating_duration_since(Instant::now())).await)
+        }
+    }
 }
+
+/// How long answers that are ready get to be sent when the server ends.
+const SENT: Duration = Duration::from_secs(1);

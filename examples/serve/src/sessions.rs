@@ -151,8 +151,8 @@ pub(crate) fn open(
         budget,
         from: None,
     };
-    let (all, prefix) = app.conversation(messages)?;
     let Some(answer) = messages.iter().rposition(|m| m.role == "assistant") else {
+        let (all, prefix) = app.conversation(messages)?;
         return Ok(Opening {
             ids: all,
             prefix,
@@ -198,9 +198,13 @@ pub(crate) fn open(
     turn.policy.clone_from(&record.policy);
     turn.budget = record.budget;
     turn.from = Some((key, record.before.clone()));
-    // The prompt that was answered, the answer, and the token that ends it: the session has these, its
-    // answer perhaps cut into other tokens than the tokenizer would cut it.
+    // The session has the prompt that was answered, and the answer, perhaps cut into other tokens than the
+    // tokenizer would cut it. What comes after an answer is the same after any: after one whose first
+    // character cannot grow together with what is before it.
     let (prompt, _) = app.conversation(&messages[..answer])?;
+    let mut any = messages.to_vec();
+    any[answer].content = "x".into();
+    let (all, _) = app.conversation(&any)?;
     let after = all.strip_prefix(&prompt[..]);
     let end = after.and_then(|after| {
         let end = after.iter().position(|id| app.stop.contains(id))?;

@@ -9,11 +9,21 @@ import argparse
 import re
 import shutil
 import sys
+import time
 from pathlib import Path
 
 from playwright.sync_api import sync_playwright
 
 from common import Server, binary, text
+
+
+def until(page, expression, seconds):
+    """Waits for the page; not in the page, whose policy forbids scripts that others bring."""
+    end = time.time() + seconds
+    while not page.evaluate(expression):
+        if time.time() > end:
+            raise SystemExit(f"{expression} did not come true within {seconds} seconds")
+        time.sleep(0.02)
 
 
 def main():
@@ -52,9 +62,7 @@ def main():
 
         page.fill("#key", "key-7")
         page.click("#go")
-        page.wait_for_function(
-            "document.querySelectorAll('#read span.now').length > 600", timeout=120000
-        )
+        until(page, "document.querySelectorAll('#read span.now').length > 600", 120)
         middle = page.evaluate(
             """() => ({
                 state: document.body.dataset.state,
@@ -71,7 +79,7 @@ def main():
         check("tokens survive in different shares", middle["colours"] > 5)
         if given.screenshots:
             page.screenshot(path=str(Path(given.screenshots) / "reading.png"))
-        page.wait_for_function("document.body.dataset.state === 'done'", timeout=300000)
+        until(page, "document.body.dataset.state === 'done'", 300)
         end = page.evaluate(
             """() => ({
                 spans: document.querySelectorAll('#read span').length,
@@ -98,9 +106,9 @@ def main():
 
         # Stopped: the sequence is gone.
         page.click("#go")
-        page.wait_for_function("document.querySelectorAll('#read span.now').length > 100", timeout=120000)
+        until(page, "document.querySelectorAll('#read span.now').length > 100", 120)
         page.click("#stop")
-        page.wait_for_function("document.body.dataset.state === 'ended'")
+        until(page, "document.body.dataset.state === 'ended'", 60)
         browser.close()
     check(f"nothing from elsewhere: {requests}", all(r.startswith(server.url) for r in requests))
     check(f"no errors of the script: {messages}", not messages)
