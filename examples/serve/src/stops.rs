@@ -27,15 +27,14 @@ impl Stops {
         self.found
     }
 
-    /// Takes the next piece; returns what can be handed on, which ends before the first of the texts.
+    /// Takes the next piece; returns what can be handed on, which ends before the first of the texts: the
+    /// one that is whole first, however the text comes in pieces.
     pub fn push(&mut self, piece: &str) -> String {
         if self.found {
             return String::new();
         }
         self.held.push_str(piece);
-        let stops = self.stops.iter();
-        let first = stops.filter_map(|stop| self.held.find(stop)).min();
-        if let Some(at) = first {
+        if let Some(at) = first(&self.held, &self.stops) {
             self.found = true;
             self.held.truncate(at);
             return std::mem::take(&mut self.held);
@@ -50,6 +49,15 @@ impl Stops {
     pub fn finish(&mut self) -> String {
         std::mem::take(&mut self.held)
     }
+}
+
+/// Where the one of `stops` begins that is whole first in `text`; of several the longest.
+fn first(text: &str, stops: &[String]) -> Option<usize> {
+    let found = stops.iter().filter_map(|stop| {
+        let at = text.find(stop)?;
+        Some((at + stop.len(), at))
+    });
+    found.min().map(|(_, at)| at)
 }
 
 /// The longest end of `text`, in bytes, that `stop` begins with but is not all of.
@@ -85,7 +93,12 @@ mod tests {
             stops in prop::collection::vec("[ab€]{1,4}", 0..4),
         ) {
             let whole = pieces.concat();
-            let end = stops.iter().filter_map(|stop| whole.find(stop)).min();
+            // Letter by letter: the text ends as soon as it ends with one of them.
+            let mut letters = whole.char_indices().map(|(at, letter)| at + letter.len_utf8());
+            let end = letters.find_map(|to| {
+                let ends = stops.iter().filter(|stop| whole[..to].ends_with(&**stop));
+                ends.map(|stop| to - stop.len()).min()
+            });
             let mut found = Stops::new(stops);
             let mut text = String::new();
             for piece in &pieces {
