@@ -508,7 +508,7 @@ impl Reading {
         let (start, all) = (self.read, self.ids.len());
         let evicting = start < self.body;
         let end = (start + self.chunk).min(if evicting { self.body } else { all });
-        (start < all).then(|| Due {
+        (start < all).then_some(Due {
             phase: match evicting {
                 true => Phase::Prefill {
                     last: end == self.body,

@@ -628,7 +628,6 @@ impl<const MINIMUM: bool> Nibbles<MINIMUM> {
     /// # Safety
     /// The rows must have these blocks, `x` be tokens of as many, and `sums` what belongs to them.
     #[inline(always)]
-    #[expect(clippy::too_many_arguments, reason = "a part of a function")]
     unsafe fn group<S: Simd, const R: usize, const T: usize, const N: usize>(
         s: S,
         first: usize,
