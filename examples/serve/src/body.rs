@@ -2,7 +2,7 @@
 
 use crate::{Error, Result, Settings};
 use axum::{
-    body::{Body, to_bytes},
+    body::Body,
     extract::Request,
     http::header::{CONTENT_LENGTH, CONTENT_TYPE},
 };
@@ -68,13 +68,4 @@ async fn drain(body: Body, most: usize) {
     };
     // However it ends, there is nothing to be done about it.
     let _ = timeout(DRAIN, rest).await;
-}
-
-/// Reads a whole answer, for tests and clients in this process.
-///
-/// # Errors
-/// [`Error::Server`] if it breaks off or is too long.
-pub async fn whole(body: Body) -> Result<Bytes> {
-    let all = to_bytes(body, 1 << 30).await;
-    all.map_err(|e| Error::Server(e.to_string()))
 }

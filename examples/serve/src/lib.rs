@@ -32,5 +32,4 @@ pub mod store;
 
 pub use app::{App, Places, Served};
 pub use args::{Args, Settings};
-pub use body::whole;
 pub use error::{Error, Result};

@@ -13,6 +13,7 @@ use tokio::{
 };
 
 fn main() -> ExitCode {
+    give_memory_back();
     match start(&Args::parse()) {
         Ok(true) => ExitCode::SUCCESS,
         Ok(false) => {
@@ -23,6 +24,18 @@ fn main() -> ExitCode {
             eprintln!("{message}");
             ExitCode::FAILURE
         }
+    }
+}
+
+/// Caches come and go, and what they took has to be the system's again: glibc keeps what is smaller than a
+/// threshold, which it raises with what it sees, in pieces that soon fit nobody, for every thread apart.
+/// Without this the process takes up to 100 MiB more than its sequences at a cap of 256 MiB.
+fn give_memory_back() {
+    // SAFETY: these set numbers of the allocator, while there is no other thread.
+    #[cfg(all(target_os = "linux", target_env = "gnu"))]
+    unsafe {
+        libc::mallopt(libc::M_MMAP_THRESHOLD, 64 << 10);
+        libc::mallopt(libc::M_ARENA_MAX, 2);
     }
 }
 

@@ -1,7 +1,7 @@
 //! Watching a text being read: what survives of it, chunk by chunk.
 
 use crate::{
-    Result,
+    Error, Result,
     answer::{Events, events},
     app::App,
     ask::Read,
@@ -26,6 +26,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 pub(crate) async fn read(State(app): State<Arc<App>>, request: Request) -> Result<Response> {
     let asked: Read = body::json(request, &app.settings).await?;
     asked.common.check(&app)?;
+    if asked.common.session.is_some() {
+        return Err(Error::field("session", "a text is read from its beginning"));
+    }
     let reads = match &app.template {
         Some(_) => {
             let turn = format!("{}\n\n{}", asked.text, asked.question);
@@ -34,7 +37,10 @@ pub(crate) async fn read(State(app): State<Arc<App>>, request: Request) -> Resul
         None => Reads::Source(crate::ask::Source::Text(asked.text + &asked.question)),
     };
     let frame = Latest::default();
-    let probe = Survivors(frame.clone());
+    let probe = Survivors {
+        latest: frame.clone(),
+        number: app.cache.dtype.block_bytes(),
+    };
     let answer = Answer::start(&app, &asked.common, reads, Some(Box::new(probe))).await?;
     Ok(events(Watched {
         app,
@@ -59,7 +65,11 @@ type Latest = Arc<Mutex<Option<Frame>>>;
 
 /// Counts what survives after every chunk.
 #[derive(Debug)]
-struct Survivors(Latest);
+struct Survivors {
+    latest: Latest,
+    /// Bytes of a number in a cache that keeps everything.
+    number: usize,
+}
 
 impl Probe for Survivors {
     fn chunk(&mut self, at: &ChunkDone<'_>) -> locret_core::Result<()> {
@@ -80,10 +90,10 @@ impl Probe for Survivors {
         let frame = Frame {
             done: at.cache.seen(),
             bytes: at.cache.bytes(),
-            full: spec.full_cache_bytes(at.cache.seen(), 4),
+            full: spec.full_cache_bytes(at.cache.seen(), self.number),
             kept: counts.iter().map(share).collect(),
         };
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(frame);
+        *self.latest.lock().unwrap_or_else(PoisonError::into_inner) = Some(frame);
         Ok(())
     }
 }
@@ -152,7 +162,7 @@ impl Events for Watched {
                 }
                 None => {
                     self.over = true;
-                    crate::Error::Server("the answer broke off".into()).json()
+                    Error::Server("the answer broke off".into()).json()
                 }
             };
             return Some(vec![data.to_string()]);

@@ -59,7 +59,8 @@ class Clients:
         self.done, self.again, self.resumed = 0, 0, 0
         self.lock = threading.Lock()
 
-    def turn(self, i, messages):
+    def turn(self, i, messages, before):
+        """The answer, and the tokens of its prompt; `before` of them were those of the turn before."""
         for attempt in range(self.retries + 1):
             try:
                 answer = self.client.chat.completions.create(
@@ -68,8 +69,10 @@ class Clients:
                 )
                 with self.lock:
                     self.done += 1
-                    self.resumed += answer.usage.prompt_tokens_details.cached_tokens > 0
-                return answer.choices[0].message.content
+                    # More than the system message, which all conversations share.
+                    cached = answer.usage.prompt_tokens_details.cached_tokens
+                    self.resumed += 0 < before <= cached
+                return answer.choices[0].message.content, answer.usage.prompt_tokens
             except (openai.APIConnectionError, openai.InternalServerError, openai.RateLimitError):
                 if attempt == self.retries:
                     raise
@@ -79,11 +82,12 @@ class Clients:
 
     def conversation(self, i):
         messages = [{"role": "system", "content": "You remember words."}]
-        answers = []
+        answers, before = [], 0
         for turn in range(TURNS):
             said = text(150 + 40 * (i % 5), 10 * i) if turn == 0 else f"And word {turn}?"
             messages.append({"role": "user", "content": said})
-            answers.append(self.turn(i, messages))
+            answer, before = self.turn(i, messages, before)
+            answers.append(answer)
             messages.append({"role": "assistant", "content": answers[-1]})
         return answers
 

@@ -54,6 +54,8 @@ fn what_survives_is_told_after_every_chunk() {
     server.idle();
     let bad = json!({ "text": 7 });
     assert_eq!(server.client().post("/v1/read", &bad).status, 400);
+    let session = json!({ "text": "a", "session": "s" });
+    assert_eq!(server.client().post("/v1/read", &session).status, 400);
     let empty = server
         .client()
         .post("/v1/read", &json!({ "text": "", "max_tokens": 1 }));
