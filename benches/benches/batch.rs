@@ -8,7 +8,7 @@
 
 use clap::Parser;
 use locret_benches::ids;
-use locret_core::{Budget, CacheOptions, CausalLm, Pass, Phase, SequenceCache, forward};
+use locret_core::{Budget, CacheOptions, CausalLm, DType, Pass, Phase, SequenceCache, forward};
 use locret_examples::{Result, args::ModelArgs};
 use locret_policies::Window;
 use std::{hint::black_box, process::ExitCode, sync::Arc, time::Instant};
@@ -27,6 +27,9 @@ struct Args {
     /// Units that each sequence keeps of its text
     #[arg(long, value_name = "N", default_value_t = 512)]
     units: usize,
+    /// Type that keys and values are kept in: f32, f16 or bf16
+    #[arg(long, value_name = "TYPE", default_value = "f32")]
+    store: DType,
     /// Steps of each number of sequences
     #[arg(long, value_name = "N", default_value_t = 40)]
     steps: usize,
@@ -46,7 +49,7 @@ fn run(args: &Args) -> Result<()> {
     let model = runtime.model();
     let most = args.sequences.iter().copied().max().unwrap_or(0);
     let mut caches = (0..most)
-        .map(|i| cache(&*model, args.units, i))
+        .map(|i| cache(&*model, args, i))
         .collect::<Result<Vec<_>>>()?;
     let mut times = vec![Vec::new(); args.sequences.len()];
     let next = ids(args.steps * most, model.spec().vocab, 7);
@@ -57,7 +60,10 @@ fn run(args: &Args) -> Result<()> {
             times.push(begun.elapsed().as_secs_f64());
         }
     }
-    println!("{} units, weights {:?}", args.units, args.model.weights);
+    println!(
+        "{} units in {}, weights: {:?}",
+        args.units, args.store, args.model.weights
+    );
     println!("sequences  ms a step  tokens/s  times the first");
     let mut first = None;
     for (n, times) in args.sequences.iter().zip(&mut times) {
@@ -70,11 +76,12 @@ fn run(args: &Args) -> Result<()> {
     Ok(())
 }
 
-/// A sequence that has read a text and kept `units` of it.
-fn cache(model: &dyn CausalLm, units: usize, i: usize) -> Result<SequenceCache> {
-    let policy = Arc::new(Window::policy(Budget::Units(units)));
-    let mut cache = SequenceCache::new(model.spec(), policy, model.compute(), CacheOptions::new())?;
-    let text = ids(units + 1 + 37 * i % 256, model.spec().vocab, i as u64);
+/// A sequence that has read a text and kept some units of it.
+fn cache(model: &dyn CausalLm, args: &Args, i: usize) -> Result<SequenceCache> {
+    let policy = Arc::new(Window::policy(Budget::Units(args.units)));
+    let options = CacheOptions::new().dtype(args.store);
+    let mut cache = SequenceCache::new(model.spec(), policy, model.compute(), options)?;
+    let text = ids(args.units + 1 + 37 * i % 256, model.spec().vocab, i as u64);
     let total = text.len();
     for chunk in text.chunks(512) {
         let last = cache.seen() + chunk.len() == total;

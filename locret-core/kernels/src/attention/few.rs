@@ -8,6 +8,10 @@ use crate::{
     tiles::{Floats, each_type},
 };
 
+/// How many bytes ahead of their use keys and values are asked for: a processor does not do so by itself beyond
+/// the end of a page, of which there are as many as there are sequences, layers and heads.
+const AHEAD: usize = 4096;
+
 /// The heads of a group that one pass over a tile serves: three, but two twice rather than three
 /// and one.
 pub(crate) fn heads_at_once(left: usize) -> usize {
@@ -140,7 +144,9 @@ fn dots<S: Simd, E: Number, const R: usize, const K: usize>(
                 *row = s.load(q.as_ptr().add(r * d + c));
             }
             for j in 0..K {
-                let key = E::load(s, keys.as_ptr().add(at[j] + c));
+                let key = keys.as_ptr().add(at[j] + c);
+                s.prefetch(key.cast::<u8>().wrapping_add(AHEAD));
+                let key = E::load(s, key);
                 for r in 0..R {
                     sums[r][j] = s.fma(rows[r], key, sums[r][j]);
                 }
@@ -287,7 +293,9 @@ fn weigh_rows<S: Simd, E: Number, const R: usize, const C: usize>(
             }
             let row = values.as_ptr().add(k * d + f);
             for c in 0..C {
-                let value = E::load(s, row.add(c * S::LANES));
+                let value = row.add(c * S::LANES);
+                s.prefetch(value.cast::<u8>().wrapping_add(AHEAD));
+                let value = E::load(s, value);
                 for r in 0..R {
                     sums[r][c] = s.fma(weights[r], value, sums[r][c]);
                 }

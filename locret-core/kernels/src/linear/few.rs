@@ -258,19 +258,19 @@ impl Work<'_> {
             let part = from..rows.end.min(from + ROWS);
             let mut token = 0;
             while token < tokens {
-                // As many sums as fit the registers beside the weights and activations that they are of.
+                // With up to four tokens reading is what takes time, and few rows beside each other are best;
+                // with more, as many sums as fit the registers beside the weights and activations that they
+                // are of.
                 let width = group(S::LANES, tokens - token);
                 match (S::LANES == 16, D::PACKED, width) {
-                    (_, _, 1) => self.part::<S, D, 4, 1>(s, part.clone(), token, kept),
-                    (_, false, 2) => self.part::<S, D, 4, 2>(s, part.clone(), token, kept),
-                    (_, true, 2) => self.part::<S, D, 2, 2>(s, part.clone(), token, kept),
-                    (false, false, _) => self.part::<S, D, 3, 4>(s, part.clone(), token, kept),
-                    (false, true, _) => self.part::<S, D, 1, 4>(s, part.clone(), token, kept),
-                    (true, false, 4) => self.part::<S, D, 6, 4>(s, part.clone(), token, kept),
-                    (true, false, 6) => self.part::<S, D, 4, 6>(s, part.clone(), token, kept),
-                    (true, false, _) => self.part::<S, D, 3, 8>(s, part.clone(), token, kept),
+                    (_, _, 1) => self.part::<S, D, 2, 1>(s, part.clone(), token, kept),
+                    (_, _, 2) => self.part::<S, D, 2, 2>(s, part.clone(), token, kept),
+                    (_, false, 4) => self.part::<S, D, 3, 4>(s, part.clone(), token, kept),
+                    (false, _, _) => self.part::<S, D, 1, 4>(s, part.clone(), token, kept),
                     (true, true, 4) => self.part::<S, D, 2, 4>(s, part.clone(), token, kept),
+                    (true, false, 6) => self.part::<S, D, 4, 6>(s, part.clone(), token, kept),
                     (true, true, 6) => self.part::<S, D, 2, 6>(s, part.clone(), token, kept),
+                    (true, false, _) => self.part::<S, D, 3, 8>(s, part.clone(), token, kept),
                     (true, true, _) => self.part::<S, D, 2, 8>(s, part.clone(), token, kept),
                 }
                 token += width;
