@@ -27,7 +27,8 @@ import ctypes, numpy as np, llama_cpp as L
 rss = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 path, ids, new, flash, n = sys.argv[1], json.load(open(sys.argv[2])), int(sys.argv[3]), sys.argv[4] == "1", int(sys.argv[5])
 imported = rss()
-L.llama_log_set(L.llama_log_callback(lambda *_: None), ctypes.c_void_p(0))
+silent = L.llama_log_callback(lambda *_: None)
+L.llama_log_set(silent, ctypes.c_void_p(0))
 L.llama_backend_init()
 model = L.llama_model_load_from_file(path.encode(), L.llama_model_default_params())
 vocab = L.llama_vocab_n_tokens(L.llama_model_get_vocab(model))

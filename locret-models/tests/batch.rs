@@ -151,7 +151,7 @@ fn caches(model: &Decoder, dtype: DType) -> Vec<SequenceCache> {
         Arc::new(SirLlm::new().policy(budget, 4)),
         Arc::new(Random::policy(3, budget)),
     ];
-    let policies = policies.into_iter().cycle().take(16);
+    let policies = policies.into_iter().cycle().take(17);
     let caches = policies.enumerate().map(|(i, policy)| {
         let options = CacheOptions::new().dtype(dtype);
         let mut cache = SequenceCache::new(model.spec(), policy, model.compute(), options).unwrap();
@@ -264,13 +264,13 @@ fn more_tokens_in_one_pass_differ_by_rounding_alone() {
         let mut most_off = 0.0f32;
         let (mut joint, mut lone) = (caches(model, store), caches(model, store));
         for round in 0..6 {
-            // Nine decoded tokens, and chunks beside them in every other round.
+            // Seventeen decoded tokens, and chunks beside them in every other round.
             let chunk = |i: usize| round % 2 == 1 && i % 4 == 1;
             let phase = |i: usize| match chunk(i) {
                 true => Phase::Tail,
                 false => Phase::Decode,
             };
-            let parts: Vec<Vec<u32>> = (0..9)
+            let parts: Vec<Vec<u32>> = (0..17)
                 .map(|i| ids(if chunk(i) { 11 } else { 1 }, (100 * round + i) as u32))
                 .collect();
             let found = together(model, &mut joint, &parts, phase);

@@ -26,8 +26,8 @@ SPARE = 64 << 20
 
 def request(index, low, high, answer):
     dice = random.Random(1000 + index)
-    # As many of 1,000 to 2,000 tokens as of 10,000 to 20,000.
-    words = int(low * (high / low) ** dice.random())
+    # Half of them below 1,800 tokens, one in twenty above 10,000.
+    words = int(1 / (1 / low - dice.random() * (1 / low - 1 / high)))
     question = f"Number {index}: which of these words would you keep?"
     return {
         "words": words,

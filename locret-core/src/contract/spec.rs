@@ -1,12 +1,13 @@
 //! What the engine has to know of a model.
 
 use crate::{Error, Result, RopeConfig};
+use serde::Serialize;
 
 /// The dimensions of a decoder-only model, and how it encodes positions.
 ///
 /// This and one call of [`Pass::attend`](crate::Pass::attend) per layer are all that an adapter shares
 /// with the engine.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Serialize)]
 #[non_exhaustive]
 pub struct ModelSpec {
     /// Decoder layers.

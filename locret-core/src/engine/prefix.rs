@@ -2,7 +2,7 @@
 
 use super::{
     session::{Prefill, Session},
-    snapshot::Identity,
+    snapshot::{Identity, VERSION},
     snapshots::SnapshotStore,
 };
 use crate::{
@@ -117,7 +117,8 @@ impl PrefixCache {
     /// A session that has read `tokens` as one prompt, if there is one.
     ///
     /// # Errors
-    /// The model's ([`CausalLm::fingerprint`]), [`Error::Device`]. That the store behind fails is a miss.
+    /// [`Error::Device`]; where a store is behind it, those of [`CausalLm::fingerprint`], and all of
+    /// [`Session::read`] that are not the snapshot's. That the store fails is a miss.
     pub fn get(
         &self,
         model: &Arc<dyn CausalLm>,
@@ -127,10 +128,11 @@ impl PrefixCache {
         tokens: &[u32],
     ) -> Result<Option<Session>> {
         let place = options.placement(model.compute());
-        let of = Identity::of(&**model, &**policy)?;
+        let of = self.identity(model, policy)?;
         let hash = hash(&of, place.compute.name(), place.dtype, prefill, tokens);
         let key = (hash, address(model));
-        if let Some(session) = self.lock().hit(&key) {
+        let hit = self.lock().hit(&key);
+        if let Some(session) = hit {
             return Ok(Some(session.fork()?));
         }
         if let Some(session) = self.stored(&of, &hash, model, policy, options)? {
@@ -152,13 +154,14 @@ impl PrefixCache {
     /// with one policy, and nothing after it.
     ///
     /// # Errors
-    /// The model's ([`CausalLm::fingerprint`]); those of the store behind: the session is in memory then.
+    /// [`Error::Device`]; where a store is behind it, those of [`CausalLm::fingerprint`], of
+    /// [`Session::write`] and the store's own: the session is in memory then.
     pub fn insert(&self, session: &Session) -> Result<bool> {
         if !session.is_prefix() {
             return Ok(false);
         }
         let (model, cache) = (session.model(), session.cache());
-        let of = Identity::of(&**model, &**cache.policy())?;
+        let of = self.identity(model, cache.policy())?;
         let (compute, dtype) = (cache.place.compute.name(), cache.place.dtype);
         let hash = hash(&of, compute, dtype, &session.prefill, session.tokens());
         self.keep((hash, address(model)), session)?;
@@ -184,23 +187,47 @@ impl PrefixCache {
         self.entries.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// What an entry is one of. Weights are told apart where others may have put something: in memory it is
+    /// the model itself that counts.
+    fn identity(
+        &self,
+        model: &Arc<dyn CausalLm>,
+        policy: &Arc<dyn KvCachePolicy>,
+    ) -> Result<Identity> {
+        match self.store {
+            Some(_) => Identity::of(&**model, &**policy),
+            None => Identity::of_shape(&**model, &**policy),
+        }
+    }
+
     /// Keeps a copy in memory, if it is not there, and what was asked for longest ago no longer.
     fn keep(&self, key: Key, session: &Session) -> Result<()> {
-        if self.lock().touch(&key).is_some() {
-            return Ok(());
-        }
-        // Nobody waits for the copy, nor for memory that is given back.
-        let session = session.fork()?;
-        let bytes = session.held_bytes();
-        if bytes > self.bound {
-            return Ok(());
-        }
-        let entry = Entry {
-            session: Arc::new(session),
-            bytes,
-            used: 0,
+        // There is room before there is a copy.
+        let bytes = session.copied_bytes();
+        let mut gone = Vec::new();
+        let room = {
+            let mut entries = self.lock();
+            if entries.touch(&key).is_some() {
+                return Ok(());
+            }
+            entries.make_room(bytes, self.bound, &mut gone)
         };
-        let _dropped = self.lock().add(key, entry, self.bound);
+        // Nobody waits for memory that is given back, nor for the copy.
+        drop(gone);
+        if !room {
+            return Ok(());
+        }
+        let copy = session.fork().map(|mut copy| {
+            // A table of angles is soon made again.
+            copy.cache.rope.forget();
+            Arc::new(copy)
+        });
+        let twin = {
+            let mut entries = self.lock();
+            entries.stats.bytes -= bytes;
+            entries.add(key, copy?)
+        };
+        drop(twin);
         Ok(())
     }
 
@@ -255,13 +282,29 @@ impl Entries {
         Some(session)
     }
 
-    /// Adds an entry of no more than `bound` bytes; what has to go for it.
-    fn add(&mut self, key: Key, mut entry: Entry, bound: usize) -> Vec<Entry> {
+    /// Adds an entry for which there is room; the one that was there already, if another thread has read the
+    /// same meanwhile.
+    fn add(&mut self, key: Key, session: Arc<Session>) -> Option<Entry> {
         self.now += 1;
-        entry.used = self.now;
+        let entry = Entry {
+            bytes: session.copied_bytes(),
+            session,
+            used: self.now,
+        };
         self.stats.bytes += entry.bytes;
-        let mut gone: Vec<Entry> = self.by_key.insert(key, entry).into_iter().collect();
-        self.stats.bytes -= gone.iter().map(|entry| entry.bytes).sum::<usize>();
+        let twin = self.by_key.insert(key, entry);
+        self.stats.bytes -= twin.as_ref().map_or(0, |entry| entry.bytes);
+        twin
+    }
+
+    /// Counts `bytes` as taken. False if they are too many, or if others are being copied just now.
+    fn make_room(&mut self, bytes: usize, bound: usize, gone: &mut Vec<Entry>) -> bool {
+        let copies: usize = self.by_key.values().map(|entry| entry.bytes).sum();
+        let elsewhere = self.stats.bytes - copies;
+        if elsewhere.checked_add(bytes).is_none_or(|all| all > bound) {
+            return false;
+        }
+        self.stats.bytes += bytes;
         while self.stats.bytes > bound {
             let oldest = self.by_key.iter().min_by_key(|(_, entry)| entry.used);
             let Some(entry) =
@@ -272,7 +315,7 @@ impl Entries {
             self.stats.bytes -= entry.bytes;
             gone.push(entry);
         }
-        gone
+        true
     }
 }
 
@@ -286,12 +329,13 @@ impl Session {
             && self.times.prefill_tokens == self.history.len()
             && self.cache.seen() == self.history.len()
             && self.cache.usable().is_ok()
+            && self.saveable().is_ok()
     }
 
-    /// Bytes that it takes in memory, but for a few hundred.
-    fn held_bytes(&self) -> usize {
-        let logits = self.logits.as_ref().map_or(0, Vec::capacity);
-        let numbers = 4 * (self.history.capacity() + logits);
+    /// Bytes that a copy of it takes in memory, but for a few hundred and a table of angles.
+    fn copied_bytes(&self) -> usize {
+        let logits = self.logits.as_ref().map_or(0, Vec::len);
+        let numbers = 4 * (self.history.len() + logits);
         self.cache.bytes() + self.cache.metadata_bytes() + numbers
     }
 }
@@ -306,7 +350,7 @@ fn hash(of: &Identity, compute: &str, dtype: DType, prefill: &Prefill, tokens: &
     let mut hash = Sha256::new();
     // Quoted, so that no two lists of texts look alike.
     hash.update(format!(
-        "locret-prefix 1, {of:?}, {compute:?}, {dtype:?}, {chunk}, {local}, {}: ",
+        "locret-prefix {VERSION}, {of:?}, {compute:?}, {dtype:?}, {chunk}, {local}, {}: ",
         tokens.len()
     ));
     for id in tokens {

@@ -272,6 +272,11 @@ impl Rope {
         changes
     }
 
+    /// Gives back what can be made again.
+    pub(crate) fn forget(&mut self) {
+        self.contiguous = Arc::new(RopeTable::new(&self.inv_freq, self.factor, 0..0));
+    }
+
     /// A table whose row 0 is position `range.start`.
     pub(crate) fn range(&self, range: Range<usize>) -> RopeTable {
         RopeTable::new(&self.inv_freq, self.factor, range)

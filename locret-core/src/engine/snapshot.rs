@@ -9,7 +9,7 @@ use super::{
     snapshots,
 };
 use crate::{
-    CacheOptions, CausalLm, Error, KvCachePolicy, ModelSpec, Peak, Positions, Result, RopeConfig,
+    CacheOptions, CausalLm, Error, KvCachePolicy, ModelSpec, Peak, Positions, Result,
     SnapshotError, contract::HeadMeta, host::hex,
 };
 use bytemuck::Pod;
@@ -30,7 +30,7 @@ use std::{
 /// What the header calls the format.
 const FORMAT: &str = "locret-session";
 /// Of the format, and of how fingerprints are made.
-const VERSION: u32 = 1;
+pub(super) const VERSION: u32 = 1;
 /// The longest header that is read.
 const HEADER: u64 = 64 << 20;
 /// The longest text in a header. While it is parsed a text can take a few times its length.
@@ -137,7 +137,8 @@ impl Session {
     /// behind is a file `.snapshot-*.tmp` beside it, which hinders nobody.
     ///
     /// # Errors
-    /// As [`write`](Self::write). The old file is there then.
+    /// As [`write`](Self::write). The old file is there then; but if all that failed is to make sure that the
+    /// new name has reached the disk ([`SnapshotError::Io`]), the new one is.
     pub fn save(&self, path: impl AsRef<Path>) -> Result<()> {
         snapshots::replace(path.as_ref(), &mut |to| self.write(to))
     }
@@ -172,7 +173,7 @@ impl Session {
     }
 
     /// Refuses what could not be taken up again.
-    fn saveable(&self) -> Result<()> {
+    pub(super) fn saveable(&self) -> Result<()> {
         let cache = &self.cache;
         let read = self.history.len() - usize::from(self.pending.is_some());
         if cache.seen() != read {
@@ -453,12 +454,26 @@ impl Session {
         if counted.is_none_or(|tokens| tokens > cache.seen) {
             return Err(damaged("more tokens were counted than read"));
         }
+        let longest = heads().map(|h| h.positions.len()).max().unwrap_or(0);
+        let had = |peak: &Held| {
+            (longest..=cache.seen).contains(&peak.units_per_head) && peak.units >= cache.units()
+        };
+        let (most, prefill_most) = (&peak, &prefill_peak);
+        if !had(most)
+            || prefill_most.units_per_head > most.units_per_head
+            || prefill_most.units > most.units
+            || prefill_most.bytes > most.bytes
+        {
+            return Err(damaged("a peak that no session has had"));
+        }
         cache.rope.set_long(long_context);
         for (layer, rotated) in cache.layers.iter_mut().zip(rotated) {
             layer.rotated = rotated;
         }
         (cache.scored_by, cache.passed_on) = (scored_by, passed_on);
         (cache.peak, cache.prefill_peak) = (peak.into(), prefill_peak.into());
+        // Where something else computes, the same units may take more than they did.
+        cache.peak.bytes = cache.peak.bytes.max(cache.bytes());
         (self.pending, self.midway, self.prompts, self.prefill) =
             (pending, midway, prompts, prefill);
         self.times = Report {
@@ -502,11 +517,19 @@ pub(super) struct Identity {
 
 impl Identity {
     pub(super) fn of(model: &dyn CausalLm, policy: &dyn KvCachePolicy) -> Result<Self> {
-        let shape = serde_json::to_string(&Shape::of(model.spec()))
+        Ok(Self {
+            model_fingerprint: model.fingerprint()?.map(short),
+            ..Self::of_shape(model, policy)?
+        })
+    }
+
+    /// The same without the weights.
+    pub(super) fn of_shape(model: &dyn CausalLm, policy: &dyn KvCachePolicy) -> Result<Self> {
+        let shape = serde_json::to_string(model.spec())
             .map_err(|e| SnapshotError::NotSaved(format!("a model's shape: {e}")))?;
         Ok(Self {
             model: short(shape),
-            model_fingerprint: model.fingerprint()?.map(short),
+            model_fingerprint: None,
             policy: short(policy.name()),
             policy_fingerprint: short(policy.fingerprint()),
         })
@@ -526,53 +549,6 @@ fn short(text: String) -> String {
     match text.len() > IDENTITY {
         true => format!("sha256 {}", hex(&Sha256::digest(text))),
         false => text,
-    }
-}
-
-/// A model's shape as it is written: a text that is compared.
-#[derive(Serialize)]
-struct Shape<'a> {
-    layers: usize,
-    heads: usize,
-    kv_heads: usize,
-    head_dim: usize,
-    hidden: usize,
-    vocab: usize,
-    softmax_scale: f32,
-    max_positions: Option<usize>,
-    attention_window: Option<usize>,
-    rope: &'a RopeConfig,
-    layer_input: bool,
-}
-
-impl<'a> Shape<'a> {
-    fn of(spec: &'a ModelSpec) -> Self {
-        let ModelSpec {
-            layers,
-            heads,
-            kv_heads,
-            head_dim,
-            hidden,
-            vocab,
-            softmax_scale,
-            max_positions,
-            attention_window,
-            ref rope,
-            layer_input,
-        } = *spec;
-        Self {
-            layers,
-            heads,
-            kv_heads,
-            head_dim,
-            hidden,
-            vocab,
-            softmax_scale,
-            max_positions,
-            attention_window,
-            rope,
-            layer_input,
-        }
     }
 }
 

@@ -26,7 +26,7 @@ pub trait SnapshotStore: Debug + Send + Sync {
     ///
     /// # Errors
     /// [`SnapshotError::Key`] for a key that is not allowed, [`SnapshotError::Io`], and those of `write`;
-    /// what was there is there then.
+    /// what was there is there then, or all of the new one, if only its safe arrival could not be confirmed.
     fn put(&self, key: &str, write: &mut dyn FnMut(&mut dyn Write) -> Result<()>) -> Result<()>;
 
     /// What was kept as `key`.

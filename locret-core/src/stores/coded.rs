@@ -444,12 +444,13 @@ impl Head {
         }
         for part in [&mut self.keys, &mut self.values] {
             part.tail.drain(..units * d);
-            trim_tail(&mut part.tail, d);
+            trim_tail(&mut part.tail, d, units);
         }
     }
 
     fn retain(&mut self, shape: Shape, kept: &[u32]) {
         let coded = self.coded(shape);
+        let tail = self.len(shape) - coded;
         let dropped = self.len(shape) - kept.len();
         if dropped == 0 {
             return;
@@ -461,7 +462,7 @@ impl Head {
             compact_rows(&mut part.codes, bytes, first);
             compact_rows(&mut part.tail, d, &rest);
             trim(&mut part.codes, bytes, dropped);
-            trim_tail(&mut part.tail, d);
+            trim_tail(&mut part.tail, d, tail - rest.len());
         }
         compact_rows(&mut self.values.scales, scales, first);
         trim(&mut self.values.scales, scales, dropped);
@@ -573,11 +574,11 @@ fn trim<T>(buffer: &mut Vec<T>, row: usize, dropped: usize) {
     buffer.shrink_to(growth::cut(rows, dropped, buffer.capacity() / row) * row);
 }
 
-/// Hands back the memory of what became codes, but for one unit.
-fn trim_tail(tail: &mut Vec<f32>, row: usize) {
-    if tail.capacity() > tail.len() + row {
-        tail.shrink_to_fit();
-    }
+/// Hands back the memory of `gone` rows; of a single one it stays, since the next token takes it. This looks
+/// at nothing that was before, so that a copy, which has no room to spare, never takes more than its original.
+fn trim_tail(tail: &mut Vec<f32>, row: usize, gone: usize) {
+    let spare = if gone <= 1 { row } else { 0 };
+    tail.shrink_to(tail.len() + spare);
 }
 
 impl KvStore for QuantizedStore {

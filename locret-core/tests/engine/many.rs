@@ -2,15 +2,14 @@
 
 use crate::{
     model,
-    policies::{Attended, Birth, Everything, KeyNorm, Logits, Newest, Ragged, Surprise},
+    policies::{Attended, Birth, Coded, Everything, KeyNorm, Logits, Newest, Ragged, Surprise},
     text,
 };
 use locret_core::{
     Batch, Batcher, Budget, CacheOptions, CausalLm, ChunkDone, DType, Decided, DecodeEviction, End,
-    Ended, Error, Event, Evict, Generate, KvCachePolicy, KvStore, LayerSpec, LayerUnits, Limits,
-    Placement, Positions, Prefill, PrefixCache, Probe, QuantLayout, Quantization, QuantizedStore,
-    Request, Result, Sampling, Scorer, SequenceId, Session, SnapshotError, SnapshotStore, Step,
-    Stored, Verdict, conformance::RandomModel,
+    Ended, Error, Event, Evict, Generate, KvCachePolicy, LayerUnits, Limits, Positions, Prefill,
+    PrefixCache, Probe, QuantLayout, Quantization, Request, Result, Sampling, Scorer, SequenceId,
+    Session, SnapshotError, SnapshotStore, Step, Stored, Verdict, conformance::RandomModel,
 };
 use proptest::prelude::*;
 use std::{
@@ -29,43 +28,12 @@ struct Case {
     generate: Generate,
 }
 
-/// Any policy, with its units in codes.
-#[derive(Debug)]
-struct Coded(Arc<dyn KvCachePolicy>, QuantLayout);
-
-impl KvCachePolicy for Coded {
-    fn name(&self) -> String {
-        self.0.name()
-    }
-    fn needs(&self) -> locret_core::Needs {
-        self.0.needs()
-    }
-    fn positions(&self) -> Positions {
-        self.0.positions()
-    }
-    fn carries(&self) -> Option<String> {
-        self.0.carries()
-    }
-    fn store(&self, layer: &LayerSpec, place: &Placement) -> Result<Box<dyn KvStore>> {
-        let config = Quantization {
-            layout: self.1,
-            group: 8,
-            residual: 8,
-            ..Quantization::default()
-        };
-        QuantizedStore::boxed(layer, place, config)
-    }
-    fn limit(&self, layer: &LayerSpec, total: usize) -> Option<usize> {
-        self.0.limit(layer, total)
-    }
-    fn decode_slack(&self) -> Option<usize> {
-        self.0.decode_slack()
-    }
-    fn step(&self, at: &Step, units: &LayerUnits<'_>) -> Result<Verdict> {
-        self.0.step(at, units)
-    }
-    fn steps(&self, at: &[Step], units: &[LayerUnits<'_>]) -> Result<Vec<Verdict>> {
-        self.0.steps(at, units)
+fn codes(layout: QuantLayout) -> Quantization {
+    Quantization {
+        layout,
+        group: 8,
+        residual: 8,
+        ..Quantization::default()
     }
 }
 
@@ -96,8 +64,8 @@ fn case(n: usize) -> Case {
         }),
     };
     let policy = match n % 5 {
-        3 => Arc::new(Coded(policy, QuantLayout::PerToken)),
-        4 => Arc::new(Coded(policy, QuantLayout::Kivi)),
+        3 => Arc::new(Coded(policy, codes(QuantLayout::PerToken))),
+        4 => Arc::new(Coded(policy, codes(QuantLayout::Kivi))),
         _ => policy,
     };
     let start = n * 37 % 500;

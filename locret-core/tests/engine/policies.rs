@@ -1,9 +1,51 @@
 //! Small policies of every kind that the contract allows.
 
 use locret_core::{
-    Fold, Keep, KvCachePolicy, LayerSpec, LayerUnits, Needs, Observation, Positions, Queries,
-    Result, Scorer, Scores, Step, Verdict,
+    Fold, Keep, KvCachePolicy, KvStore, LayerSpec, LayerUnits, Needs, Observation, Placement,
+    Positions, Quantization, QuantizedStore, Queries, Result, Scorer, Scores, Step, Verdict,
 };
+
+/// Any policy over a store of codes.
+#[derive(Debug)]
+pub(crate) struct Coded<P>(pub(crate) P, pub(crate) Quantization);
+
+impl<P: KvCachePolicy> KvCachePolicy for Coded<P> {
+    fn name(&self) -> String {
+        format!("coded {}", self.0.name())
+    }
+
+    fn needs(&self) -> Needs {
+        self.0.needs()
+    }
+
+    fn positions(&self) -> Positions {
+        self.0.positions()
+    }
+
+    fn carries(&self) -> Option<String> {
+        self.0.carries()
+    }
+
+    fn store(&self, layer: &LayerSpec, place: &Placement) -> Result<Box<dyn KvStore>> {
+        QuantizedStore::boxed(layer, place, self.1)
+    }
+
+    fn limit(&self, layer: &LayerSpec, total: usize) -> Option<usize> {
+        self.0.limit(layer, total)
+    }
+
+    fn decode_slack(&self) -> Option<usize> {
+        self.0.decode_slack()
+    }
+
+    fn step(&self, at: &Step, units: &LayerUnits<'_>) -> Result<Verdict> {
+        self.0.step(at, units)
+    }
+
+    fn steps(&self, at: &[Step], units: &[LayerUnits<'_>]) -> Result<Vec<Verdict>> {
+        self.0.steps(at, units)
+    }
+}
 
 /// Keys with a small norm are kept; nothing is carried.
 #[derive(Debug)]

@@ -2,12 +2,12 @@
 
 use crate::{
     model, model_of,
-    policies::{Birth, KeyNorm, Newest},
+    policies::{Birth, Coded, KeyNorm, Newest},
     spec, text,
 };
 use locret_core::{
     Budget, CacheOptions, CausalLm, DType, Evict, Folder, Generate, Kernels, KvCachePolicy,
-    Positions, Prefill, PrefixCache, Scorer, Session, SnapshotStore, Stored,
+    Positions, Prefill, PrefixCache, Quantization, Scorer, Session, SnapshotStore, Stored,
 };
 use std::{
     io::Write,
@@ -136,6 +136,12 @@ fn only_one_whole_prompt_is_a_prefix() {
         let again = Session::read(model.clone(), policy, OPTIONS(), &mut &bytes[..], length);
         assert!(!cache.insert(&again.unwrap()).unwrap(), "{index}");
     }
+    // In the store of a policy that it had before it read anything.
+    let coded = Arc::new(Coded(policy.clone(), Quantization::bits(8)));
+    let mut session = Session::with_options(model.clone(), coded, OPTIONS()).unwrap();
+    session.cache_mut().set_policy(policy.clone()).unwrap();
+    session.prefill(&text(60), &PREFILL).unwrap();
+    assert!(!cache.insert(&session).unwrap());
     assert_eq!(cache.stats(), Default::default());
     assert!(cache.insert(&whole()).unwrap());
 }

@@ -2,15 +2,14 @@
 
 use crate::{
     device, model, model_of,
-    policies::{Attended, Birth, Everything, KeyNorm, Mixing, Newest, Ragged, Surprise},
+    policies::{Attended, Birth, Coded, Everything, KeyNorm, Mixing, Newest, Ragged, Surprise},
     spec, text,
 };
 use locret_core::{
     Budget, CacheOptions, CausalLm, Compute, DType, DecodeEviction, Error, Evict, Folder, Generate,
-    Kernels, KvCachePolicy, KvStore, LayerSpec, LayerUnits, ModelSpec, Needs, Pass, Phase,
-    Placement, Positions, Prefill, QuantLayout, Quantization, QuantizedStore, Result, RopeConfig,
-    RopeScaling, Rows, Sampling, Scorer, Session, SnapshotError, SnapshotStore, Step, Verdict,
-    conformance::RandomModel, forward,
+    Kernels, KvCachePolicy, ModelSpec, Needs, Pass, Phase, Positions, Prefill, QuantLayout,
+    Quantization, Result, RopeConfig, RopeScaling, Rows, Sampling, Scorer, Session, SnapshotError,
+    SnapshotStore, conformance::RandomModel, forward,
 };
 use sha2::{Digest, Sha256};
 use std::{
@@ -19,36 +18,6 @@ use std::{
 };
 
 const PREFILL: Prefill = Prefill::new(16, 4);
-
-/// Any policy over a store of codes.
-#[derive(Debug)]
-struct Coded(Arc<dyn KvCachePolicy>, Quantization);
-
-impl KvCachePolicy for Coded {
-    fn name(&self) -> String {
-        format!("coded {}", self.0.name())
-    }
-
-    fn needs(&self) -> Needs {
-        self.0.needs()
-    }
-
-    fn positions(&self) -> Positions {
-        self.0.positions()
-    }
-
-    fn carries(&self) -> Option<String> {
-        self.0.carries()
-    }
-
-    fn store(&self, layer: &LayerSpec, place: &Placement) -> Result<Box<dyn KvStore>> {
-        QuantizedStore::boxed(layer, place, self.1)
-    }
-
-    fn step(&self, at: &Step, units: &LayerUnits<'_>) -> Result<Verdict> {
-        self.0.step(at, units)
-    }
-}
 
 fn evict<S: Scorer + 'static>(scorer: S, positions: Positions) -> Arc<dyn KvCachePolicy> {
     Arc::new(

@@ -3,14 +3,15 @@
 use crate::{
     device, model_of,
     policies::{
-        Attended, Birth, Chance, Everything, KeyNorm, Logits, Mixing, Newest, Ragged, Surprise,
+        Attended, Birth, Chance, Coded, Everything, KeyNorm, Logits, Mixing, Newest, Ragged,
+        Surprise,
     },
     text,
 };
 use locret_core::{
-    Budget, CacheOptions, DType, Dense, Evict, Kernels, KvCachePolicy, KvStore, LayerSpec,
-    LayerUnits, Needs, Placement, Positions, QuantLayout, Quantization, QuantizedStore, Result,
-    RopeConfig, RopeScaling, Scorer, Step, Verdict,
+    Budget, CacheOptions, DType, Dense, Evict, Kernels, KvCachePolicy, LayerSpec, LayerUnits,
+    Needs, Placement, Positions, QuantLayout, Quantization, QuantizedStore, Result, RopeConfig,
+    RopeScaling, Scorer, Step, Verdict,
     conformance::{
         AdapterCheck, Case, PolicyCheck, StoreCheck, check_adapter, check_compute, check_policy,
         check_store, small_spec,
@@ -148,50 +149,12 @@ fn verdicts_on_all_layers_at_once() {
     .unwrap();
 }
 
-/// Any policy with units of 8 bits.
-#[derive(Debug)]
-struct Packed<P>(P);
-
-impl<P: KvCachePolicy> KvCachePolicy for Packed<P> {
-    fn name(&self) -> String {
-        format!("packed {}", self.0.name())
-    }
-
-    fn needs(&self) -> Needs {
-        self.0.needs()
-    }
-
-    fn positions(&self) -> Positions {
-        self.0.positions()
-    }
-
-    fn carries(&self) -> Option<String> {
-        self.0.carries()
-    }
-
-    fn store(&self, layer: &LayerSpec, place: &Placement) -> Result<Box<dyn KvStore>> {
-        let config = Quantization {
-            residual: 4,
-            ..Quantization::bits(8)
-        };
-        QuantizedStore::boxed(layer, place, config)
-    }
-
-    fn limit(&self, layer: &LayerSpec, total: usize) -> Option<usize> {
-        self.0.limit(layer, total)
-    }
-
-    fn decode_slack(&self) -> Option<usize> {
-        self.0.decode_slack()
-    }
-
-    fn step(&self, at: &Step, units: &LayerUnits<'_>) -> Result<Verdict> {
-        self.0.step(at, units)
-    }
-}
-
 #[test]
 fn a_policy_with_a_store_of_few_bits() {
+    let codes = Quantization {
+        residual: 4,
+        ..Quantization::bits(8)
+    };
     let check = PolicyCheck {
         dense: false,
         dtypes: vec![DType::F32],
@@ -200,14 +163,15 @@ fn a_policy_with_a_store_of_few_bits() {
         ..PolicyCheck::default()
     };
     check_policy(&device(), &check, |case| {
-        Arc::new(Packed(evict(case, Birth).stabilizers(4)))
+        Arc::new(Coded(evict(case, Birth).stabilizers(4), codes))
     })
     .unwrap();
     check_policy(&device(), &check, |case| {
-        Arc::new(Packed(Mixing {
+        let policy = Mixing {
             limit: case.budget,
             positions: case.positions,
-        }))
+        };
+        Arc::new(Coded(policy, codes))
     })
     .unwrap();
 }

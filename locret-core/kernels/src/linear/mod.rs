@@ -5,7 +5,7 @@
 //! read, and sums are in `f32` of exact products of what the weights stand for.
 //!
 //! Activations are rounded in one place only, where the caller asks for it ([`matmul_rounded`]):
-//! products of few tokens with packed integers, which are then of whole numbers.
+//! products of up to eight tokens with packed integers, which are then of whole numbers.
 //!
 //! - **Few tokens** (decode, of one sequence or of several): `W` is read from memory once for up to sixteen
 //!   tokens, and converted once for up to eight of them (four where a vector has fewer than 16 lanes); rows of

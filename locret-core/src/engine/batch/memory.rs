@@ -16,6 +16,8 @@ use std::sync::{
 pub(super) struct Ledger {
     cap: usize,
     promised: AtomicUsize,
+    /// Of the promised, what never comes back.
+    aside: AtomicUsize,
 }
 
 impl Ledger {
@@ -23,11 +25,20 @@ impl Ledger {
         Arc::new(Self {
             cap,
             promised: AtomicUsize::new(0),
+            aside: AtomicUsize::new(0),
         })
     }
 
-    pub(super) fn cap(&self) -> usize {
-        self.cap
+    /// The most that a sequence can get when it is alone.
+    pub(super) fn most(&self) -> usize {
+        self.cap - self.aside.load(Ordering::Acquire)
+    }
+
+    /// Sets bytes aside for as long as there is a batch; `None` if there are not so many left.
+    pub(super) fn set_aside(self: &Arc<Self>, bytes: usize) -> Option<Room> {
+        let room = self.room(bytes)?;
+        self.aside.fetch_add(bytes, Ordering::AcqRel);
+        Some(room)
     }
 
     pub(super) fn promised(&self) -> usize {
@@ -94,6 +105,10 @@ pub(super) fn footprint(
     if let Some(kept) = &request.from {
         planner = planner.from(kept.cache());
     }
+    let before = request
+        .from
+        .as_ref()
+        .map_or(0, |kept| kept.cache().peak().units_per_head);
     let rest = request.prompt.len() - request.prefix;
     let mut least = 0;
     if let Some(fetch) = &request.fetch {
@@ -112,7 +127,7 @@ pub(super) fn footprint(
     let bytes = match exact {
         true => plan.peak.bytes,
         // An estimate is at most 5 % too low.
-        false => plan.peak.bytes + plan.peak.bytes / 20,
+        false => plan.peak.bytes.saturating_add(plan.peak.bytes / 20),
     };
     let heads = spec.layers * spec.kv_heads;
     let shared = (0..spec.layers).any(|index| shares(policy, spec, index, request.tokens()));
@@ -121,27 +136,39 @@ pub(super) fn footprint(
         true => heads * RESERVE * spec.unit_bytes(4),
         false => 0,
     };
-    let units = 8 * (plan.peak.units + heads * RESERVE);
-    Ok(bytes.max(least)
-        + reserves
-        + units
-        + fixed(spec, policy, plan.peak.units_per_head, request.tokens()))
+    let units = plan.peak.units.saturating_add(heads * RESERVE);
+    let longest = plan.peak.units_per_head.max(before);
+    let parts = [
+        reserves,
+        units.saturating_mul(8),
+        fixed(spec, policy, longest, request.tokens()),
+    ];
+    let all = parts
+        .into_iter()
+        .fold(bytes.max(least), usize::saturating_add);
+    Ok(all)
 }
 
 /// What a session takes that is kept and does nothing.
 pub(super) fn resting(cache: &SequenceCache, tokens: usize) -> usize {
     let longest = cache.peak().units_per_head;
     let (spec, policy) = (cache.spec(), &**cache.policy());
-    cache.bytes() + cache.metadata_bytes() + fixed(spec, policy, longest, tokens)
+    let lie = cache.bytes() + cache.metadata_bytes();
+    lie.saturating_add(fixed(spec, policy, longest, tokens))
 }
 
-/// Tokens (the prompt, and the history with its reserve), a row of logits, and the table of angles of compact positions.
+/// Tokens (the prompt, and the history with its reserve), a row of logits, and the table of angles of
+/// compact positions.
 fn fixed(spec: &ModelSpec, policy: &dyn KvCachePolicy, longest: usize, tokens: usize) -> usize {
     let angles = match policy.positions() {
         Positions::Original => 0,
-        Positions::Compact => longest.next_power_of_two() * spec.rope.rotary_dim,
+        Positions::Compact => {
+            let rows = longest.checked_next_power_of_two().unwrap_or(longest);
+            rows.saturating_mul(spec.rope.rotary_dim)
+        }
     };
-    4 * (3 * tokens + spec.vocab + angles)
+    let numbers = tokens.saturating_mul(3).saturating_add(angles);
+    numbers.saturating_add(spec.vocab).saturating_mul(4)
 }
 
 fn shares(policy: &dyn KvCachePolicy, spec: &ModelSpec, index: usize, total: usize) -> bool {
@@ -158,9 +185,21 @@ pub(super) fn prefix_prefill(prefill: &Prefill) -> Prefill {
     Prefill::new(prefill.chunk, 0)
 }
 
-/// What a sequence may take, and what it was found to.
-pub(super) fn check(cache: &SequenceCache, tokens: usize, room: &mut Room) -> Result<()> {
-    let taken = resting(cache, tokens);
+/// Holds what a sequence has taken against what it may: what it has now, and the most that it had in the
+/// pass, if that is more than ever `before`.
+pub(super) fn check(
+    cache: &SequenceCache,
+    before: usize,
+    tokens: usize,
+    room: &mut Room,
+) -> Result<()> {
+    let peak = cache.peak().bytes;
+    let more = if peak > before {
+        peak.saturating_sub(cache.bytes())
+    } else {
+        0
+    };
+    let taken = resting(cache, tokens).saturating_add(more);
     match taken <= room.bytes() || room.resize(taken) {
         true => Ok(()),
         false => Err(Error::Memory {

@@ -195,6 +195,8 @@ struct Running {
     /// The most bytes that it will take.
     bytes: usize,
     progress: Progress,
+    /// The most bytes of keys and values that it had before.
+    peak: usize,
     /// The pass before which it was let in.
     since: u64,
     /// It cannot be put away.
@@ -258,13 +260,7 @@ impl Front {
             return Err(Error::setting("a session", expected, "another one's"));
         }
         let bytes = memory::footprint(&request, spec, self.model.compute())?;
-        if bytes > self.ledger.cap() {
-            return Err(Error::Memory {
-                what: "a sequence",
-                needed: bytes,
-                left: self.ledger.cap(),
-            });
-        }
+        self.fits(bytes)?;
         let one_more = |waiting| (waiting < limits.waiting).then_some(waiting + 1);
         let line = &self.waiting;
         if line
@@ -299,12 +295,18 @@ impl Front {
         request.cache = session.cache().options();
         request.from = Some(Kept { session, room });
         ticket.bytes = memory::footprint(request, spec, self.model.compute())?;
-        match ticket.bytes <= self.ledger.cap() {
+        self.fits(ticket.bytes)
+    }
+
+    /// Whether a sequence can ever have so much.
+    fn fits(&self, bytes: usize) -> Result<()> {
+        let most = self.ledger.most();
+        match bytes <= most {
             true => Ok(()),
             false => Err(Error::Memory {
                 what: "a sequence",
-                needed: ticket.bytes,
-                left: self.ledger.cap(),
+                needed: bytes,
+                left: most,
             }),
         }
     }
@@ -349,10 +351,11 @@ impl Batch {
     /// [`Error::Memory`] if there are not so many.
     pub fn with_prefixes(self, cache: Arc<PrefixCache>) -> Result<Self> {
         let ledger = &self.front.ledger;
-        let room = ledger.room(cache.bound()).ok_or_else(|| Error::Memory {
+        let room = ledger.set_aside(cache.bound());
+        let room = room.ok_or_else(|| Error::Memory {
             what: "a cache of prefixes",
             needed: cache.bound(),
-            left: ledger.cap() - ledger.promised(),
+            left: ledger.most(),
         })?;
         Ok(Self {
             prefixes: Some(Prefixes { cache, _room: room }),
@@ -528,6 +531,7 @@ impl Batch {
     }
 
     fn run(&mut self, ticket: Ticket, session: Session, room: Room, progress: Progress) {
+        let peak = session.cache().peak().bytes;
         self.running.push(Running {
             id: ticket.id,
             sink: ticket.sink,
@@ -535,6 +539,7 @@ impl Batch {
             room,
             bytes: ticket.bytes,
             progress,
+            peak,
             since: self.load.passes,
             stays: false,
             awaits: false,
@@ -746,7 +751,7 @@ impl Running {
         prefixes: Option<&PrefixCache>,
     ) -> Result<Option<End>> {
         let tokens = self.session.tokens().len();
-        memory::check(self.session.cache(), tokens, &mut self.room)?;
+        memory::check(self.session.cache(), self.peak, tokens, &mut self.room)?;
         match due {
             Some(due) => {
                 load.read += due.tokens.len() as u64;

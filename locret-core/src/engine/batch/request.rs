@@ -144,7 +144,9 @@ impl Request {
     pub(super) fn tokens(&self) -> usize {
         let kept = self.from.as_ref().map_or(0, |kept| kept.tokens().len());
         let fetched = self.fetch.as_ref().map_or(0, |fetch| fetch.tokens);
-        kept + fetched + self.prompt.len() + self.generate.max_new
+        (kept + self.prompt.len())
+            .saturating_add(fetched)
+            .saturating_add(self.generate.max_new)
     }
 }
 
