@@ -334,11 +334,13 @@ fn other_formats_are_named() {
     bytes[4..8].copy_from_slice(&3u32.to_be_bytes());
     assert!(open_error(&bytes).to_string().contains("big-endian"));
     let mut file = small();
-    file.tensors[0].2 = 23;
-    assert!(matches!(
-        open_error(&file.bytes()),
-        ModelError::UnsupportedEncoding { encoding, .. } if encoding == "IQ4_XS"
-    ));
+    for (tag, name) in [(19, "IQ1_S"), (21, "IQ3_S"), (29, "IQ1_M"), (39, "MXFP4")] {
+        file.tensors[0].2 = tag;
+        assert!(matches!(
+            open_error(&file.bytes()),
+            ModelError::UnsupportedEncoding { encoding, .. } if encoding == name
+        ));
+    }
     file.tensors[0].2 = 77;
     assert!(matches!(
         open_error(&file.bytes()),
@@ -358,16 +360,27 @@ fn other_formats_are_named() {
 }
 
 #[test]
-fn text_is_utf8_and_bools_are_bools() {
-    let mut bytes = File::default()
-        .meta("k", Value::String("abc".into()))
-        .bytes();
-    let at = bytes.len() - 1;
+fn names_are_utf8_and_bools_are_bools() {
+    // A key.
+    let mut bytes = File::default().meta("k", Value::Bool(true)).bytes();
+    let at = bytes.len() - 1 - 4 - 1;
+    assert_eq!(bytes[at], b'k');
     bytes[at] = 0xff;
     assert!(matches!(
         open_error(&bytes),
         ModelError::Format { expected, .. } if expected == "UTF-8 text"
     ));
+    // Values may have parts of characters: vocabularies do.
+    for value in [
+        Value::String("abc".into()),
+        Value::Array(Array::String(vec!["x".into(), "abc".into()])),
+    ] {
+        let mut bytes = File::default().meta("k", value).bytes();
+        let at = bytes.len() - 1;
+        bytes[at] = 0xe3;
+        let found = format!("{:?}", open(&bytes).unwrap().metadata()["k"]);
+        assert!(found.contains("ab\u{fffd}"), "{found}");
+    }
     let mut bytes = File::default().meta("k", Value::Bool(true)).bytes();
     let at = bytes.len() - 1;
     bytes[at] = 2;

@@ -31,6 +31,8 @@ pub fn tag(dtype: DType) -> u32 {
         DType::Q4_K => 12,
         DType::Q5_K => 13,
         DType::Q6_K => 14,
+        DType::IQ4_NL => 20,
+        DType::IQ4_XS => 23,
         DType::BF16 => 30,
         other => panic!("no number for {other}"),
     }

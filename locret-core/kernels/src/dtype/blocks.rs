@@ -158,3 +158,34 @@ pub(super) fn q6_k(block: &[u8], out: &mut [f32]) {
         }
     }
 }
+
+/// The values of the formats that are not evenly spaced.
+const IQ4: [i8; 16] = [
+    -127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113,
+];
+
+/// 16 bytes of codes: the low nibbles, then the high ones.
+fn iq4_codes(d: f32, codes: &[u8], out: &mut [f32]) {
+    let (low, high) = out.split_at_mut(16);
+    for ((&q, low), high) in codes.iter().zip(low).zip(high) {
+        *low = d * f32::from(IQ4[usize::from(q & 15)]);
+        *high = d * f32::from(IQ4[usize::from(q >> 4)]);
+    }
+}
+
+pub(super) fn iq4_nl(block: &[u8], out: &mut [f32]) {
+    iq4_codes(scale(block, 0), &block[2..], out);
+}
+
+pub(super) fn iq4_xs(block: &[u8], out: &mut [f32]) {
+    let d = scale(block, 0);
+    let high = u16::from_le_bytes([block[2], block[3]]);
+    let (low, codes) = block[4..].split_at(4);
+    for (group, out) in out.chunks_exact_mut(32).enumerate() {
+        // Scales of 6 bits: the low four in nibbles, the high two in pairs of bits.
+        let low = low[group / 2] >> (4 * (group % 2)) & 15;
+        let high = (high >> (2 * group) & 3) as u8;
+        let d = d * f32::from((low | high << 4) as i8 - 32);
+        iq4_codes(d, &codes[16 * group..16 * group + 16], out);
+    }
+}

@@ -45,11 +45,15 @@ pub enum DType {
     Q5_K,
     /// 256 values of 6 bits in 16 groups with 8-bit scales.
     Q6_K,
+    /// 32 values, each one of 16 that are not evenly spaced, one scale.
+    IQ4_NL,
+    /// 256 values of the same 16 in 8 groups with 6-bit scales.
+    IQ4_XS,
 }
 
 impl DType {
     /// Every type.
-    pub const ALL: [Self; 13] = [
+    pub const ALL: [Self; 15] = [
         Self::F32,
         Self::F16,
         Self::BF16,
@@ -63,14 +67,16 @@ impl DType {
         Self::Q4_K,
         Self::Q5_K,
         Self::Q6_K,
+        Self::IQ4_NL,
+        Self::IQ4_XS,
     ];
 
     /// Values that share one block; 1 for plain numbers.
     pub const fn block(self) -> usize {
         match self {
             Self::F32 | Self::F16 | Self::BF16 => 1,
-            Self::Q4_0 | Self::Q4_1 | Self::Q5_0 | Self::Q5_1 | Self::Q8_0 => 32,
-            Self::Q2_K | Self::Q3_K | Self::Q4_K | Self::Q5_K | Self::Q6_K => 256,
+            Self::Q4_0 | Self::Q4_1 | Self::Q5_0 | Self::Q5_1 | Self::Q8_0 | Self::IQ4_NL => 32,
+            Self::Q2_K | Self::Q3_K | Self::Q4_K | Self::Q5_K | Self::Q6_K | Self::IQ4_XS => 256,
         }
     }
 
@@ -89,6 +95,8 @@ impl DType {
             Self::Q4_K => 4 + 12 + 128,
             Self::Q5_K => 4 + 12 + 32 + 128,
             Self::Q6_K => 128 + 64 + 16 + 2,
+            Self::IQ4_NL => 2 + 16,
+            Self::IQ4_XS => 2 + 2 + 4 + 128,
         }
     }
 
@@ -122,6 +130,8 @@ impl DType {
             Self::Q4_K => "Q4_K",
             Self::Q5_K => "Q5_K",
             Self::Q6_K => "Q6_K",
+            Self::IQ4_NL => "IQ4_NL",
+            Self::IQ4_XS => "IQ4_XS",
         }
     }
 
@@ -151,6 +161,8 @@ impl DType {
             Self::Q4_K => blocks::q4_k,
             Self::Q5_K => blocks::q5_k,
             Self::Q6_K => blocks::q6_k,
+            Self::IQ4_NL => blocks::iq4_nl,
+            Self::IQ4_XS => blocks::iq4_xs,
         };
         let outs = out.chunks_exact_mut(self.block());
         for (block, out) in bytes.chunks_exact(self.block_bytes()).zip(outs) {

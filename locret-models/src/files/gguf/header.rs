@@ -250,6 +250,14 @@ impl<'a> Reader<'a> {
         }
     }
 
+    /// A value's text. There are vocabularies with single bytes of characters; no such token comes out of a
+    /// text, so that what stands for it does not matter.
+    fn text(&mut self, what: &str) -> Result<String> {
+        let len = self.u64(what)?;
+        let len = self.count(len, 1, what)?;
+        Ok(String::from_utf8_lossy(self.take(len, what)?).into_owned())
+    }
+
     fn bool(&mut self, what: &str) -> Result<bool> {
         match self.number(what, u8::from_le_bytes)? {
             0 => Ok(false),
@@ -273,7 +281,7 @@ impl<'a> Reader<'a> {
             5 => Value::I32(self.number(key, i32::from_le_bytes)?),
             6 => Value::F32(self.number(key, f32::from_le_bytes)?),
             7 => Value::Bool(self.bool(key)?),
-            8 => Value::String(self.string(key)?),
+            8 => Value::String(self.text(key)?),
             9 => Value::Array(self.array(key, 1)?),
             10 => Value::U64(self.u64(key)?),
             11 => Value::I64(self.number(key, i64::from_le_bytes)?),
@@ -309,7 +317,7 @@ impl<'a> Reader<'a> {
                 let n = self.count(n, 8, key)?;
                 let mut texts = Vec::with_capacity(n);
                 for _ in 0..n {
-                    texts.push(self.string(key)?);
+                    texts.push(self.text(key)?);
                 }
                 Array::String(texts)
             }
@@ -419,6 +427,8 @@ fn dtype(tag: u32) -> Result<DType, String> {
         12 => DType::Q4_K,
         13 => DType::Q5_K,
         14 => DType::Q6_K,
+        20 => DType::IQ4_NL,
+        23 => DType::IQ4_XS,
         30 => DType::BF16,
         9 => return Err("Q8_1".into()),
         15 => return Err("Q8_K".into()),
@@ -426,10 +436,8 @@ fn dtype(tag: u32) -> Result<DType, String> {
         17 => return Err("IQ2_XS".into()),
         18 => return Err("IQ3_XXS".into()),
         19 => return Err("IQ1_S".into()),
-        20 => return Err("IQ4_NL".into()),
         21 => return Err("IQ3_S".into()),
         22 => return Err("IQ2_S".into()),
-        23 => return Err("IQ4_XS".into()),
         24 => return Err("I8".into()),
         25 => return Err("I16".into()),
         26 => return Err("I32".into()),

@@ -6,7 +6,7 @@ Packages: gguf 0.19.0, numpy. Deterministic.
 
 encodings.gguf:  tensors named after their encoding, 2 rows of 512 values, and metadata of every type.
                  The plain and the 32-value formats are quantised by the package from normal numbers;
-                 the K formats, which it only reads, are random bytes with sane scales.
+                 the K and IQ4 formats, which it only reads, are random bytes with sane scales.
 encodings.f32:   the values that the package reads from them, f32 little-endian, in the file's order.
 """
 
@@ -20,8 +20,16 @@ HERE = pathlib.Path(__file__).parent
 ROWS, COLS = 2, 512
 
 QUANTISED = [T.F32, T.F16, T.BF16, T.Q4_0, T.Q4_1, T.Q5_0, T.Q5_1, T.Q8_0]
-# Where the half-precision scales of a K block are.
-SCALES = {T.Q2_K: [80, 82], T.Q3_K: [108], T.Q4_K: [0, 2], T.Q5_K: [0, 2], T.Q6_K: [208]}
+# Where the half-precision scales of a K or IQ4 block are.
+SCALES = {
+    T.Q2_K: [80, 82],
+    T.Q3_K: [108],
+    T.Q4_K: [0, 2],
+    T.Q5_K: [0, 2],
+    T.Q6_K: [208],
+    T.IQ4_NL: [0],
+    T.IQ4_XS: [0],
+}
 
 
 def random_blocks(rng, kind):
