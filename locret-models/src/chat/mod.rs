@@ -6,7 +6,9 @@ mod jinja;
 pub use date::Date;
 
 use crate::{
-    Gguf, ModelError, Result, SpecialTokens, Tokenizer, files::json, tokenizer::NamedTokens,
+    Gguf, ModelError, Result, SpecialTokens, Tokenizer,
+    files::json,
+    tokenizer::{NamedTokens, named_id},
 };
 use jinja::{Template, Value};
 use serde::{Deserialize, Serialize};
@@ -81,7 +83,8 @@ impl ChatTemplate {
         })
     }
 
-    /// The template of a model folder: `chat_template.jinja`, or `chat_template` in
+    /// The template of a model folder: `chat_template.jinja` (or `default.jinja` in
+    /// `additional_chat_templates`), or `chat_template` in
     /// `tokenizer_config.json`, `chat_template.json` or `processor_config.json` (of several named ones,
     /// `default`). `None` if there is none.
     ///
@@ -115,8 +118,7 @@ impl ChatTemplate {
             ("unk_token", "unknown"),
             ("pad_token", "padding"),
         ] {
-            let id = gguf.get_u64(&format!("tokenizer.ggml.{key}_token_id"))?;
-            let text = id.and_then(|id| texts.get(usize::try_from(id).ok()?));
+            let text = named_id(gguf, key, texts.len())?.map(|id| &texts[id as usize]);
             match text {
                 Some(text) => tokens.push((name.to_owned(), text.clone())),
                 // A template puts these together with texts, which fails for what is undefined.
@@ -356,9 +358,15 @@ fn is_role(role: &str) -> bool {
 
 /// The template of a model folder.
 fn source_in(dir: &Path) -> Result<Option<String>> {
-    let file = dir.join("chat_template.jinja");
-    if file.exists() {
-        return json::read_text(&file).map(Some);
+    // The second is where a repository of several has them.
+    for name in [
+        "chat_template.jinja",
+        "additional_chat_templates/default.jinja",
+    ] {
+        let file = dir.join(name);
+        if file.exists() {
+            return json::read_text(&file).map(Some);
+        }
     }
     // The first is where tokenizers have it, the others where processors of several media do.
     for name in [
@@ -631,6 +639,14 @@ mod tests {
         write("chat_template.jinja", "file");
         assert_eq!(text(load()), "file");
         fs::remove_file(dir.path().join("chat_template.jinja")).unwrap();
+        // Of a folder of several.
+        let several = dir.path().join("additional_chat_templates");
+        fs::create_dir(&several).unwrap();
+        write("additional_chat_templates/tool_use.jinja", "tools");
+        assert_eq!(text(load()), "d");
+        write("additional_chat_templates/default.jinja", "several");
+        assert_eq!(text(load()), "several");
+        fs::remove_dir_all(several).unwrap();
         for bad in [
             r#"{"chat_template": [{"name": "tool_use", "template": "t"}]}"#,
             r#"{"chat_template": 1}"#,
@@ -655,6 +671,18 @@ mod tests {
         let file = file.meta("tokenizer.chat_template", Meta::String(source.into()));
         let template = read(&file).unwrap().unwrap();
         assert_eq!(template.render(&[], false).unwrap(), "<|bos|>|<|im_end|>");
+        // -1 is no token, and a type of any width will do.
+        let mut file = file;
+        for (key, value) in &mut file.metadata {
+            match key.as_str() {
+                "tokenizer.ggml.bos_token_id" => *value = Meta::I32(-1),
+                "tokenizer.ggml.eos_token_id" => *value = Meta::I64(2),
+                _ => {}
+            }
+        }
+        let template = read(&file).unwrap().unwrap();
+        let third = build(&file).unwrap().id_to_token(2).unwrap();
+        assert_eq!(template.render(&[], false).unwrap(), format!("|{third}"));
         let file = byte_level_file("gpt-2").meta("tokenizer.chat_template", Meta::U32(1));
         assert!(matches!(read(&file), Err(ModelError::Config { .. })));
     }

@@ -2,18 +2,16 @@
 
 use super::{
     Alphabet, Around, Inner, MAX_ID, Tokenizer, guarded,
-    ranks::split_as_llama3,
+    splits::Splitting,
     vocabulary::{Vocabulary, kind},
 };
 use crate::{Gguf, ModelError, Result, Value};
-use tokenizers::{
-    models::bpe::{BPE, Merges},
-    pre_tokenizers::{byte_level::ByteLevel, digits::Digits, sequence::Sequence as PreTokenizers},
-};
+use tokenizers::models::bpe::{BPE, Merges};
 
 impl Tokenizer {
     /// Builds the tokenizer that a GGUF file describes: byte-level BPE (`gpt2`, splitting as
-    /// `gpt-2`, `smollm` or `llama-bpe` do), or SentencePiece BPE (`llama`).
+    /// `gpt-2`, `smollm`, `llama-bpe`, `dbrx`, `qwen2`, `gpt-4o` or `tekken` do, and those that go by
+    /// other names), or SentencePiece BPE (`llama`).
     ///
     /// # Errors
     /// [`ModelError::Config`] for a missing key, or a model or splitting rule that is not
@@ -21,6 +19,28 @@ impl Tokenizer {
     pub fn from_gguf(gguf: &Gguf) -> Result<Self> {
         Vocabulary::read(gguf)?.build(gguf)
     }
+}
+
+/// The id of the token with a part to play (`bos`, `eos`, `unknown`, `padding`, `eot`, `eom`), one of
+/// `count` tokens.
+///
+/// # Errors
+/// [`ModelError::Config`] if there is another type of value.
+pub(crate) fn named_id(gguf: &Gguf, part: &str, count: usize) -> Result<Option<u32>> {
+    let key = format!("tokenizer.ggml.{part}_token_id");
+    let id = match gguf.metadata().contains_key(&key) {
+        true => gguf.get_id(&key)?,
+        // Where a file with a vocabulary of SentencePiece says nothing, these are the usual ones.
+        false if gguf.get_str("tokenizer.ggml.model")? == Some("llama") => match part {
+            "unknown" => Some(0),
+            "bos" => Some(1),
+            "eos" => Some(2),
+            _ => None,
+        },
+        false => None,
+    };
+    // There are files with -1, or the id of a token that was left out, for "none".
+    Ok(id.filter(|id| (*id as usize) < count))
 }
 
 impl<'a> Vocabulary<'a> {
@@ -56,19 +76,13 @@ impl<'a> Vocabulary<'a> {
                 ),
             ));
         }
-        let id = |key: &str| -> Result<Option<u32>> {
-            let key = format!("tokenizer.ggml.{key}");
-            // There are files with -1, or the id of a token that was left out, for "none".
-            let id = gguf.get_id(&key)?;
-            Ok(id.filter(|id| (*id as usize) < tokens.len()))
-        };
         Ok(Self {
             path,
             tokens,
             kinds,
-            bos: id("bos_token_id")?,
-            eos: id("eos_token_id")?,
-            unknown: id("unknown_token_id")?,
+            bos: named_id(gguf, "bos", tokens.len())?,
+            eos: named_id(gguf, "eos", tokens.len())?,
+            unknown: named_id(gguf, "unknown", tokens.len())?,
         })
     }
 
@@ -111,11 +125,8 @@ impl<'a> Vocabulary<'a> {
             eos: self.eos.filter(|_| eos),
         };
         (this.bos, this.eos) = (self.bos, self.eos);
-        for key in ["eot", "eom"] {
-            let key = format!("tokenizer.ggml.{key}_token_id");
-            let id = gguf.get_id(&key)?;
-            this.eot
-                .extend(id.filter(|id| (*id as usize) < self.tokens.len()));
+        for part in ["eot", "eom"] {
+            this.eot.extend(named_id(gguf, part, self.tokens.len())?);
         }
         Ok(this)
     }
@@ -141,35 +152,23 @@ impl<'a> Vocabulary<'a> {
             };
             merges.push((a.to_owned(), b.to_owned()));
         }
-        let llama3 = matches!(pre, Some("llama-bpe" | "llama3" | "llama-v3"));
+        let pre = pre.unwrap_or("default");
+        let splitting = Splitting::named(pre).ok_or_else(|| {
+            ModelError::config(
+                self.path,
+                "tokenizer.ggml.pre",
+                "a splitting rule of Llama, Mistral, Qwen or Phi: gpt-2, smollm, llama-bpe, dbrx, \
+                 qwen2, gpt-4o or tekken",
+                pre,
+            )
+        })?;
         let model = BPE::builder()
             .vocab_and_merges(ids, merges)
-            .ignore_merges(llama3);
+            .ignore_merges(splitting.ignores_merges);
         let model = guarded(self.path, || model.build())?;
         let mut inner = Inner::new(model);
-        match pre {
-            None | Some("default" | "gpt-2") => {
-                inner.with_pre_tokenizer(Some(ByteLevel::new(false, true, true)));
-            }
-            Some("smollm") => {
-                inner.with_pre_tokenizer(Some(PreTokenizers::new(vec![
-                    Digits::new(true).into(),
-                    ByteLevel::new(false, true, true).into(),
-                ])));
-            }
-            Some("llama-bpe" | "llama3" | "llama-v3") => {
-                split_as_llama3(self.path, &mut inner)?;
-            }
-            Some(other) => {
-                return Err(ModelError::config(
-                    self.path,
-                    "tokenizer.ggml.pre",
-                    "gpt-2, smollm or llama-bpe",
-                    other,
-                ));
-            }
-        }
-        Ok((inner, llama3))
+        splitting.apply(self.path, &mut inner)?;
+        Ok((inner, splitting.begins))
     }
 
     /// The scores of a SentencePiece vocabulary, one for each token.
@@ -207,6 +206,9 @@ mod tests {
             ("gpt-2", vec!["Ġhello", "123"]),
             ("default", vec!["Ġhello", "123"]),
             ("smollm", vec!["Ġhello", "1", "2", "3"]),
+            ("qwen2", vec!["Ġhello", "1", "2", "3"]),
+            ("gpt-4o", vec!["Ġhello", "123"]),
+            ("tekken", vec!["<|bos|>", "Ġhello", "1", "2", "3"]),
         ] {
             let tokenizer = build(&byte_level_file(pre)).unwrap();
             let ids = tokenizer.encode(text, SpecialTokens::Plain).unwrap();
@@ -221,9 +223,9 @@ mod tests {
         let part = tokenizer.encode_part(" hello1231", SpecialTokens::Plain);
         assert_eq!(part.unwrap(), ids[1..]);
         assert!(matches!(
-            build(&byte_level_file("qwen2")),
+            build(&byte_level_file("deepseek-v3")),
             Err(ModelError::Config { what, found, .. })
-                if what == "tokenizer.ggml.pre" && found == "qwen2"
+                if what == "tokenizer.ggml.pre" && found == "deepseek-v3"
         ));
     }
 
@@ -274,6 +276,33 @@ mod tests {
         };
         assert_eq!(ids("phi3"), [3, 4, 5]);
         assert_eq!(ids("llama"), [3, 4, 6, 5]);
+        // The beginning and the end are the usual ones, unless the file names others or none.
+        let usual = build(&base("llama")).unwrap();
+        assert_eq!((usual.bos(), usual.eos()), (Some(1), Some(2)));
+        assert_eq!(usual.encode("a", SpecialTokens::Plain).unwrap()[0], 1);
+        let none = base("llama").meta("tokenizer.ggml.bos_token_id", Meta::I32(-1));
+        assert_eq!(build(&none).unwrap().bos(), None);
+    }
+
+    #[test]
+    fn parts_of_characters_are_tokens_that_no_text_has() {
+        let mut file = byte_level_file("gpt-2");
+        for (key, value) in &mut file.metadata {
+            match value {
+                Meta::Array(Array::String(tokens)) if key.ends_with("tokens") => {
+                    // As a reader makes them of what is no text.
+                    tokens.extend(["\u{fffd}".to_owned(), "\u{fffd}".to_owned()]);
+                }
+                Meta::Array(Array::I32(kinds)) => kinds.extend([1, 1]),
+                _ => {}
+            }
+        }
+        let tokenizer = build(&file).unwrap();
+        let plain = build(&byte_level_file("gpt-2")).unwrap();
+        for text in ["hello", "\u{fffd}", "h\u{e9}\u{fffd} "] {
+            let ids = |t: &crate::Tokenizer| t.encode(text, SpecialTokens::Plain).unwrap();
+            assert_eq!(ids(&tokenizer), ids(&plain), "{text}");
+        }
     }
 
     #[test]

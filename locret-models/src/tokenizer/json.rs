@@ -4,12 +4,14 @@ use super::{Alphabet, Inner, NamedTokens, Tokenizer, WORD_START, check::check, g
 use crate::{ModelError, Result, files::json};
 use serde_json::Value as Json;
 use std::{collections::HashSet, path::Path};
-use tokenizers::{NormalizedString, Normalizer};
+use tokenizers::{NormalizedString, Normalizer, PostProcessorWrapper};
 
 impl Tokenizer {
-    /// Reads `tokenizer.json` of a model folder, with the tokens that `tokenizer_config.json`,
-    /// `special_tokens_map.json` and `added_tokens.json` name, where these are there; a `tokenizer.model`
-    /// ([`from_model_file`](Self::from_model_file)) where there is none.
+    /// Reads `tokenizer.json` of a model folder, or a `tokenizer.model`
+    /// ([`from_model_file`](Self::from_model_file)) where there is none, with the tokens that
+    /// `tokenizer_config.json`, `special_tokens_map.json` and `added_tokens.json` name, where these are
+    /// there. Where the first of them says whether texts begin and end with a token (`add_bos_token`,
+    /// `add_eos_token`), that counts.
     ///
     /// # Errors
     /// [`ModelError::Io`], [`ModelError::Json`]; [`ModelError::Tokenizer`] for a tokenizer that is
@@ -18,10 +20,11 @@ impl Tokenizer {
     pub fn from_dir(dir: impl AsRef<Path>) -> Result<Self> {
         let dir = dir.as_ref();
         let (file, model) = (dir.join("tokenizer.json"), dir.join("tokenizer.model"));
+        let named = NamedTokens::read(dir)?;
         if !file.exists() && model.exists() {
-            return Self::from_model_file(model);
+            return Self::from_model(&model, &named.only_new());
         }
-        Self::from_json(&file, &NamedTokens::read(dir)?)
+        Self::from_json(&file, &named)
     }
 
     fn from_json(path: &Path, named: &NamedTokens) -> Result<Self> {
@@ -33,6 +36,10 @@ impl Tokenizer {
         let mut inner: Inner = guarded(path, || Ok(serde_json::from_value(file)?))?;
         named.add_to(&mut inner, path)?;
         check_normalized(path, &inner)?;
+        if named.says_ends() {
+            // As transformers does: what the file itself puts around texts does not count then.
+            inner.with_post_processor(None::<PostProcessorWrapper>);
+        }
         let decoder = inner
             .get_decoder()
             .map(serde_json::to_value)
@@ -41,8 +48,7 @@ impl Tokenizer {
         let (alphabet, strip) = alphabet(path, decoder.as_ref())?;
         let known: HashSet<&str> = named.names().collect();
         let mut this = Self::new(path, inner, alphabet, strip, &known)?;
-        let id = |part: &str| this.token_to_id(named.text(part)?);
-        (this.bos, this.eos) = (id("bos_token"), id("eos_token"));
+        named.finish(&mut this, false);
         Ok(this)
     }
 }

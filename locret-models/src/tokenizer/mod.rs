@@ -7,9 +7,11 @@ mod json;
 mod named;
 mod ranks;
 mod sentencepiece;
+mod splits;
 mod stream;
 mod vocabulary;
 
+pub(crate) use gguf::named_id;
 pub(crate) use named::NamedTokens;
 pub use stream::DecodeStream;
 
@@ -31,8 +33,15 @@ const MAX_UNUSED: u32 = 100_000;
 /// Longer tokens of a SentencePiece vocabulary are never merged to: trying all their splits takes
 /// quadratic time, and no real vocabulary has any.
 const MAX_TOKEN: usize = 4096;
-/// Tokens that end a turn in the chat formats of common models.
-const END_OF_TURN: [&str; 4] = ["<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>"];
+/// Tokens that end a turn in the chat formats of common models, or a text.
+const END_OF_TURN: [&str; 6] = [
+    "<|im_end|>",
+    "<|eot_id|>",
+    "<|eom_id|>",
+    "<|end|>",
+    "<|endoftext|>",
+    "<|end_of_text|>",
+];
 /// How the word boundary is written in SentencePiece vocabularies.
 const WORD_START: &str = "\u{2581}";
 
@@ -111,13 +120,17 @@ impl Tokenizer {
     /// [`ModelError::Io`]; [`ModelError::Tokenizer`] for a damaged file, and for a SentencePiece
     /// model of another kind.
     pub fn from_model_file(path: impl AsRef<Path>) -> Result<Self> {
-        let path = path.as_ref();
+        Self::from_model(path.as_ref(), &NamedTokens::default())
+    }
+
+    /// The same, with tokens that are named beside it.
+    fn from_model(path: &Path, named: &NamedTokens) -> Result<Self> {
         let bytes = read_bytes(path)?;
         // SentencePiece's files begin with the tag of their first piece, which base64 has not.
         if bytes.first() == Some(&0x0a) {
-            sentencepiece::build(path, &bytes)
+            sentencepiece::build(path, &bytes, named)
         } else {
-            ranks::build(path, &bytes)
+            ranks::build(path, &bytes, named)
         }
     }
 

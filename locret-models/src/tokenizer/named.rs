@@ -1,6 +1,6 @@
 //! Tokens that are named beside `tokenizer.json`.
 
-use super::{Inner, MAX_ID, MAX_TOKEN};
+use super::{Around, Inner, MAX_ID, MAX_TOKEN, Tokenizer};
 use crate::{ModelError, Result, files::json};
 use serde_json::{Map, Value as Json};
 use std::{collections::BTreeMap, path::Path};
@@ -31,8 +31,11 @@ pub(crate) struct NamedTokens {
     further: Vec<AddedToken>,
     /// By id.
     added: BTreeMap<u32, AddedToken>,
-    /// They are those of `added_tokens.json`, which says nothing but their ids.
+    /// They are those of `added_tokens.json`, which says nothing but their ids: tokens that are there stay.
     legacy: bool,
+    /// Whether texts begin and end with their tokens, where that is said.
+    begins: Option<bool>,
+    ends: Option<bool>,
 }
 
 impl NamedTokens {
@@ -63,7 +66,12 @@ impl NamedTokens {
             let mut found = order.iter().filter_map(|file| file.get(key));
             found.find(|value| !value.is_null())
         };
-        let mut this = Self::default();
+        let flag = |key: &str| config.get(key).and_then(Json::as_bool);
+        let mut this = Self {
+            begins: flag("add_bos_token"),
+            ends: flag("add_eos_token"),
+            ..Self::default()
+        };
         for part in PARTS {
             if let Some(token) = find(part).and_then(|value| token(value, true)) {
                 this.named.push((part.to_owned(), token));
@@ -137,6 +145,29 @@ impl NamedTokens {
         let named = self.named.iter();
         texts.extend(named.map(|(part, token)| (part.clone(), token.content.clone())));
         texts
+    }
+
+    /// Whether it is said what texts begin and end with, so that no other file says it.
+    pub(super) fn says_ends(&self) -> bool {
+        self.begins.is_some() || self.ends.is_some()
+    }
+
+    /// The same, but tokens that a tokenizer has stay as it has them: for files that say themselves which
+    /// tokens are controls.
+    pub(super) fn only_new(mut self) -> Self {
+        self.legacy = true;
+        self
+    }
+
+    /// Gives a tokenizer its beginning and end; `begins` where it is not said whether texts have one.
+    pub(super) fn finish(&self, this: &mut Tokenizer, begins: bool) {
+        let id = |part: &str| this.token_to_id(self.text(part)?);
+        let (bos, eos) = (id("bos_token"), id("eos_token"));
+        (this.bos, this.eos) = (bos.or(this.bos), eos.or(this.eos));
+        this.around = Around {
+            bos: this.bos.filter(|_| self.begins.unwrap_or(begins)),
+            eos: this.eos.filter(|_| self.ends.unwrap_or(false)),
+        };
     }
 
     /// The text of a part.
@@ -246,6 +277,7 @@ fn token(value: &Json, special: bool) -> Option<AddedToken> {
 mod tests {
     use super::*;
     use crate::{ChatTemplate, SpecialTokens, Tokenizer};
+    use base64::{Engine, prelude::BASE64_STANDARD};
     use serde_json::json;
     use std::fs;
 
@@ -275,6 +307,80 @@ mod tests {
     fn token(content: &str) -> Json {
         json!({"content": content, "special": true, "lstrip": false, "rstrip": false,
             "normalized": false, "single_word": false})
+    }
+
+    #[test]
+    fn texts_begin_and_end_as_their_settings_say() {
+        let config = |more: Json| {
+            let mut config = json!({"bos_token": "<s>", "eos_token": "<e>"});
+            config
+                .as_object_mut()
+                .unwrap()
+                .extend(more.as_object().unwrap().clone());
+            ("tokenizer_config.json", config)
+        };
+        let encode = |dir: &tempfile::TempDir| {
+            let tokenizer = Tokenizer::from_dir(dir.path()).unwrap();
+            let part = tokenizer.encode_part("ab", SpecialTokens::Plain);
+            assert_eq!(part.unwrap(), [2]);
+            tokenizer.encode("ab", SpecialTokens::Plain).unwrap()
+        };
+        for (more, expected) in [
+            (json!({}), vec![2]),
+            (json!({"add_bos_token": true}), vec![3, 2]),
+            (json!({"add_eos_token": true}), vec![2, 4]),
+            (
+                json!({"add_bos_token": true, "add_eos_token": true}),
+                vec![3, 2, 4],
+            ),
+            (json!({"add_bos_token": false}), vec![2]),
+            (json!({"add_bos_token": null}), vec![2]),
+            // There is no such token.
+            (json!({"add_bos_token": true, "bos_token": null}), vec![2]),
+        ] {
+            assert_eq!(
+                encode(&folder(json!([]), &[config(more.clone())])),
+                expected,
+                "{more}"
+            );
+        }
+        // What the tokenizer's own file puts around texts counts where nothing else is said.
+        let own = |more: Json| {
+            let dir = folder(json!([]), &[config(more)]);
+            let path = dir.path().join("tokenizer.json");
+            let mut file: Json = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+            file["post_processor"] = json!({
+                "type": "TemplateProcessing",
+                "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+                "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+                "special_tokens": {"<s>": {"id": "<s>", "ids": [3], "tokens": ["<s>"]}}
+            });
+            fs::write(&path, file.to_string()).unwrap();
+            encode(&dir)
+        };
+        assert_eq!(own(json!({})), [3, 2]);
+        assert_eq!(own(json!({"add_bos_token": true})), [3, 2]);
+        assert_eq!(own(json!({"add_bos_token": false})), [2]);
+    }
+
+    #[test]
+    fn control_tokens_beside_a_model_file() {
+        let dir = tempfile::tempdir().unwrap();
+        let model: String = (0..=255u8)
+            .map(|b| format!("{} {b}\n", BASE64_STANDARD.encode([b])))
+            .collect();
+        fs::write(dir.path().join("tokenizer.model"), model).unwrap();
+        let plain = Tokenizer::from_dir(dir.path()).unwrap();
+        let next = plain.vocab_size() as u32;
+        let added = json!({"<|mine|>": next});
+        fs::write(dir.path().join("added_tokens.json"), added.to_string()).unwrap();
+        let config = json!({"add_bos_token": false, "eos_token": "<|mine|>"});
+        fs::write(dir.path().join("tokenizer_config.json"), config.to_string()).unwrap();
+        let tokenizer = Tokenizer::from_dir(dir.path()).unwrap();
+        assert_eq!(ids(&dir, "a<|mine|>"), [97, next]);
+        assert_eq!(plain.encode("a", SpecialTokens::Plain).unwrap(), [256, 97]);
+        assert_eq!(tokenizer.encode("a", SpecialTokens::Plain).unwrap(), [97]);
+        assert_eq!((tokenizer.bos(), tokenizer.eos()), (Some(256), Some(next)));
     }
 
     #[test]

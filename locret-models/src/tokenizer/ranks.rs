@@ -1,6 +1,9 @@
 //! Llama 3's vocabulary as Meta published it: byte strings in the order of their ranks.
 
-use super::{Alphabet, Around, ByteAlphabet, Inner, MAX_ID, MAX_TOKEN, Tokenizer, guarded};
+use super::{
+    Alphabet, ByteAlphabet, Inner, MAX_ID, MAX_TOKEN, NamedTokens, Tokenizer, guarded,
+    splits::Splitting,
+};
 use crate::{ModelError, Result};
 use base64::{Engine, prelude::BASE64_STANDARD};
 use std::{
@@ -10,25 +13,7 @@ use std::{
 use tokenizers::{
     AddedToken,
     models::bpe::{BPE, Merges, Vocab},
-    pre_tokenizers::{
-        byte_level::ByteLevel,
-        sequence::Sequence as PreTokenizers,
-        split::{Split, SplitPattern},
-    },
-    tokenizer::SplitDelimiterBehavior,
 };
-
-/// How Llama 3 splits text before merging: contractions, words with one leading character, up to
-/// three digits, punctuation, line breaks, spaces.
-const LLAMA3_SPLIT: &str = concat!(
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)",
-    r"|[^\r\n\p{L}\p{N}]?\p{L}+",
-    r"|\p{N}{1,3}",
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*",
-    r"|\s*[\r\n]+",
-    r"|\s+(?!\S)",
-    r"|\s+"
-);
 
 /// Llama 3's control tokens that have a meaning, in the order of their ids after the last rank.
 const LLAMA3_NAMED: [&str; 12] = [
@@ -48,23 +33,8 @@ const LLAMA3_NAMED: [&str; 12] = [
 /// All of Llama 3's control tokens.
 const LLAMA3_CONTROLS: usize = 256;
 
-/// Splits text as Llama 3 does before merging.
-pub(super) fn split_as_llama3(path: &Path, inner: &mut Inner) -> Result<()> {
-    let split = Split::new(
-        SplitPattern::Regex(LLAMA3_SPLIT.into()),
-        SplitDelimiterBehavior::Isolated,
-        false,
-    )
-    .map_err(|e| ModelError::tokenizer(path, e))?;
-    inner.with_pre_tokenizer(Some(PreTokenizers::new(vec![
-        split.into(),
-        ByteLevel::new(false, true, false).into(),
-    ])));
-    Ok(())
-}
-
 /// The tokenizer of a file of ranks.
-pub(super) fn build(path: &Path, bytes: &[u8]) -> Result<Tokenizer> {
+pub(super) fn build(path: &Path, bytes: &[u8], named: &NamedTokens) -> Result<Tokenizer> {
     let damaged =
         |line: usize, what: &str| ModelError::tokenizer(path, format!("line {}: {what}", line + 1));
     let text = std::str::from_utf8(bytes)
@@ -124,7 +94,7 @@ pub(super) fn build(path: &Path, bytes: &[u8]) -> Result<Tokenizer> {
         .ignore_merges(true);
     let model = guarded(path, || model.build())?;
     let mut inner = Inner::new(model);
-    split_as_llama3(path, &mut inner)?;
+    Splitting::LLAMA3.apply(path, &mut inner)?;
     let reserved = (2..).map(|i| format!("<|reserved_special_token_{i}|>"));
     let controls = LLAMA3_NAMED.map(String::from).into_iter().chain(reserved);
     let controls = controls.take(LLAMA3_CONTROLS);
@@ -132,13 +102,12 @@ pub(super) fn build(path: &Path, bytes: &[u8]) -> Result<Tokenizer> {
     inner
         .add_special_tokens(added.collect::<Vec<_>>())
         .map_err(|e| ModelError::tokenizer(path, e))?;
-    let mut this = Tokenizer::new(path, inner, Alphabet::Bytes, 0, &HashSet::new())?;
+    named.add_to(&mut inner, path)?;
+    let known: HashSet<&str> = named.names().collect();
+    let mut this = Tokenizer::new(path, inner, Alphabet::Bytes, 0, &known)?;
     let id = |name: &str| this.token_to_id(name);
     (this.bos, this.eos) = (id(LLAMA3_NAMED[0]), id(LLAMA3_NAMED[1]));
-    this.around = Around {
-        bos: this.bos,
-        eos: None,
-    };
+    named.finish(&mut this, true);
     Ok(this)
 }
 

@@ -1,6 +1,6 @@
 //! Llama 2's vocabulary as Meta published it: in SentencePiece's format, a protocol buffer.
 
-use super::{Alphabet, Around, MAX_ID, Tokenizer, vocabulary::Vocabulary};
+use super::{Alphabet, MAX_ID, NamedTokens, Tokenizer, vocabulary::Vocabulary};
 use crate::{ModelError, Result};
 use prost::Message;
 use std::path::Path;
@@ -59,7 +59,7 @@ struct Normalizer {
 }
 
 /// The tokenizer of a SentencePiece model.
-pub(super) fn build(path: &Path, bytes: &[u8]) -> Result<Tokenizer> {
+pub(super) fn build(path: &Path, bytes: &[u8], named: &NamedTokens) -> Result<Tokenizer> {
     let model = Model::decode(bytes)
         .map_err(|e| ModelError::tokenizer(path, format!("a damaged SentencePiece model: {e}")))?;
     let count = model.pieces.len();
@@ -109,14 +109,14 @@ pub(super) fn build(path: &Path, bytes: &[u8]) -> Result<Tokenizer> {
     inner
         .add_special_tokens(vocabulary.added(false))
         .map_err(|e| ModelError::tokenizer(path, e))?;
+    named.add_to(&mut inner, path)?;
     let strip = usize::from(normalizer.space_first);
     let alphabet = Alphabet::SentencePiece;
-    let mut this = Tokenizer::new(path, inner, alphabet, strip, &vocabulary.known())?;
+    let mut known = vocabulary.known();
+    known.extend(named.names());
+    let mut this = Tokenizer::new(path, inner, alphabet, strip, &known)?;
     (this.bos, this.eos) = (vocabulary.bos, vocabulary.eos);
-    this.around = Around {
-        bos: this.bos,
-        eos: None,
-    };
+    named.finish(&mut this, true);
     Ok(this)
 }
 
