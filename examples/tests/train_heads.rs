@@ -1,12 +1,18 @@
 //! `train_heads` on a model of a few thousand weights: what it writes, and how it fails.
 
+use burn::tensor::Device;
 use clap::Parser;
+use locret_core::{Budget, DType, Generate, Prefill, Session};
 use locret_examples::cli::train_heads;
-use locret_models::ModelFiles;
-use locret_policies::HeadWeights;
+use locret_models::{LoadOptions, ModelFiles, load_model};
+use locret_policies::{
+    HeadWeights, Method, PolicyConfig,
+    training::{Answer, CollectConfig, Sample, TrainConfig, collect, train},
+};
 use serde_json::json;
 use std::{
     fs,
+    ops::ControlFlow,
     path::{Path, PathBuf},
 };
 
@@ -182,5 +188,83 @@ fn mistakes_are_errors_that_say_what_is_wrong() {
     for (data, flags, expected) in cases {
         let error = run(dir.path(), data, flags).unwrap_err();
         assert!(error.contains(expected), "{flags}: {error}");
+    }
+}
+
+/// Heads belong to no architecture: what a model makes of its tokens in front of the rotation is enough.
+#[test]
+fn heads_are_trained_and_used_on_every_architecture() {
+    let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("../locret-models/tests/golden");
+    for name in [
+        "llama2",
+        "llama31",
+        "llama32",
+        "llama_biases",
+        "mistral",
+        "phi3_4k",
+        "phi3_128k",
+        "phi4_mini",
+        "qwen2",
+        "qwen3",
+    ] {
+        // From both kinds of files by turns, since they are the same models.
+        let gguf = golden.join(name).join("model.gguf");
+        let folder = golden.join(name);
+        for (path, budget) in [(gguf, 24), (folder, 16)] {
+            let dir = tempfile::tempdir().unwrap();
+            let loaded = load_model(&path, &LoadOptions::new(), &Device::flex()).unwrap();
+            let model = loaded.model;
+            let ids = |from: u32, n: u32| (from..from + n).map(|i| i * i % 186).collect();
+            let samples: Vec<Sample> = (0..4)
+                .map(|i| Sample {
+                    prompt: ids(i * 50, 40),
+                    answers: vec![Answer {
+                        query: ids(i * 31 + 7, 4),
+                        answer: ids(i * 17 + 3, 6),
+                    }],
+                })
+                .collect();
+            let mut collecting = CollectConfig::default();
+            collecting.validation = 0.25;
+            let go_on = ControlFlow::Continue(());
+            let work = dir.path();
+            let shards = collect(&*model, &samples, work, &collecting, &mut |_| go_on).unwrap();
+            let mut config = TrainConfig::default();
+            (config.d_r, config.epochs, config.learning_rate) = (8, 12, 2e-2);
+            let device = Device::flex().autodiff();
+            let trained = train(&shards.unwrap(), work, &config, &device, &|_| go_on);
+            let trained = trained.unwrap().unwrap();
+            let what = format!("{name}, {}", path.display());
+            for layer in &trained.layers {
+                assert!(
+                    layer.curve.iter().all(|(_, loss)| loss.is_finite()),
+                    "{what}"
+                );
+                let (first, last) = (layer.curve[0].1, layer.curve[layer.curve.len() - 1].1);
+                assert!(
+                    last < 0.8 * first,
+                    "{what}, layer {}: {first} to {last}",
+                    layer.layer
+                );
+            }
+            let file = dir.path().join("heads.safetensors");
+            trained.heads.save(&file, DType::F32).unwrap();
+            assert!(HeadWeights::load(&file, model.spec()).unwrap().layers == trained.heads.layers);
+
+            let mut policy = PolicyConfig::new(Method::Locret).budget(Budget::Units(budget));
+            policy.heads = Some(file);
+            let policy = policy.build_for(&*model).unwrap();
+            let mut session = Session::new(model.clone(), policy).unwrap();
+            let prompt: Vec<u32> = ids(5, 60);
+            session.prefill(&prompt, &Prefill::new(10, 6)).unwrap();
+            let generated = session.generate(Generate::greedy(5)).unwrap();
+            assert_eq!(generated.filter(|token| token.is_ok()).count(), 5, "{what}");
+            // The budget, and a chunk.
+            assert_eq!(
+                session.report().prefill_peak.units_per_head,
+                budget + 10,
+                "{what}"
+            );
+        }
     }
 }

@@ -73,7 +73,7 @@ pub enum ModelError {
         name: String,
     },
     /// A tensor is stored in an encoding that this crate does not read.
-    #[error("{}: tensor {tensor:?} is stored as {encoding}, which is not supported", path.display())]
+    #[error("{}: tensor {tensor:?} is stored as {encoding}, which is not supported: take a file of this model in another type", path.display())]
     UnsupportedEncoding {
         /// The file.
         path: PathBuf,

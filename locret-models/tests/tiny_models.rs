@@ -14,6 +14,19 @@ use std::{collections::BTreeSet, fs, path::Path, sync::Arc};
 
 const TOLERANCE: f32 = 1e-4;
 
+const MODELS: [&str; 10] = [
+    "llama2",
+    "llama31",
+    "llama32",
+    "llama_biases",
+    "mistral",
+    "phi3_4k",
+    "phi3_128k",
+    "phi4_mini",
+    "qwen2",
+    "qwen3",
+];
+
 /// Logits `[tokens, vocab]` of all tokens, the prompt read in chunks.
 fn logits(loaded: &LoadedModel, ids: &[u32], chunk: usize, kernels: Kernels) -> Vec<f32> {
     let model = &loaded.model;
@@ -72,19 +85,32 @@ fn check(name: &str, folder: &Path, case: &common::Case, kernels: Kernels) {
 #[test]
 fn logits_and_continuations_are_those_of_transformers() {
     let mut seen = 0;
-    for model in [
-        "llama2",
-        "llama31",
-        "llama32",
-        "phi3_4k",
-        "phi3_128k",
-        "qwen2",
-    ] {
+    for model in MODELS {
         let everything = Everything::read(model);
         for (config, case, folder) in everything.cases() {
             let name = format!("{model}/{config}, {} tokens", case.ids.len());
             for kernels in [Kernels::Auto, Kernels::Operations] {
                 check(&name, folder.path(), &case, kernels);
+            }
+            seen += 1;
+        }
+    }
+    assert!(seen >= 50, "{seen} cases");
+}
+
+#[test]
+fn gguf_files_are_the_same_models() {
+    let mut seen = 0;
+    for model in MODELS {
+        let file = common::golden(model).join("model.gguf");
+        for (config, case, _folder) in Everything::read(model).cases() {
+            // The others are further spellings of the same, or other models.
+            if config != "config.json" {
+                continue;
+            }
+            let name = format!("{model}/model.gguf, {} tokens", case.ids.len());
+            for kernels in [Kernels::Auto, Kernels::Operations] {
+                check(&name, &file, &case, kernels);
             }
             seen += 1;
         }
@@ -342,4 +368,41 @@ fn tensors_that_no_layer_has_are_left_alone() {
         last_logits(harmful.path()),
         Err(ModelError::UnusedTensors { .. })
     ));
+}
+
+#[test]
+fn a_language_model_may_be_a_part_of_a_larger_one_or_have_no_head() {
+    let plain = last_logits(changed("llama31", &[], |_| {}).path()).unwrap();
+    let within = |rename: fn(&str) -> String| {
+        changed("llama31", &[], move |tensors| {
+            for (name, ..) in tensors.iter_mut() {
+                *name = rename(name);
+            }
+            tensors.push(("vision_tower.patch.weight".into(), vec![2], vec![1.0; 2]));
+        })
+    };
+    for rename in [
+        (|name| format!("language_model.{name}")) as fn(&str) -> String,
+        |name| match name.strip_prefix("model.") {
+            Some(rest) => format!("model.language_model.{rest}"),
+            None => name.to_owned(),
+        },
+    ] {
+        assert_eq!(last_logits(within(rename).path()).unwrap(), plain);
+    }
+    // As a tied model is saved that is no language model to whoever saved it.
+    let whole = last_logits(changed("llama32", &[], |_| {}).path()).unwrap();
+    let bare = changed("llama32", &[], |tensors| {
+        for (name, ..) in tensors.iter_mut() {
+            *name = name.trim_start_matches("model.").to_owned();
+        }
+    });
+    assert_eq!(last_logits(bare.path()).unwrap(), whole);
+    let twice = within(|name| match name {
+        "model.norm.weight" => "language_model.lm_head.weight".into(),
+        "lm_head.weight" => name.to_owned(),
+        _ => format!("language_model.{name}"),
+    });
+    let error = last_logits(twice.path()).unwrap_err();
+    assert!(matches!(error, ModelError::Duplicate { .. }), "{error}");
 }

@@ -1,7 +1,7 @@
 //! Settings in the metadata of a GGUF file.
 
 use super::{Family, ModelConfig, head_dim, limits, long_rope_attention};
-use crate::{Gguf, ModelError, Result, Value};
+use crate::{Gguf, ModelError, Result, Value, tokenizer::named_id};
 use locret_core::{LongRopeSwitch, RopeConfig, RopeScaling};
 
 impl ModelConfig {
@@ -14,9 +14,16 @@ impl ModelConfig {
             ModelError::config(gguf.path(), "general.architecture", "a string", "nothing")
         })?;
         let keys = Keys { gguf, arch };
+        if let Some(experts @ 1..) = keys.size("expert_count")? {
+            return Err(keys.bad(
+                "expert_count",
+                "0 (mixtures of experts are not supported)",
+                experts,
+            ));
+        }
         let heads = keys.need("attention.head_count")?;
         let hidden = keys.need("embedding_length")?;
-        let head_dim = match keys.size("attention.fulllength")? {
+        let head_dim = match keys.size("attention.key_length")? {
             Some(n) => n,
             None => head_dim(gguf.path(), hidden, heads)?,
         };
@@ -58,11 +65,8 @@ impl ModelConfig {
             mlp_bias: has("ffn_down.bias"),
             head_norms: has("attn_q_norm.weight"),
             activation: "silu".into(),
-            bos: keys.token("tokenizer.ggml.bos_token_id", vocab)?,
-            eos: keys
-                .token("tokenizer.ggml.eos_token_id", vocab)?
-                .into_iter()
-                .collect(),
+            bos: named_id(gguf, "bos", vocab)?,
+            eos: named_id(gguf, "eos", vocab)?.into_iter().collect(),
         };
         config.validate(gguf.path())?;
         Ok(config)
@@ -112,12 +116,6 @@ impl Keys<'_> {
 
     fn number(&self, key: &str) -> Result<Option<f64>> {
         self.gguf.get_f64(&self.key(key))
-    }
-
-    /// A token's id; none for one outside of the vocabulary, which no text has.
-    fn token(&self, key: &str, vocab: usize) -> Result<Option<u32>> {
-        let id = self.gguf.get_id(key)?;
-        Ok(id.filter(|id| (*id as usize) < vocab))
     }
 
     /// How many tokens attention sees. Files of Phi-3 from before there was a key for that leave it out;
@@ -171,6 +169,10 @@ impl Keys<'_> {
         let original_max = self
             .size("rope.scaling.original_context_length")?
             .unwrap_or(max_positions);
+        let rotary_dim = self.size("rope.dimension_count")?.unwrap_or(head_dim);
+        // On cosines and sines, whatever the scaling.
+        let attention = self.number("rope.scaling.attn_factor")?;
+        let attention = attention.filter(|factor| *factor != 0.0);
         let long = self.factors("rope_factors_long.weight")?;
         let short = self.factors("rope_factors_short.weight")?;
         let scaling = if let (Some(long), Some(short)) = (long, short) {
@@ -180,13 +182,10 @@ impl Keys<'_> {
                 _ => self.linear()?,
             };
             let scaled = |factors: Vec<f64>| factors.iter().map(|f| f * factor).collect();
-            let attention_factor = match self.number("rope.scaling.attn_factor")? {
-                Some(factor) => factor,
-                None => {
-                    let factor = max_positions as f64 / original_max as f64;
-                    long_rope_attention(factor, original_max)
-                }
-            };
+            let attention_factor = attention.unwrap_or_else(|| {
+                let factor = max_positions as f64 / original_max as f64;
+                long_rope_attention(factor, original_max)
+            });
             RopeScaling::LongRope {
                 short: scaled(short),
                 long: scaled(long),
@@ -196,26 +195,30 @@ impl Keys<'_> {
             }
         } else {
             let factor = self.linear()?;
-            match self.factors("rope_freqs.weight")? {
+            let factors = self.factors("rope_freqs.weight")?;
+            let attention_factor = attention.unwrap_or(1.0);
+            if factors.is_none() && attention_factor == 1.0 {
+                match factor {
+                    1.0 => RopeScaling::None,
+                    _ => RopeScaling::Linear { factor },
+                }
+            } else {
                 // Llama 3.1 as converted: the scaled frequencies themselves, as divisors that hold at
                 // every length. A further scaling divides once more.
-                Some(factors) => {
-                    let factors: Vec<f64> = factors.iter().map(|f| f * factor).collect();
-                    RopeScaling::LongRope {
-                        short: factors.clone(),
-                        long: factors,
-                        original_max,
-                        attention_factor: 1.0,
-                        switch: LongRopeSwitch::ByLength,
-                    }
+                let factors = factors.unwrap_or_else(|| vec![1.0; rotary_dim / 2]);
+                let factors: Vec<f64> = factors.iter().map(|f| f * factor).collect();
+                RopeScaling::LongRope {
+                    short: factors.clone(),
+                    long: factors,
+                    original_max,
+                    attention_factor,
+                    switch: LongRopeSwitch::ByLength,
                 }
-                None if factor == 1.0 => RopeScaling::None,
-                None => RopeScaling::Linear { factor },
             }
         };
         Ok(RopeConfig {
             theta: self.number("rope.freq_base")?.unwrap_or(10_000.0),
-            rotary_dim: self.size("rope.dimension_count")?.unwrap_or(head_dim),
+            rotary_dim,
             scaling,
         })
     }
@@ -361,6 +364,46 @@ mod tests {
     }
 
     #[test]
+    fn heads_may_have_a_size_of_their_own() {
+        let own = |key: u32, value: u32| {
+            let file = gguf_file("llama")
+                .meta("llama.attention.key_length", Meta::U32(key))
+                .meta("llama.attention.value_length", Meta::U32(value));
+            gguf(&file)
+        };
+        let config = own(32, 32).unwrap();
+        assert_eq!((config.head_dim, config.rope.rotary_dim), (32, 32));
+        assert_eq!(gguf(&gguf_file("llama")).unwrap().head_dim, 16);
+        assert!(own(32, 16).is_err());
+    }
+
+    #[test]
+    fn a_factor_on_cosines_counts_with_every_scaling() {
+        let with = |file: File| {
+            let file = file.meta("llama.rope.scaling.attn_factor", Meta::F32(1.5));
+            match gguf(&file).unwrap().rope.scaling {
+                RopeScaling::LongRope {
+                    short,
+                    long,
+                    attention_factor,
+                    ..
+                } if short == long => (attention_factor, long),
+                other => panic!("{other:?}"),
+            }
+        };
+        assert_eq!(with(gguf_file("llama")), (1.5, vec![1.0; 8]));
+        let linear = gguf_file("llama").meta("llama.rope.scaling.factor", Meta::F32(2.0));
+        assert_eq!(with(linear), (1.5, vec![2.0; 8]));
+        let factors = gguf_file("llama").f32("rope_freqs.weight", &[8], &[3.0; 8]);
+        assert_eq!(with(factors), (1.5, vec![3.0; 8]));
+        for none in [0.0, 1.0] {
+            let key = "llama.rope.scaling.attn_factor";
+            let plain = gguf_file("llama").meta(key, Meta::F32(none));
+            assert_eq!(gguf(&plain).unwrap().rope.scaling, RopeScaling::None);
+        }
+    }
+
+    #[test]
     fn gguf_factors_are_tensors() {
         let factors: Vec<f32> = (1..=8).map(|i| i as f32).collect();
         let llama31 = gguf_file("llama").f32("rope_freqs.weight", &[8], &factors);
@@ -398,7 +441,8 @@ mod tests {
             ),
             ("llama.rope.freq_base", Meta::F32(f32::INFINITY)),
             ("llama.rope.dimension_count", Meta::U32(17)),
-            ("llama.attention.fulllength", Meta::U32(7)),
+            ("llama.attention.key_length", Meta::U32(7)),
+            ("llama.expert_count", Meta::U32(8)),
             ("llama.attention.value_length", Meta::U32(8)),
             ("llama.rope.scaling.type", Meta::String("yarn".into())),
             ("tokenizer.ggml.eos_token_id", Meta::String("2".into())),

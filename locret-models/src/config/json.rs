@@ -10,7 +10,9 @@ impl ModelConfig {
     /// Reads `config.json`, and `generation_config.json` if it is there, of a model folder.
     ///
     /// Both spellings of the rotary settings are read: `rope_theta` and `rope_scaling` as
-    /// transformers 4 writes them, `rope_parameters` as transformers 5 does.
+    /// transformers 4 writes them, `rope_parameters` as transformers 5 does. Of a model of several media
+    /// it is the language model's part (`text_config`). What a file leaves out is what it stands for in
+    /// transformers' configuration of its family.
     ///
     /// # Errors
     /// [`ModelError::Io`], [`ModelError::Json`]; [`ModelError::Config`] for a setting that is
@@ -18,7 +20,17 @@ impl ModelConfig {
     pub fn from_dir(dir: impl AsRef<Path>) -> Result<Self> {
         let dir = dir.as_ref();
         let path = dir.join("config.json");
-        let config: Map<String, Value> = json::read(&path)?;
+        let config = text_part(json::read(&path)?);
+        // How GPTQ's checkpoints were marked before their configurations said it.
+        let quantised = dir.join("quantize_config.json");
+        if quantised.exists() {
+            return Err(ModelError::config(
+                &quantised,
+                "checkpoint",
+                UNQUANTISED,
+                "quantised weights (GPTQ)",
+            ));
+        }
         let generation_path = dir.join("generation_config.json");
         let generation: Option<Map<String, Value>> = json::read_optional(&generation_path)?;
         let generation = generation.map(|values| Settings {
@@ -33,13 +45,44 @@ impl ModelConfig {
     }
 }
 
+/// What is read instead of quantised safetensors.
+const UNQUANTISED: &str = "weights as f32, f16 or bf16 (take the checkpoint that this one was made of, \
+                           or a GGUF file with quantised weights)";
+
+/// The settings of the language model: those of the whole, or a part of them.
+fn text_part(mut whole: Map<String, Value>) -> Map<String, Value> {
+    if whole.contains_key("hidden_size") || !whole.get("text_config").is_some_and(Value::is_object)
+    {
+        return whole;
+    }
+    let Some(Value::Object(mut part)) = whole.remove("text_config") else {
+        return whole;
+    };
+    for key in QUANTISED.into_iter().chain(["tie_word_embeddings"]) {
+        if let Some(value) = whole.remove(key).filter(|value| !value.is_null()) {
+            part.insert(key.to_owned(), value);
+        }
+    }
+    for key in ["bos_token_id", "eos_token_id"] {
+        if part.get(key).is_none_or(Value::is_null)
+            && let Some(value) = whole.remove(key)
+        {
+            part.insert(key.to_owned(), value);
+        }
+    }
+    part
+}
+
+/// Where configurations say that weights are quantised.
+const QUANTISED: [&str; 3] = ["quantization_config", "compression_config", "quantization"];
+
 /// One JSON object of settings.
 struct Settings<'a> {
     path: &'a Path,
     values: Map<String, Value>,
 }
 
-impl Settings<'_> {
+impl<'a> Settings<'a> {
     fn bad(&self, key: &str, expected: &str, found: impl ToString) -> ModelError {
         ModelError::config(self.path, key, expected, found)
     }
@@ -49,11 +92,11 @@ impl Settings<'_> {
         self.values.get(key).filter(|v| !v.is_null())
     }
 
-    fn get<'a, T>(
-        &'a self,
+    fn get<'s, T>(
+        &'s self,
         key: &str,
         expected: &str,
-        read: impl FnOnce(&'a Value) -> Option<T>,
+        read: impl FnOnce(&'s Value) -> Option<T>,
     ) -> Result<Option<T>> {
         match self.value(key) {
             None => Ok(None),
@@ -95,7 +138,7 @@ impl Settings<'_> {
     }
 
     /// A settings object inside this one; an empty one counts as absent.
-    fn object(&self, key: &str) -> Result<Option<Settings<'_>>> {
+    fn object(&self, key: &str) -> Result<Option<Settings<'a>>> {
         let values = self.get(key, "an object", Value::as_object)?;
         Ok(values.filter(|v| !v.is_empty()).map(|values| Settings {
             path: self.path,
@@ -119,44 +162,52 @@ impl Settings<'_> {
 
     /// How many tokens attention sees, where that is not all.
     fn window(&self, family: &Family, layers: usize) -> Result<Option<usize>> {
-        let window = match (self.values.get("sliding_window"), family) {
-            // What its configuration stands for if it says nothing.
-            (None, Family::Mistral) => Some(4096),
-            _ => self.size("sliding_window")?,
-        };
         // Qwen writes a window and says elsewhere whether it is in use, and by which layers.
         let qwen = matches!(family, Family::Qwen2 | Family::Qwen3);
+        let window = match self.values.get("sliding_window") {
+            None if qwen || *family == Family::Mistral => Some(4096),
+            _ => self.size("sliding_window")?,
+        };
         let used = self.flag("use_sliding_window")?.unwrap_or(!qwen);
-        let first = self.size("max_window_layers")?.filter(|_| qwen);
-        let none = first.is_some_and(|first| first >= layers);
+        let first = self.size("max_window_layers")?.unwrap_or(28);
         let kinds = self.get("layer_types", "a list", Value::as_array)?;
-        let full = kinds.is_some_and(|kinds| kinds.iter().all(|kind| kind == "full_attention"));
-        Ok(window.filter(|_| used && !none && !full))
+        let full = match kinds {
+            Some(kinds) => kinds.iter().all(|kind| kind == "full_attention"),
+            None => qwen && first >= layers,
+        };
+        Ok(window.filter(|_| used && !full))
     }
 
     fn model(&self, generation: Option<&Settings<'_>>) -> Result<ModelConfig> {
         let heads = self.need("num_attention_heads")?;
         let hidden = self.need("hidden_size")?;
-        let head_dim = match self.size("head_dim")? {
-            Some(n) => n,
-            None => head_dim(self.path, hidden, heads)?,
-        };
         let family = Family::new(
             self.text("model_type")?
                 .ok_or_else(|| self.bad("model_type", "a string", "nothing"))?,
         );
-        for key in ["quantization_config", "compression_config"] {
-            if let Some(Value::Object(settings)) = self.value(key) {
+        let head_dim = match self.size("head_dim")? {
+            Some(n) => n,
+            None if family == Family::Qwen3 && !self.values.contains_key("head_dim") => 128,
+            None => head_dim(self.path, hidden, heads)?,
+        };
+        for key in QUANTISED {
+            if let Some(Value::Object(settings)) = self.value(key)
+                && !is_plain(settings)
+            {
                 let method = settings.get("quant_method").or(settings.get("format"));
-                return Err(self.bad(
-                    key,
-                    "weights as f32, f16 or bf16 (take the checkpoint that this one was made of, or a \
-                     GGUF file with quantised weights)",
-                    method.map_or_else(|| "another way".into(), excerpt),
-                ));
+                let found = method.map_or_else(|| "another way".into(), excerpt);
+                return Err(self.bad(key, UNQUANTISED, found));
             }
         }
-        let max_positions = self.size("max_position_embeddings")?.unwrap_or(2048);
+        let max_positions = match self.size("max_position_embeddings")? {
+            Some(n) => n,
+            None => match family {
+                Family::Phi3 => 4096,
+                Family::Mistral => 131_072,
+                Family::Qwen2 | Family::Qwen3 => 32_768,
+                _ => 2048,
+            },
+        };
         let (vocab, layers) = (self.need("vocab_size")?, self.need("num_hidden_layers")?);
         let mut eos = match generation {
             Some(generation) => generation.tokens("eos_token_id", vocab)?,
@@ -167,7 +218,14 @@ impl Settings<'_> {
                 eos.push(id);
             }
         }
-        let bias = self.flag("attention_bias")?.unwrap_or(false);
+        // The other families have biases or not, whatever a file says.
+        let may = matches!(family, Family::Llama | Family::Qwen3 | Family::Other(_));
+        let bias = self.flag("attention_bias")?.unwrap_or(false) && may;
+        let mlp_bias = self.flag("mlp_bias")?.unwrap_or(false);
+        let mut bos = self.tokens("bos_token_id", vocab)?;
+        if let (true, Some(generation)) = (bos.is_empty(), generation) {
+            bos = generation.tokens("bos_token_id", vocab)?;
+        }
         let config = ModelConfig {
             rope: self.rope(&family, head_dim, max_positions)?,
             hidden,
@@ -185,15 +243,15 @@ impl Settings<'_> {
             sliding_window: self.window(&family, layers)?,
             // Qwen2 always has them, on q, k and v alone.
             attention_bias: bias || family == Family::Qwen2,
-            output_bias: bias && family != Family::Qwen2,
+            output_bias: bias,
             head_norms: family == Family::Qwen3,
-            mlp_bias: self.flag("mlp_bias")?.unwrap_or(false),
+            mlp_bias: mlp_bias && matches!(family, Family::Llama | Family::Other(_)),
             activation: self
                 .text("hidden_act")?
                 .or(self.text("hidden_activation")?)
                 .map_or("silu", |name| if name == "swish" { "silu" } else { name })
                 .to_owned(),
-            bos: self.tokens("bos_token_id", vocab)?.first().copied(),
+            bos: bos.first().copied(),
             eos,
             family,
         };
@@ -210,6 +268,8 @@ impl Settings<'_> {
                 values: Map::new(),
             }),
         };
+        // One for each kind of layer, where there are several kinds.
+        let rope = rope.object("full_attention")?.unwrap_or(rope);
         let theta = match rope.number("rope_theta")? {
             Some(theta) => theta,
             None => self.number("rope_theta")?.unwrap_or(10_000.0),
@@ -283,6 +343,12 @@ impl Settings<'_> {
             scaling,
         })
     }
+}
+
+/// Whether settings of a quantisation say that there is none.
+fn is_plain(settings: &Map<String, Value>) -> bool {
+    let off = |key: &str| settings.get(key).is_some_and(|on| on == false);
+    settings.is_empty() || (off("load_in_4bit") && off("load_in_8bit"))
 }
 
 /// A value for a message, not longer than a line.
@@ -492,6 +558,8 @@ pub(super) mod tests {
         assert!(qwen2.attention_bias && !qwen2.output_bias && !qwen2.head_norms);
         assert_eq!(qwen2.sliding_window, None);
         let used = json!({"sliding_window": 512, "use_sliding_window": true});
+        assert_eq!(family("qwen2", used.clone()).binding_window(), None);
+        let used = with(used, json!({"max_window_layers": 1}));
         assert_eq!(family("qwen2", used.clone()).binding_window(), Some(512));
         let few = with(used, json!({"max_window_layers": 28}));
         assert_eq!(family("qwen2", few).binding_window(), None);
@@ -514,12 +582,112 @@ pub(super) mod tests {
     }
 
     #[test]
+    fn what_files_leave_out_is_what_families_stand_for() {
+        let family = |name: &str, gone: &[&str]| {
+            let mut config = with(llama(), json!({"model_type": name}));
+            for key in gone {
+                config.as_object_mut().unwrap().remove(*key);
+            }
+            read(&config).unwrap()
+        };
+        for (name, positions) in [
+            ("llama", 2048),
+            ("phi3", 4096),
+            ("mistral", 131_072),
+            ("qwen2", 32_768),
+            ("qwen3", 32_768),
+        ] {
+            let found = family(name, &["max_position_embeddings"]).max_positions;
+            assert_eq!(found, positions, "{name}");
+        }
+        assert_eq!(family("qwen3", &[]).head_dim, 128);
+        assert_eq!(family("qwen2", &[]).head_dim, 16);
+        let null = with(llama(), json!({"model_type": "qwen3", "head_dim": null}));
+        assert_eq!(read(&null).unwrap().head_dim, 16);
+        // Biases that a family does not have are not there, whatever is written.
+        let biases = json!({"attention_bias": true, "mlp_bias": true});
+        for (name, found) in [
+            ("mistral", [false; 3]),
+            ("phi3", [false; 3]),
+            ("qwen2", [true, false, false]),
+        ] {
+            let config = with(with(llama(), json!({"model_type": name})), biases.clone());
+            let config = read(&config).unwrap();
+            assert_eq!(
+                [config.attention_bias, config.output_bias, config.mlp_bias],
+                found,
+                "{name}"
+            );
+        }
+        let begin = json!({"bos_token_id": 7});
+        let unsaid = with(llama(), json!({"bos_token_id": null}));
+        assert_eq!(read_with(&unsaid, Some(&begin)).unwrap().bos, Some(7));
+    }
+
+    #[test]
+    fn the_language_model_of_several_media() {
+        let mut text = with(
+            llama(),
+            json!({"model_type": "mistral", "sliding_window": null}),
+        );
+        let text_map = text.as_object_mut().unwrap();
+        for key in ["bos_token_id", "eos_token_id", "tie_word_embeddings"] {
+            text_map.remove(key);
+        }
+        let whole = json!({
+            "model_type": "mistral3", "text_config": text, "vision_config": {"hidden_size": 8},
+            "bos_token_id": 1, "eos_token_id": [2, 3], "tie_word_embeddings": true
+        });
+        let config = read(&whole).unwrap();
+        assert_eq!(
+            (config.family.clone(), config.hidden),
+            (Family::Mistral, 64)
+        );
+        assert_eq!(
+            (config.bos, config.eos.as_slice()),
+            (Some(1), [2, 3].as_slice())
+        );
+        assert!(config.tied_embeddings);
+        let fp8 = with(
+            whole,
+            json!({"quantization_config": {"quant_method": "fp8"}}),
+        );
+        assert_eq!(refused(&fp8).0, "quantization_config");
+    }
+
+    #[test]
+    fn rotary_settings_of_each_kind_of_layer() {
+        let kinds = json!({"rope_parameters": {
+            "full_attention": {"rope_type": "default", "rope_theta": 77.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0}
+        }});
+        let mut config = with(llama(), kinds);
+        config.as_object_mut().unwrap().remove("rope_theta");
+        assert_eq!(read(&config).unwrap().rope.theta, 77.0);
+    }
+
+    #[test]
     fn quantised_checkpoints_are_refused() {
         let fp8 = json!({"quantization_config": {"quant_method": "fp8"}});
         let (what, found) = refused(&with(llama(), fp8));
         assert_eq!(what, "quantization_config");
         assert!(found.contains("fp8"));
-        read(&with(llama(), json!({"quantization_config": null}))).unwrap();
+        for plain in [
+            json!(null),
+            json!({}),
+            json!({"quant_method": "bitsandbytes", "load_in_4bit": false, "load_in_8bit": false}),
+        ] {
+            read(&with(llama(), json!({"quantization_config": plain}))).unwrap();
+        }
+        // MLX has another name for it.
+        let mlx = json!({"quantization": {"group_size": 64, "bits": 4}});
+        assert_eq!(refused(&with(llama(), mlx)).0, "quantization");
+        // And older files of GPTQ say it beside.
+        let dir = tempfile::tempdir().unwrap();
+        fs::write(dir.path().join("config.json"), llama().to_string()).unwrap();
+        fs::write(dir.path().join("quantize_config.json"), "{}").unwrap();
+        let error = ModelConfig::from_dir(dir.path()).unwrap_err().to_string();
+        assert!(error.contains("GPTQ") && error.contains("GGUF"), "{error}");
     }
 
     #[test]

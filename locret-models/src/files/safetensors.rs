@@ -61,7 +61,8 @@ impl SafetensorsDir {
     /// # Errors
     /// [`ModelError::NotFound`] if the folder has no safetensors; [`ModelError::ShardOutside`] for
     /// an index that points out of the folder; [`ModelError::NotInShard`];
-    /// [`ModelError::UnsupportedEncoding`]; [`ModelError::Format`] for what the format does not
+    /// [`ModelError::UnsupportedEncoding`]; [`ModelError::Duplicate`] where two tensors have one name in
+    /// the language model; [`ModelError::Format`] for what the format does not
     /// allow, overlapping tensors and absurd header lengths among it; [`ModelError::Io`] for a
     /// shard that is missing.
     pub fn open(dir: impl AsRef<Path>) -> Result<Self> {
@@ -87,7 +88,51 @@ impl SafetensorsDir {
                 ),
             });
         }
+        this.name_as_decoder()?;
         Ok(this)
+    }
+
+    /// Gives tensors the names that they have in a language model of its own, where they are those of a
+    /// model of several media (`language_model.model.…`, `model.language_model.…`), or of one that was
+    /// saved without its head.
+    fn name_as_decoder(&mut self) -> Result<()> {
+        const WORDS: &str = "embed_tokens.weight";
+        let renames: &[(&str, &str)] = if self.tensors.contains_key(&format!("model.{WORDS}")) {
+            return Ok(());
+        } else if self
+            .tensors
+            .contains_key(&format!("model.language_model.{WORDS}"))
+        {
+            &[("model.language_model.", "model.")]
+        } else if self
+            .tensors
+            .contains_key(&format!("language_model.model.{WORDS}"))
+        {
+            &[("language_model.", "")]
+        } else if self.tensors.contains_key(WORDS) {
+            &[
+                ("layers.", "model.layers."),
+                ("norm.", "model.norm."),
+                ("embed_tokens.", "model.embed_tokens."),
+            ]
+        } else {
+            return Ok(());
+        };
+        for (name, entry) in std::mem::take(&mut self.tensors) {
+            let found = renames.iter().find_map(|(from, to)| {
+                let rest = name.strip_prefix(from)?;
+                Some(format!("{to}{rest}"))
+            });
+            let name = found.unwrap_or(name);
+            if self.tensors.insert(name.clone(), entry).is_some() {
+                return Err(ModelError::Duplicate {
+                    path: self.dir.clone(),
+                    what: "tensor",
+                    name,
+                });
+            }
+        }
+        Ok(())
     }
 
     /// Adds the tensors of a shard: `names` of them, or all.
@@ -123,7 +168,7 @@ impl SafetensorsDir {
                     return Err(ModelError::UnsupportedEncoding {
                         path: path.to_path_buf(),
                         tensor: name,
-                        encoding: other.to_string(),
+                        encoding: format!("{other} (of safetensors, f32, f16 and bf16 are read)"),
                     });
                 }
             };
@@ -464,7 +509,7 @@ mod tests {
         let folder = dir(&[(SINGLE, &wrong)]);
         assert!(matches!(
             SafetensorsDir::open(folder.path()),
-            Err(ModelError::UnsupportedEncoding { encoding, .. }) if encoding == "I64"
+            Err(ModelError::UnsupportedEncoding { encoding, .. }) if encoding.starts_with("I64")
         ));
     }
 }
