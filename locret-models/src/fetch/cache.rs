@@ -20,15 +20,24 @@ pub(super) const LOCK: &str = ".lock";
 /// # Errors
 /// [`ModelError::NotFound`] if neither the options nor the environment name one.
 pub fn cache_dir(options: &FetchOptions) -> Result<PathBuf> {
-    cache_dir_in(options, |name| env::var_os(name))
+    cache_dir_in(options, &|name| env::var_os(name))
 }
 
-fn cache_dir_in(
+/// A folder that a variable of the environment names, if it is an absolute one.
+pub(super) fn absolute_in(
+    variable: &dyn Fn(&str) -> Option<OsString>,
+    name: &str,
+) -> Option<PathBuf> {
+    let path = variable(name).map(PathBuf::from);
+    path.filter(|path| path.is_absolute())
+}
+
+pub(super) fn cache_dir_in(
     options: &FetchOptions,
-    variable: impl Fn(&str) -> Option<OsString>,
+    variable: &dyn Fn(&str) -> Option<OsString>,
 ) -> Result<PathBuf> {
     let path = |name| variable(name).filter(|v| !v.is_empty()).map(PathBuf::from);
-    let absolute = |name| path(name).filter(|p| p.is_absolute());
+    let absolute = |name| absolute_in(variable, name);
     options
         .cache
         .clone()
@@ -44,21 +53,25 @@ fn cache_dir_in(
 
 /// Waits for the right to write into a folder; held until the file is closed.
 pub(super) fn lock(dir: &Path, what: &str, progress: &dyn Fn(Progress<'_>)) -> Result<File> {
-    let path = dir.join(LOCK);
+    lock_file(&dir.join(LOCK), what, progress)
+}
+
+/// The same for a file that stands for whatever is written.
+pub(super) fn lock_file(path: &Path, what: &str, progress: &dyn Fn(Progress<'_>)) -> Result<File> {
     let file = File::options()
         .create(true)
         .truncate(false)
         .write(true)
-        .open(&path)
-        .map_err(ModelError::io("open", &path))?;
+        .open(path)
+        .map_err(ModelError::io("open", path))?;
     match file.try_lock() {
         Ok(()) => Ok(file),
         Err(fs::TryLockError::WouldBlock) => {
             progress(Progress::Waiting { what });
-            file.lock().map_err(ModelError::io("lock", &path))?;
+            file.lock().map_err(ModelError::io("lock", path))?;
             Ok(file)
         }
-        Err(fs::TryLockError::Error(e)) => Err(ModelError::io("lock", &path)(e)),
+        Err(fs::TryLockError::Error(e)) => Err(ModelError::io("lock", path)(e)),
     }
 }
 
@@ -123,7 +136,7 @@ mod tests {
                 cache: cache.map(PathBuf::from),
                 ..FetchOptions::default()
             };
-            cache_dir_in(&options, |name| {
+            cache_dir_in(&options, &|name| {
                 let (_, value) = variables.iter().find(|(n, _)| *n == name)?;
                 absolute(value)
             })

