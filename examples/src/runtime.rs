@@ -8,7 +8,7 @@ use locret_models::{
     Date, FetchOptions, LoadedModel, Message, SpecialTokens, Tokenizer, load_model, resolve,
 };
 use std::{
-    cell::OnceCell,
+    cell::{Cell, OnceCell},
     panic::{self, AssertUnwindSafe},
     path::PathBuf,
     sync::{Arc, Mutex, PoisonError},
@@ -28,6 +28,8 @@ pub struct Runtime {
     pub device: Device,
     /// Made when it is first needed: token ids need none.
     tokenizer: OnceCell<Tokenizer>,
+    /// It was said that a text is longer than the model was made for.
+    told: Cell<bool>,
 }
 
 impl Runtime {
@@ -53,12 +55,22 @@ impl Runtime {
             loaded,
             device,
             tokenizer: OnceCell::new(),
+            told: Cell::new(false),
         })
     }
 
     /// The model.
     pub fn model(&self) -> Arc<dyn CausalLm> {
         self.loaded.model.clone()
+    }
+
+    /// Says, once, that a text of `tokens` tokens is longer than the model was made for, if it is.
+    pub fn note_length(&self, tokens: usize) {
+        if let Some(past) = self.loaded.model.spec().past_context(tokens)
+            && !self.told.replace(true)
+        {
+            eprintln!("note: {past}");
+        }
     }
 
     /// The model's tokenizer.

@@ -463,7 +463,7 @@ fn generate_says_what_is_missing() {
 const FLAGS: &str = "LOCRET_TEST_TRACE_FLAGS";
 
 #[test]
-fn a_failed_program_says_why_on_stderr() {
+fn what_a_program_says_on_stderr() {
     if let Ok(flags) = env::var(FLAGS) {
         let args = trace::Args::parse_from(flags.split_whitespace());
         let code = locret_examples::run(|| trace::run(&args));
@@ -478,11 +478,7 @@ fn a_failed_program_says_why_on_stderr() {
         let model = model();
         let flags = format!("trace --model {model} --ids-file {file} --json {out} {flags}");
         let done = Command::new(env::current_exe().unwrap())
-            .args([
-                "--exact",
-                "a_failed_program_says_why_on_stderr",
-                "--nocapture",
-            ])
+            .args(["--exact", "what_a_program_says_on_stderr", "--nocapture"])
             .env(FLAGS, flags)
             .output()
             .unwrap();
@@ -490,6 +486,15 @@ fn a_failed_program_says_why_on_stderr() {
     };
     let (code, stderr) = program("--max-new 1");
     assert_eq!(code, Some(0), "{stderr}");
+    assert!(!stderr.contains("made for"), "{stderr}");
+    // Beyond the 256 tokens that the model was made for: allowed, and said once. While generating, too.
+    for (prompt, flags) in [(300, "--max-new 9"), (250, "--max-new 9")] {
+        fs::write(&file, ids(prompt)).unwrap();
+        let (code, stderr) = program(flags);
+        assert_eq!(code, Some(0), "{stderr}");
+        assert_eq!(stderr.matches("was made for 256").count(), 1, "{stderr}");
+    }
+    fs::write(&file, ids(40)).unwrap();
     for (flags, expected, code) in [
         ("--policy windows", "unknown policy `windows`", 70),
         ("--policy window --budget 0", "error: invalid budget", 70),

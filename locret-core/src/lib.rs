@@ -37,8 +37,8 @@ pub use compute::{
 };
 pub use contract::{
     Budget, CausalLm, DecodeEviction, Error, Evict, Guard, Held, Keep, KvCachePolicy, LayerSpec,
-    LayerUnits, ModelSpec, Needs, Observation, Observe, Observed, Phase, Positions, Qkv, Queries,
-    Result, Scorer, Scores, Selection, SnapshotError, Step, Verdict,
+    LayerUnits, ModelSpec, Needs, Observation, Observe, Observed, PastContext, Phase, Positions,
+    Qkv, Queries, Result, Scorer, Scores, Selection, SnapshotError, Step, Verdict,
 };
 pub use engine::{
     Batch, Batcher, Births, CacheOptions, ChunkDone, Decided, End, Ended, Event, Folder, Generate,

@@ -71,6 +71,8 @@ pub struct App {
     /// Texts that become tokens at once: each takes a core, and several times its own size.
     encoding: Semaphore,
     closing: AtomicBool,
+    /// It was said that a text is longer than the model was made for.
+    told: AtomicBool,
     /// Answers that are not at their end, what is stored of them included.
     answering: AtomicUsize,
     started: u64,
@@ -137,6 +139,7 @@ impl App {
             metrics: Metrics::default(),
             sessions: places.sessions,
             encoding: Semaphore::new(ENCODING),
+            told: AtomicBool::new(false),
             closing: AtomicBool::new(false),
             answering: AtomicUsize::new(0),
             started: seconds(),
@@ -158,6 +161,15 @@ impl App {
         match tokens <= most {
             true => Ok(()),
             false => Err(Error::PromptTooLong { tokens, most }),
+        }
+    }
+
+    /// Says, once, that a text is longer than the model was made for, if it is.
+    pub(crate) fn note_length(&self, tokens: usize) {
+        if let Some(past) = self.batcher.model().spec().past_context(tokens)
+            && !self.told.swap(true, Ordering::Relaxed)
+        {
+            eprintln!("note: {past}");
         }
     }
 

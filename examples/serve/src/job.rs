@@ -225,6 +225,7 @@ impl Driver {
         let Some(finish) = outcome.finish else {
             return Err(outcome.error());
         };
+        self.app.note_length(self.prompt + outcome.tokens);
         let end = End {
             finish,
             prompt: self.prompt,

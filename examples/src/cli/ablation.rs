@@ -68,6 +68,8 @@ pub fn run(args: &Args) -> Result<()> {
         bar.follow(event);
     })?;
     bar.finish_with_line();
+    let longest = records.iter().map(|r| r.case.context_tokens).max();
+    runtime.note_length(longest.unwrap_or(0));
     let mut lengths: Vec<usize> = points.iter().map(|p| p.length).collect();
     lengths.dedup();
     tables(&records, &lengths, &ablation, &args.out)?;

@@ -69,6 +69,8 @@ pub fn run(args: &Args) -> Result<()> {
         &mut |event| bar.follow(event),
     )?;
     bar.finish();
+    let longest = cases.iter().map(|case| case.context_tokens).max();
+    runtime.note_length(longest.unwrap_or(0));
     let results = Results::of(&reader.policy.name(), settings, &cases);
     write_json(&args.json, &results)?;
     // What is in it is in the results now; if it stays, it does no harm.

@@ -37,6 +37,7 @@ pub fn run(args: &Args, out: &mut dyn Write) -> Result<()> {
     let runtime = args.model.load()?;
     let config = with_shipped_heads(config, &runtime);
     let ids = args.prompt.ids(&runtime)?;
+    runtime.note_length(ids.len());
     let model = runtime.model();
     let policy = config.build_for(&*model)?;
     let mut session = Session::with_options(model, policy, args.prefill.cache())?;
@@ -65,6 +66,7 @@ pub fn run(args: &Args, out: &mut dyn Write) -> Result<()> {
         out.flush().map_err(written)?;
     }
     writeln!(out, "{}", text.finish()).map_err(written)?;
+    runtime.note_length(session.tokens().len());
     eprintln!("\n{}", report::session(&session));
     Ok(())
 }

@@ -44,6 +44,8 @@ pub fn run(model: &ModelArgs, tokens: usize) -> Result<()> {
         question.answer
     );
 
+    runtime.note_length(prompt.len());
+
     let bounded = |method| PolicyConfig::new(method).budget(Budget::Units(BUDGET));
     let mut policies = vec![
         PolicyConfig::new(Method::Full),

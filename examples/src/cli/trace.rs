@@ -45,6 +45,7 @@ pub fn run(args: &Args) -> Result<()> {
         Some(file) => read_ids(file)?,
         None => args.prompt.ids(&runtime)?,
     };
+    runtime.note_length(ids.len());
     let model = runtime.model();
     let policy = config.build_for(&*model)?;
     let mut session = Session::with_options(model, policy, args.prefill.cache())?;
@@ -57,6 +58,7 @@ pub fn run(args: &Args) -> Result<()> {
         &mut |done| bar.set(done as u64),
     )?;
     bar.finish();
+    runtime.note_length(session.tokens().len());
     write_json(&args.json, &trace)?;
     println!(
         "{}: {} tokens, {} chunks, at most {} units a head and {} of keys and values",

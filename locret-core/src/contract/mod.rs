@@ -16,6 +16,6 @@ pub use policy::{
     Held, Keep, KvCachePolicy, Needs, Observation, Observe, Phase, Positions, Queries, Scorer,
     Step, Verdict,
 };
-pub use spec::{LayerSpec, ModelSpec};
+pub use spec::{LayerSpec, ModelSpec, PastContext};
 pub(crate) use units::HeadMeta;
 pub use units::{LayerUnits, Observed, Qkv, Scores, Selection};

@@ -2,6 +2,7 @@
 
 use crate::{Error, Result, RopeConfig};
 use serde::Serialize;
+use std::fmt;
 
 /// The dimensions of a decoder-only model, and how it encodes positions.
 ///
@@ -24,7 +25,8 @@ pub struct ModelSpec {
     pub vocab: usize,
     /// The factor on `q · k` before the softmax; usually `1 / √d`.
     pub softmax_scale: f32,
-    /// The length that the model was trained for, in tokens, where it is known.
+    /// The length that the model was trained for, in tokens, where it is known. Nothing stops there
+    /// ([`past_context`](Self::past_context)).
     pub max_positions: Option<usize>,
     /// How many of the newest tokens the model attends to, where that is not all. A cache of kept units
     /// does not imitate such a window, so that sequences end with it.
@@ -146,6 +148,12 @@ impl ModelSpec {
         self.rope.validate(self.head_dim)
     }
 
+    /// What to tell whoever reads `tokens` tokens, if these are more than the model was made for.
+    pub fn past_context(&self, tokens: usize) -> Option<PastContext> {
+        let made_for = self.max_positions.filter(|most| tokens > *most)?;
+        Some(PastContext { tokens, made_for })
+    }
+
     /// The layer at `index`.
     pub fn layer(&self, index: usize) -> LayerSpec {
         LayerSpec {
@@ -165,6 +173,36 @@ impl ModelSpec {
     /// Bytes of a full cache of `tokens` tokens over all layers and heads.
     pub fn full_cache_bytes(&self, tokens: usize, bytes_per_value: usize) -> usize {
         self.layers * self.kv_heads * tokens * self.unit_bytes(bytes_per_value)
+    }
+}
+
+/// A text that is longer than its model was made for.
+///
+/// That is no error: bounded caches are there to read on. But what a model makes of such a text is not
+/// known, so that whoever asked should be told, once.
+///
+/// ```
+/// let spec = locret_core::ModelSpec::new(2, 4, 2, 64, 300).with_max_positions(Some(4096));
+/// assert_eq!(spec.past_context(4096), None);
+/// let past = spec.past_context(5000).unwrap();
+/// assert_eq!((past.tokens, past.made_for), (5000, 4096));
+/// ```
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct PastContext {
+    /// Tokens of the text.
+    pub tokens: usize,
+    /// Tokens that the model was made for.
+    pub made_for: usize,
+}
+
+impl fmt::Display for PastContext {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "the text has {} tokens, and the model was made for {}: how well it reads on is not known",
+            self.tokens, self.made_for
+        )
     }
 }
 

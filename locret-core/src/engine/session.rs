@@ -2,8 +2,8 @@
 
 use super::probe::EachChunk;
 use crate::{
-    CacheOptions, CausalLm, ChunkDone, Error, KvCachePolicy, ModelSpec, OnChunk, Pass, Peak, Phase,
-    Probe, Result, Rows, Sampler, Sampling, SequenceCache, forward,
+    CacheOptions, CausalLm, ChunkDone, Error, KvCachePolicy, ModelSpec, OnChunk, Pass, PastContext,
+    Peak, Phase, Probe, Result, Rows, Sampler, Sampling, SequenceCache, forward,
 };
 use serde::{Deserialize, Serialize};
 use std::{
@@ -214,6 +214,12 @@ impl Session {
     /// All tokens so far, read or generated.
     pub fn tokens(&self) -> &[u32] {
         &self.history
+    }
+
+    /// What to tell whoever reads and generates here, if the tokens so far are more than the model was
+    /// made for.
+    pub fn past_context(&self) -> Option<PastContext> {
+        self.cache.spec().past_context(self.history.len())
     }
 
     /// Logits `[vocab]` for the next token; `None` before the first prompt, in the middle of one,
