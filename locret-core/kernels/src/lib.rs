@@ -14,6 +14,7 @@
 //! |---|---|
 //! | [`dtype`] | the types that numbers are stored in, and their conversion |
 //! | [`tiles`] | how attention reads keys and values, in whatever type they are stored |
+//! | [`visible`] | what queries see, where it is not everything before them |
 //! | [`rope`] | cosine and sine tables, rotation and its inverse |
 //! | [`attention`] | causal grouped-query attention for prefill (`many`) and decode (`few`) |
 //! | [`observe`] | weights and logits that chosen queries give to each unit |
@@ -46,6 +47,7 @@ pub mod perceptron;
 pub mod rope;
 pub mod select;
 pub mod tiles;
+pub mod visible;
 
 mod micro;
 mod scratch;

@@ -96,6 +96,32 @@ impl<'a> Loader<'a> {
             _ => self.values(units, scratch),
         }
     }
+
+    /// The keys and values of a tile that lies in several pieces, one after the other.
+    #[inline(always)]
+    pub(crate) fn gathered<'s, S: Simd>(
+        &self,
+        s: S,
+        pieces: &[Range<usize>],
+        keys: &'s mut [f32],
+        values: &'s mut [f32],
+        scratch: &mut [f32],
+    ) -> (&'s [f32], &'s [f32]) {
+        let mut at = 0;
+        for piece in pieces {
+            let to = at..at + piece.len() * self.d;
+            let stored = &self.store.keys(piece.clone(), scratch)[..to.len()];
+            let out = &mut keys[to.clone()];
+            match self.rotation {
+                None => out.copy_from_slice(stored),
+                Some(table) => rotate_into(s, stored, out, self.d, table, piece.start),
+            }
+            let stored = &self.store.values(piece.clone(), scratch)[..to.len()];
+            values[to.clone()].copy_from_slice(stored);
+            at = to.end;
+        }
+        (&keys[..at], &values[..at])
+    }
 }
 
 fn copy<'s>(x: &[f32], scratch: &'s mut [f32]) -> &'s [f32] {

@@ -82,15 +82,10 @@ pub(super) fn many<S: Simd>(
                 sum: &mut sum[lanes.clone()],
                 p,
                 limits: masked.then_some(&limits[..lanes.len()]),
+                from: None,
                 finite,
             };
-            match lanes.len() / S::LANES {
-                1 => panel.step::<S, 1>(s),
-                2 => panel.step::<S, 2>(s),
-                // Never reached with fewer registers, and then not compiled either.
-                _ if S::LANES == 16 => panel.step::<S, 3>(s),
-                _ => unreachable!("panels have at most three vectors"),
-            }
+            panel.run(s, lanes.len() / S::LANES);
         }
     }
     top_out[..rows].copy_from_slice(&top[..rows]);
@@ -106,7 +101,7 @@ pub(super) fn many<S: Simd>(
 
 /// Whether no number is infinite or NaN.
 #[inline(always)]
-fn all_finite<S: Simd>(s: S, x: &[f32]) -> bool {
+pub(super) fn all_finite<S: Simd>(s: S, x: &[f32]) -> bool {
     let chunks = x.chunks_exact(S::LANES);
     let rest = chunks.remainder().iter().all(|x| x.is_finite());
     let mut zeros = s.splat(0.0);
@@ -177,29 +172,58 @@ pub(crate) fn hide(p: &mut [f32], limits: &[usize]) {
     }
 }
 
+/// Sets scores `[units, lanes]` to -∞ before a lane's first unit.
+#[inline(always)]
+pub(crate) fn hide_before(p: &mut [f32], from: &[usize]) {
+    let most = from.iter().copied().max().unwrap_or(0);
+    let rows = p.chunks_exact_mut(from.len()).enumerate();
+    for (k, p) in rows.take(most) {
+        for (p, from) in p.iter_mut().zip(from) {
+            if k < *from {
+                *p = f32::NEG_INFINITY;
+            }
+        }
+    }
+}
+
 /// One tile against one panel of rows.
-struct Panel<'a> {
-    d: usize,
+pub(super) struct Panel<'a> {
+    pub(super) d: usize,
     /// `[units, d]`, as are the values.
-    keys: &'a [f32],
-    values: &'a [f32],
+    pub(super) keys: &'a [f32],
+    pub(super) values: &'a [f32],
     /// `[d, lanes]`
-    q: &'a [f32],
+    pub(super) q: &'a [f32],
     /// `[d, lanes]`: sums of weighted values.
-    acc: &'a mut [f32],
+    pub(super) acc: &'a mut [f32],
     /// `[lanes]`: maxima of scores, in powers of two.
-    top: &'a mut [f32],
+    pub(super) top: &'a mut [f32],
     /// `[lanes]`: sums of weights.
-    sum: &'a mut [f32],
+    pub(super) sum: &'a mut [f32],
     /// Room for `[units, lanes]`.
-    p: &'a mut [f32],
-    /// For each lane how many units of the tile it sees, if any sees fewer than all.
-    limits: Option<&'a [usize]>,
+    pub(super) p: &'a mut [f32],
+    /// For each lane up to which unit of the tile it sees, if any sees fewer than all.
+    pub(super) limits: Option<&'a [usize]>,
+    /// For each lane the first unit of the tile that it sees, if any sees fewer than all; limits are then
+    /// given, too.
+    pub(super) from: Option<&'a [usize]>,
     /// Whether a weight of 0 makes any value vanish.
-    finite: bool,
+    pub(super) finite: bool,
 }
 
 impl Panel<'_> {
+    /// With so many vectors of rows.
+    #[inline(always)]
+    pub(super) fn run<S: Simd>(self, s: S, vectors: usize) {
+        match vectors {
+            1 => self.step::<S, 1>(s),
+            2 => self.step::<S, 2>(s),
+            // Never reached with fewer registers, and then not compiled either.
+            _ if S::LANES == 16 => self.step::<S, 3>(s),
+            _ => unreachable!("panels have at most three vectors"),
+        }
+    }
+
     #[inline(always)]
     fn step<S: Simd, const N: usize>(self, s: S) {
         let (d, width) = (self.d, N * S::LANES);
@@ -208,6 +232,9 @@ impl Panel<'_> {
         scores::<S, N>(s, d, self.keys, self.q, p);
         if let Some(limits) = self.limits {
             hide(p, limits);
+        }
+        if let Some(from) = self.from {
+            hide_before(p, from);
         }
         let rescale = softmax_step::<S, N>(s, p, self.top, self.sum);
         if self.finite || self.limits.is_none() {
@@ -221,7 +248,8 @@ impl Panel<'_> {
             for (f, acc) in self.acc.chunks_exact_mut(width).enumerate() {
                 for lane in 0..width {
                     let mut sum = acc[lane] * factors[lane];
-                    for k in 0..limits[lane].min(units) {
+                    let from = self.from.map_or(0, |from| from[lane]);
+                    for k in from..limits[lane].min(units) {
                         sum += p[k * width + lane] * self.values[k * d + f];
                     }
                     acc[lane] = sum;

@@ -11,9 +11,13 @@
 //! - **Few queries** (decode): lanes are features; a tile of keys is read once for the heads of a
 //!   group.
 //!
+//! Where queries see less than everything before them, `chosen` computes only that ([`attend_chosen`]), with
+//! the panels of many queries.
+//!
 //! Work is cut by (KV head, block of queries, range of units) in a way that depends on the shape
 //! alone; ranges are merged by their maxima and sums. Results therefore don't depend on threads.
 
+mod chosen;
 mod few;
 mod loader;
 mod many;
@@ -27,9 +31,10 @@ use crate::{
 use rayon::prelude::*;
 use std::ops::Range;
 
+pub use chosen::{Seeing, attend_chosen};
 pub(crate) use few::{dot_scores, heads_at_once};
 pub(crate) use loader::Loader;
-pub(crate) use many::{hide, scores};
+pub(crate) use many::{hide, hide_before, scores};
 
 /// Sizes of one call.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -338,7 +343,7 @@ fn attend_with(
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
     use crate::{rope, testing::*, tiles::DenseTiles};
     use half::{bf16, f16};
@@ -388,7 +393,7 @@ mod tests {
         out
     }
 
-    fn same(a: &[f32], b: &[f32], tolerance: f32) -> Result<(), String> {
+    pub(crate) fn same(a: &[f32], b: &[f32], tolerance: f32) -> Result<(), String> {
         for (i, (a, b)) in a.iter().zip(b).enumerate() {
             let close = (a - b).abs() <= tolerance || a == b || (a.is_nan() && b.is_nan());
             if !close {
@@ -398,26 +403,30 @@ mod tests {
         Ok(())
     }
 
-    fn tiles<'a>(keys: &'a [Vec<f32>], values: &'a [Vec<f32>], d: usize) -> Vec<DenseTiles<'a>> {
+    pub(crate) fn tiles_of<'a>(
+        keys: &'a [Vec<f32>],
+        values: &'a [Vec<f32>],
+        d: usize,
+    ) -> Vec<DenseTiles<'a>> {
         keys.iter()
             .zip(values)
             .map(|(k, v)| DenseTiles::new(&k[..], &v[..], d))
             .collect()
     }
 
-    fn refs<'a>(tiles: &'a [DenseTiles<'a>]) -> Vec<&'a dyn KvTiles> {
+    pub(crate) fn refs<'a>(tiles: &'a [DenseTiles<'a>]) -> Vec<&'a dyn KvTiles> {
         tiles.iter().map(|t| t as &dyn KvTiles).collect()
     }
 
     #[derive(Debug, Clone)]
-    struct Case {
-        shape: AttnShape,
-        lens: Vec<usize>,
+    pub(crate) struct Case {
+        pub(crate) shape: AttnShape,
+        pub(crate) lens: Vec<usize>,
         rotary: Option<usize>,
-        seed: u64,
+        pub(crate) seed: u64,
     }
 
-    fn case() -> impl Strategy<Value = Case> {
+    pub(crate) fn case() -> impl Strategy<Value = Case> {
         let sizes = (
             prop_oneof![1usize..4, 4usize..40, 60usize..150],
             1usize..4,
@@ -451,7 +460,7 @@ mod tests {
     }
 
     impl Case {
-        fn data(&self) -> (Vec<f32>, Vec<Vec<f32>>, Vec<Vec<f32>>, Option<RopeTable>) {
+        pub(crate) fn data(&self) -> (Vec<f32>, Vec<Vec<f32>>, Vec<Vec<f32>>, Option<RopeTable>) {
             let (s, d) = (self.shape, self.shape.head_dim);
             let mut rng = Numbers::new(self.seed);
             let mut q = rng.take(s.tokens * s.heads * d);
@@ -473,7 +482,7 @@ mod tests {
         fn every_path_agrees_with_the_textbook(case in case()) {
             let (q, keys, values, table) = case.data();
             let expected = oracle(&q, &keys, &values, case.shape, table.as_ref());
-            let tiles = tiles(&keys, &values, case.shape.head_dim);
+            let tiles = tiles_of(&keys, &values, case.shape.head_dim);
             for isa in Isa::all() {
                 let mut out = vec![f32::NAN; q.len()];
                 attend_with(isa, &q, &refs(&tiles), case.shape, table.as_ref(), &mut out);
@@ -502,7 +511,7 @@ mod tests {
                 list[place % n] = bad;
             }
             let expected = oracle(&q, &keys, &values, case.shape, table.as_ref());
-            let tiles = tiles(&keys, &values, case.shape.head_dim);
+            let tiles = tiles_of(&keys, &values, case.shape.head_dim);
             for isa in Isa::all() {
                 let mut out = vec![0.0; q.len()];
                 attend_with(isa, &q, &refs(&tiles), case.shape, table.as_ref(), &mut out);
@@ -520,7 +529,7 @@ mod tests {
             let v16: Vec<Vec<bf16>> = values.iter().map(|v| v.iter().map(|x| bf16::from_f32(*x)).collect()).collect();
             let keys: Vec<Vec<f32>> = k16.iter().map(|k| k.iter().map(|x| x.to_f32()).collect()).collect();
             let values: Vec<Vec<f32>> = v16.iter().map(|v| v.iter().map(|x| x.to_f32()).collect()).collect();
-            let dense = tiles(&keys, &values, d);
+            let dense = tiles_of(&keys, &values, d);
             let half: Vec<DenseTiles<'_>> = k16.iter().zip(&v16).map(|(k, v)| DenseTiles::new(&k[..], &v[..], d)).collect();
             for isa in Isa::all() {
                 let (mut a, mut b) = (vec![0.0; q.len()], vec![1.0; q.len()]);
@@ -555,7 +564,7 @@ mod tests {
                 seed: 5,
             };
             let (q, keys, values, _) = case.data();
-            let tiles = tiles(&keys, &values, 64);
+            let tiles = tiles_of(&keys, &values, 64);
             let run = |threads| {
                 with_threads(threads, || {
                     let mut out = vec![0.0; q.len()];
@@ -583,7 +592,7 @@ mod tests {
             vec![vec![0.5; 6], vec![]],
             vec![vec![1.0, 2.0, 3.0, 1.0, 2.0, 3.0], vec![]],
         );
-        let tiles = tiles(&keys, &values, 3);
+        let tiles = tiles_of(&keys, &values, 3);
         let mut out = vec![9.0; 24];
         attend(&[1.0; 24], &refs(&tiles), shape, None, &mut out);
         let row = [1.0, 2.0, 3.0, 0.0, 0.0, 0.0];
@@ -602,7 +611,7 @@ mod tests {
         };
         let table = RopeTable::new(&[1.0], 1.0, 0..3);
         let (keys, values) = (vec![vec![0.0; 8]], vec![vec![0.0; 8]]);
-        let tiles = tiles(&keys, &values, 2);
+        let tiles = tiles_of(&keys, &values, 2);
         attend(&[0.0; 2], &refs(&tiles), shape, Some(&table), &mut [0.0; 2]);
     }
 }

@@ -3,6 +3,10 @@
 //! Only the chosen queries are computed, in blocks: memory is `block × units`, never
 //! `queries × units`.
 
+mod chosen;
+
+pub use chosen::{observe_max_logits_chosen, observe_weights_chosen};
+
 use super::{
     attention::{
         AttnShape, FEW_TILE, Loader, SERIAL, TILE, dot_scores, heads_at_once, hide, scores,
@@ -84,12 +88,7 @@ impl<'a> Call<'a> {
         chosen: &'a [usize],
     ) -> Self {
         shape.check(q, heads, rotation);
-        assert!(
-            chosen.windows(2).all(|w| w[0] < w[1])
-                && chosen.last().is_none_or(|l| *l < shape.tokens),
-            "chosen queries must be strictly ascending and below {}",
-            shape.tokens
-        );
+        check_chosen(shape, chosen);
         let longest = heads.iter().map(|h| h.len()).max().unwrap_or(0);
         let work = chosen.len() * shape.heads * longest * shape.head_dim;
         Self {
@@ -127,6 +126,45 @@ impl<'a> Call<'a> {
     }
 }
 
+fn check_chosen(shape: AttnShape, chosen: &[usize]) {
+    assert!(
+        chosen.windows(2).all(|w| w[0] < w[1]) && chosen.last().is_none_or(|l| *l < shape.tokens),
+        "chosen queries must be strictly ascending and below {}",
+        shape.tokens
+    );
+}
+
+/// For each **query head**, what [`observe_weights`] says of the last `last` queries (all, if there are fewer);
+/// and, from the same weights, for each distance between a query and a unit the sum over these queries: entry 0
+/// is what they pay to their own units. As many distances as units.
+///
+/// # Panics
+/// As [`attend`](super::attention::attend).
+pub fn survey(
+    q: &[f32],
+    heads: &[&dyn KvTiles],
+    shape: AttnShape,
+    key_rotation: Option<&RopeTable>,
+    last: usize,
+) -> [Vec<Vec<f32>>; 2] {
+    survey_with(Isa::best(), q, heads, shape, key_rotation, last)
+}
+
+fn survey_with(
+    isa: Isa,
+    q: &[f32],
+    heads: &[&dyn KvTiles],
+    shape: AttnShape,
+    rotation: Option<&RopeTable>,
+    last: usize,
+) -> [Vec<Vec<f32>>; 2] {
+    let chosen: Vec<usize> = (shape.tokens.saturating_sub(last)..shape.tokens).collect();
+    let call = Call::new(q, heads, shape, rotation, &chosen);
+    let lens: Vec<usize> = heads.iter().map(|h| h.len()).collect();
+    let [units, distances] = many(isa, &call, &lens, true);
+    [units, distances]
+}
+
 fn weights_with(
     isa: Isa,
     q: &[f32],
@@ -138,11 +176,8 @@ fn weights_with(
     let call = Call::new(q, heads, shape, rotation, chosen);
     let g = shape.group();
     let lens: Vec<usize> = heads.iter().map(|h| h.len()).collect();
-    let mut out: Vec<Vec<f32>> = (0..shape.heads).map(|h| vec![0.0; lens[h / g]]).collect();
-    if chosen.is_empty() || shape.heads == 0 {
-        return out;
-    }
-    if chosen.len() <= FEW {
+    if (1..=FEW).contains(&chosen.len()) {
+        let mut out: Vec<Vec<f32>> = (0..shape.heads).map(|h| vec![0.0; lens[h / g]]).collect();
         let rows = g * chosen.len();
         let mut logits: Vec<Vec<f32>> = lens
             .iter()
@@ -161,19 +196,43 @@ fn weights_with(
         });
         return out;
     }
+    let [units, _] = many(isa, &call, &lens, false);
+    units
+}
+
+/// Sums by unit and, if they are wanted, by distance: for each query head.
+fn many(isa: Isa, call: &Call<'_>, lens: &[usize], distances: bool) -> [Vec<Vec<f32>>; 2] {
+    let (shape, chosen) = (call.shape, call.chosen);
+    let g = shape.group();
+    let zeros = |h: usize| vec![0.0; lens[h / g]];
+    let mut out = [(); 2].map(|()| (0..shape.heads).map(zeros).collect::<Vec<_>>());
+    if chosen.is_empty() || shape.heads == 0 {
+        return out;
+    }
     // Several tasks for each KV head, each with sums of its own, added up in a fixed order.
     let parts = 16usize.div_ceil(shape.kv_heads);
     let per_task = chosen.len().div_ceil(parts).next_multiple_of(BLOCK);
-    let mut sums: Vec<(usize, &[usize], Vec<f32>)> = (0..shape.kv_heads)
+    let sums = (0..shape.kv_heads)
         .flat_map(|head| chosen.chunks(per_task).map(move |part| (head, part)))
-        .map(|(head, part)| (head, part, vec![0.0; g * lens[head]]))
-        .collect();
-    call.each(sums.iter_mut().collect(), |(head, part, sums)| {
-        dispatch!(isa, s => many_weights(s, &call, *head, part, sums));
-    });
-    for (head, _, sums) in sums {
-        if lens[head] > 0 {
-            for (h, sums) in sums.chunks_exact(lens[head]).enumerate() {
+        .map(|(head, part)| {
+            let by_distance = if distances { g * lens[head] } else { 0 };
+            (
+                head,
+                part,
+                vec![0.0; g * lens[head]],
+                vec![0.0; by_distance],
+            )
+        });
+    let mut sums: Vec<(usize, &[usize], Vec<f32>, Vec<f32>)> = sums.collect();
+    call.each(
+        sums.iter_mut().collect(),
+        |(head, part, units, distances)| {
+            dispatch!(isa, s => many_weights(s, call, *head, part, units, distances));
+        },
+    );
+    for (head, _, units, distances) in sums {
+        for (out, sums) in out.iter_mut().zip([units, distances]) {
+            for (h, sums) in sums.chunks_exact(lens[head].max(1)).enumerate() {
                 for (out, sum) in out[head * g + h].iter_mut().zip(sums) {
                     *out += sum;
                 }
@@ -183,15 +242,22 @@ fn weights_with(
     out
 }
 
-/// Sums `[group, units]` over some queries of a KV head.
+/// Sums `[group, units]` over some queries of a KV head, and `[group, distances]` if there is room for them.
 #[inline(always)]
-fn many_weights<S: Simd>(s: S, call: &Call<'_>, head: usize, chosen: &[usize], sums: &mut [f32]) {
+fn many_weights<S: Simd>(
+    s: S,
+    call: &Call<'_>,
+    head: usize,
+    chosen: &[usize],
+    sums: &mut [f32],
+    distances: &mut [f32],
+) {
     let most = if S::LANES == 16 { 3 } else { 2 };
     for block in chosen.chunks(most * S::LANES) {
         match block.len().div_ceil(S::LANES) {
-            1 => block_weights::<S, 1>(s, call, head, block, sums),
-            2 => block_weights::<S, 2>(s, call, head, block, sums),
-            _ if S::LANES == 16 => block_weights::<S, 3>(s, call, head, block, sums),
+            1 => block_weights::<S, 1>(s, call, head, block, sums, distances),
+            2 => block_weights::<S, 2>(s, call, head, block, sums, distances),
+            _ if S::LANES == 16 => block_weights::<S, 3>(s, call, head, block, sums, distances),
             _ => unreachable!("blocks have at most two vectors here"),
         }
     }
@@ -205,6 +271,7 @@ fn block_weights<S: Simd, const N: usize>(
     head: usize,
     chosen: &[usize],
     sums: &mut [f32],
+    distances: &mut [f32],
 ) {
     let (shape, width) = (call.shape, N * S::LANES);
     let (g, d) = (shape.group(), shape.head_dim);
@@ -244,10 +311,8 @@ fn block_weights<S: Simd, const N: usize>(
             scores::<S, N>(s, d, keys, q, &mut p[start * width..units.end * width]);
         }
     }
-    for (p, sums) in p
-        .chunks_exact_mut(any_sees * width)
-        .zip(sums.chunks_exact_mut(len))
-    {
+    let by_head = p.chunks_exact_mut(any_sees * width);
+    for (h, (p, sums)) in by_head.zip(sums.chunks_exact_mut(len)).enumerate() {
         hide(p, limits);
         let none = s.splat(f32::NEG_INFINITY);
         let (mut top, mut total) = ([none; N], [s.splat(0.0); N]);
@@ -287,6 +352,19 @@ fn block_weights<S: Simd, const N: usize>(
                     if k < limits[lane] {
                         sums[k] += p[lane] * share[lane];
                     }
+                }
+            }
+        }
+        if !distances.is_empty() {
+            let distances = &mut distances[h * len..(h + 1) * len];
+            for (k, p) in p.chunks_exact(width).enumerate() {
+                // Queries follow each other, and so do their distances from a unit.
+                let hidden = limits.iter().take_while(|limit| **limit <= k).count();
+                let first = (limits[0] + hidden).saturating_sub(k + 1);
+                let lanes = hidden..chosen.len();
+                let weights = p[lanes.clone()].iter().zip(&share[lanes]);
+                for (sum, (p, share)) in distances[first..].iter_mut().zip(weights) {
+                    *sum += p * share;
                 }
             }
         }
@@ -629,6 +707,48 @@ mod tests {
                     }
                     if let Err(e) = same(best, &tops, 1e-5) {
                         prop_assert!(false, "{isa:?} logits of KV head {head}: {e}");
+                    }
+                }
+            }
+        }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(48))]
+        #[test]
+        fn surveys_agree_with_the_textbook(
+            (tokens, kv_heads, group) in (1usize..120, 1usize..4, 1usize..5),
+            d in prop_oneof![1usize..20, Just(64)],
+            more in prop::collection::vec(prop_oneof![Just(0usize), 0usize..40, 0usize..700], 3),
+            last in 0usize..130,
+            seed in any::<u64>(),
+        ) {
+            let shape = AttnShape { tokens, heads: kv_heads * group, kv_heads, head_dim: d, scale: 0.3 };
+            let lens: Vec<usize> = (0..kv_heads).map(|h| tokens + more[h]).collect();
+            let mut rng = Numbers::new(seed);
+            let q: Vec<f32> = rng.take(tokens * shape.heads * d).iter().map(|x| 4.0 * x).collect();
+            let keys: Vec<Vec<f32>> = lens.iter().map(|n| rng.take(n * d)).collect();
+            let chosen: Vec<usize> = (tokens.saturating_sub(last)..tokens).collect();
+            let expected = logits(&q, &keys, shape, None, &chosen);
+            let tiles: Vec<DenseTiles<'_>> = keys.iter().map(|k| DenseTiles::new(&k[..], &k[..], d)).collect();
+            let heads: Vec<&dyn KvTiles> = tiles.iter().map(|t| t as &dyn KvTiles).collect();
+            for isa in Isa::all() {
+                let found = survey_with(isa, &q, &heads, shape, None, last);
+                for head in 0..shape.heads {
+                    let len = lens[head / group];
+                    let mut due = [vec![0.0; len], vec![0.0; len]];
+                    for row in &expected[head] {
+                        let top = row.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+                        let total: f64 = row.iter().map(|x| (x - top).exp()).sum();
+                        for (unit, x) in row.iter().enumerate() {
+                            due[0][unit] += (x - top).exp() / total;
+                            due[1][row.len() - 1 - unit] += (x - top).exp() / total;
+                        }
+                    }
+                    for (found, due) in found.iter().zip(&due) {
+                        if let Err(e) = same(&found[head], due, 2e-5) {
+                            prop_assert!(false, "{isa:?} head {head}: {e}");
+                        }
                     }
                 }
             }

@@ -1,0 +1,351 @@
+//! What queries see, where it is not everything before them.
+//!
+//! Methods that choose (arXiv 2407.02490, 2402.04617) say it by blocks of queries, so that a tile of keys still
+//! meets many queries at once. Whatever they say, no query sees what comes after it.
+
+use std::ops::Range;
+
+/// What a block of queries sees of its KV head's units, which are numbered as they lie in the store.
+///
+/// A query whose own unit is `p` sees of the units `u <= p` those that are in `ranges` or `columns`, or less than
+/// `window` away (`p - u < window`). All these are seen where they stand. Of the others it sees those in `far`,
+/// at one distance for all ([`Views::far_at`]). One softmax goes over all of them; what is named twice counts
+/// once. A query that sees nothing gives zeros.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct View {
+    /// Ranges of units, in any order.
+    pub ranges: Vec<Range<u32>>,
+    /// Single units, in any order.
+    pub columns: Vec<u32>,
+    /// Each query's newest units, its own among them; 0 for none.
+    pub window: usize,
+    /// Ranges of units that are seen at the one distance.
+    pub far: Vec<Range<u32>>,
+}
+
+impl View {
+    /// Everything before the queries: as if nothing had been chosen.
+    pub fn all() -> Self {
+        Self {
+            window: usize::MAX,
+            ..Self::default()
+        }
+    }
+}
+
+/// What all queries of a step see: for each query head (or for each KV head, if its query heads share it), for
+/// each block of queries, a [`View`].
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Views {
+    block: usize,
+    lists: Vec<Vec<View>>,
+    distance: Option<usize>,
+}
+
+impl Views {
+    /// Queries in a block, where nothing else is called for: as the tiles of MInference.
+    pub const BLOCK: usize = 64;
+
+    /// By query head or by KV head, what each block of `block` queries sees; the last block may have fewer
+    /// queries.
+    pub fn new(block: usize, lists: Vec<Vec<View>>) -> Self {
+        Self {
+            block,
+            lists,
+            distance: None,
+        }
+    }
+
+    /// Says how far away units in [`View::far`] are seen: queries are rotated as at this position, and keys not
+    /// at all.
+    pub fn far_at(self, distance: usize) -> Self {
+        Self {
+            distance: Some(distance),
+            ..self
+        }
+    }
+
+    /// Queries in a block.
+    pub fn block(&self) -> usize {
+        self.block
+    }
+
+    /// By query head or by KV head, by block.
+    pub fn lists(&self) -> &[Vec<View>] {
+        &self.lists
+    }
+
+    /// What [`far_at`](Self::far_at) was told.
+    pub fn distance(&self) -> Option<usize> {
+        self.distance
+    }
+
+    /// What a query of a query head sees, of `heads`.
+    pub fn of(&self, head: usize, heads: usize, token: usize) -> &View {
+        &self.lists[head * self.lists.len() / heads][token / self.block]
+    }
+
+    /// What is wrong with these views of `tokens` queries of `heads` query heads, on KV heads with so many units.
+    ///
+    /// # Errors
+    /// A sentence that says what was expected and what was found.
+    pub fn check(&self, tokens: usize, heads: usize, lens: &[usize]) -> Result<(), String> {
+        let lists = self.lists.len();
+        if lists != heads && lists != lens.len() {
+            return Err(format!(
+                "views for {lists} heads, of {heads} query heads and {} KV heads",
+                lens.len()
+            ));
+        }
+        if self.block == 0 {
+            return Err("views of blocks of no queries".into());
+        }
+        let blocks = tokens.div_ceil(self.block);
+        for (list, views) in self.lists.iter().enumerate() {
+            if views.len() != blocks {
+                return Err(format!(
+                    "head {list}: views of {} blocks of {} queries, of {tokens} queries",
+                    views.len(),
+                    self.block
+                ));
+            }
+            let len = lens[list * lens.len() / lists];
+            for view in views {
+                let mut ranges = view.ranges.iter().chain(&view.far);
+                if let Some(range) =
+                    ranges.find(|range| range.start > range.end || range.end as usize > len)
+                {
+                    return Err(format!("head {list}: units {range:?} of {len}"));
+                }
+                if let Some(unit) = view.columns.iter().find(|unit| **unit as usize >= len) {
+                    return Err(format!("head {list}: unit {unit} of {len}"));
+                }
+                if !view.far.is_empty() && self.distance.is_none() {
+                    return Err(format!("head {list}: far units, and nothing says how far"));
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Sorted units, each in one of three lists, that the queries with the units `own` see some of.
+#[derive(Debug, PartialEq)]
+pub(crate) struct Runs {
+    /// Seen by all queries that come after them.
+    pub(crate) near: Vec<Range<usize>>,
+    /// Seen by those whose window reaches that far.
+    pub(crate) edge: Vec<Range<usize>>,
+    /// Seen at the one distance by those whose window does not reach that far.
+    pub(crate) far: Vec<Range<usize>>,
+}
+
+impl View {
+    /// The first unit in the window of the query whose own unit is `unit`.
+    pub(crate) fn window_start(&self, unit: usize) -> usize {
+        (unit + 1).saturating_sub(self.window)
+    }
+
+    /// What queries with the units `own` (not empty) see.
+    pub(crate) fn runs(&self, own: Range<usize>) -> Runs {
+        let wide = |range: &Range<u32>| range.start as usize..range.end as usize;
+        let single = |unit: &u32| *unit as usize..*unit as usize + 1;
+        let [first, last] = [own.start, own.end - 1].map(|unit| self.window_start(unit));
+        let mut near: Vec<_> = self.ranges.iter().map(wide).collect();
+        near.extend(self.columns.iter().map(single));
+        if self.window > 0 {
+            near.push(last..own.end);
+        }
+        let near = united(near, own.end);
+        let edge = match self.window {
+            0 => Vec::new(),
+            _ => without(vec![first..last], &near),
+        };
+        let far = united(self.far.iter().map(wide).collect(), own.end);
+        Runs {
+            edge: edge.into_iter().filter(|run| !run.is_empty()).collect(),
+            far: without(far, &near),
+            near,
+        }
+    }
+}
+
+/// Sorted ranges of what lies in any of these and before `end`.
+fn united(mut ranges: Vec<Range<usize>>, end: usize) -> Vec<Range<usize>> {
+    ranges.sort_unstable_by_key(|range| range.start);
+    let mut out: Vec<Range<usize>> = Vec::with_capacity(ranges.len());
+    for range in ranges {
+        let range = range.start..range.end.min(end);
+        if range.is_empty() {
+            continue;
+        }
+        match out.last_mut() {
+            Some(last) if range.start <= last.end => last.end = last.end.max(range.end),
+            _ => out.push(range),
+        }
+    }
+    out
+}
+
+/// What of sorted ranges does not lie in others, which are sorted, too.
+fn without(ranges: Vec<Range<usize>>, others: &[Range<usize>]) -> Vec<Range<usize>> {
+    let (mut out, mut at) = (Vec::with_capacity(ranges.len()), 0);
+    for mut range in ranges {
+        while others.get(at).is_some_and(|other| other.end <= range.start) {
+            at += 1;
+        }
+        // The last one that reaches into this range may reach into the next one, too.
+        let mut next = at;
+        while let Some(other) = others.get(next).filter(|other| other.start < range.end) {
+            if range.start < other.start {
+                out.push(range.start..other.start);
+            }
+            range.start = other.end.min(range.end);
+            next += 1;
+        }
+        if !range.is_empty() {
+            out.push(range);
+        }
+    }
+    out
+}
+
+/// Cuts sorted runs into tiles of at most `most` units, and hands each on with its runs.
+pub(crate) fn tiles(runs: &[Range<usize>], most: usize, mut tile: impl FnMut(&[Range<usize>])) {
+    let (mut pieces, mut units) = (Vec::new(), 0);
+    for run in runs {
+        let mut run = run.clone();
+        while !run.is_empty() {
+            let cut = run.start + run.len().min(most - units);
+            units += cut - run.start;
+            pieces.push(run.start..cut);
+            run.start = cut;
+            if units == most {
+                tile(&pieces);
+                pieces.clear();
+                units = 0;
+            }
+        }
+    }
+    if units > 0 {
+        tile(&pieces);
+    }
+}
+
+/// How many units of sorted pieces lie before `unit`.
+pub(crate) fn before(pieces: &[Range<usize>], unit: usize) -> usize {
+    let of = |piece: &Range<usize>| unit.clamp(piece.start, piece.end) - piece.start;
+    pieces.iter().map(of).sum()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::views;
+    use proptest::prelude::*;
+
+    /// How a query sees a unit, by the words of [`View`].
+    fn sees(view: &View, own: usize, unit: usize) -> Option<bool> {
+        let of = |ranges: &[Range<u32>]| ranges.iter().any(|r| r.contains(&(unit as u32)));
+        if unit > own {
+            None
+        } else if of(&view.ranges)
+            || view.columns.contains(&(unit as u32))
+            || own - unit < view.window
+        {
+            Some(false)
+        } else {
+            of(&view.far).then_some(true)
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn runs_say_what_the_view_says(
+            len in 1usize..200,
+            tokens in 1usize..80,
+            seed in any::<u64>(),
+        ) {
+            let tokens = tokens.min(len);
+            let views = views(seed, tokens, tokens, &[len], 1);
+            let view = &views.lists()[0][0];
+            let own = len - tokens..len;
+            let runs = view.runs(own.clone());
+            for list in [&runs.near, &runs.edge, &runs.far] {
+                prop_assert!(list.windows(2).all(|w| w[0].end <= w[1].start), "{list:?}");
+                prop_assert!(list.iter().all(|r| !r.is_empty() && r.end <= own.end), "{list:?}");
+            }
+            for query in own {
+                for unit in 0..len {
+                    let of = |list: &[Range<usize>]| list.iter().any(|r| r.contains(&unit));
+                    let start = view.window_start(query);
+                    let found = [
+                        of(&runs.near) && unit <= query,
+                        of(&runs.edge) && unit >= start && unit <= query,
+                        of(&runs.far) && unit < start,
+                    ];
+                    prop_assert!(found.iter().filter(|f| **f).count() <= 1);
+                    let found = match found {
+                        [false, false, false] => None,
+                        [.., far] => Some(far),
+                    };
+                    prop_assert_eq!(found, sees(view, query, unit), "{} of {}", unit, query);
+                }
+            }
+        }
+
+        #[test]
+        fn tiles_are_all_of_the_runs(cuts in prop::collection::btree_set(0usize..400, 0..40)) {
+            let cuts: Vec<usize> = cuts.into_iter().collect();
+            let runs: Vec<_> = cuts.chunks_exact(2).map(|c| c[0]..c[1]).collect();
+            let (mut all, mut counts) = (Vec::new(), Vec::new());
+            tiles(&runs, 24, |pieces| {
+                let units: Vec<usize> = pieces.iter().cloned().flatten().collect();
+                for unit in 0..402 {
+                    let count = units.iter().filter(|u| **u < unit).count();
+                    assert_eq!(before(pieces, unit), count);
+                }
+                counts.push(units.len());
+                all.extend(units);
+            });
+            prop_assert_eq!(all, runs.into_iter().flatten().collect::<Vec<_>>());
+            let last = counts.pop().unwrap_or(1);
+            prop_assert!(counts.iter().all(|n| *n == 24) && (1..=24).contains(&last));
+        }
+    }
+
+    #[test]
+    fn views_that_do_not_fit_are_refused() {
+        let view = |ranges: Vec<Range<u32>>, far: Vec<Range<u32>>| View {
+            ranges,
+            far,
+            ..View::default()
+        };
+        let check = |lists: Vec<Vec<View>>| Views::new(4, lists).check(6, 2, &[9]);
+        let fine = || vec![View::all(); 2];
+        assert_eq!(check(vec![fine()]), Ok(()));
+        assert_eq!(check(vec![fine(), fine()]), Ok(()));
+        for (lists, message) in [
+            (vec![fine(); 3], "views for 3 heads"),
+            (vec![vec![View::all()]], "views of 1 blocks of 4 queries"),
+            (
+                vec![vec![view(vec![3..10], vec![]), View::all()]],
+                "units 3..10 of 9",
+            ),
+            (
+                vec![vec![view(vec![], vec![0..2]), View::all()]],
+                "nothing says how far",
+            ),
+        ] {
+            let found = check(lists).unwrap_err();
+            assert!(found.contains(message), "{found}");
+        }
+        let columns = View {
+            columns: vec![9],
+            ..View::default()
+        };
+        let found = check(vec![vec![View::all(), columns]]).unwrap_err();
+        assert!(found.contains("unit 9 of 9"), "{found}");
+        assert!(Views::new(0, vec![fine()]).check(6, 2, &[9]).is_err());
+    }
+}
