@@ -32,13 +32,13 @@ mod stores;
 pub mod conformance;
 
 pub use compute::{
-    Activations, Attention, Compute, Host, Kernels, Matrix, Ops, Perceptron, Rotation, Rows,
+    Activations, Attention, Compute, Host, Kernels, Matrix, Ops, Perceptron, Rotation, Rows, Sight,
     TableRows, Weight, compute,
 };
 pub use contract::{
     Budget, CausalLm, DecodeEviction, Error, Evict, Guard, Held, Keep, KvCachePolicy, LayerSpec,
     LayerUnits, ModelSpec, Needs, Observation, Observe, Observed, PastContext, Phase, Positions,
-    Qkv, Queries, Result, Scorer, Scores, Selection, SnapshotError, Step, Verdict,
+    Qkv, Queries, Result, Scorer, Scores, Selection, SnapshotError, Step, Survey, Verdict, Visible,
 };
 pub use engine::{
     Batch, Batcher, Births, CacheOptions, ChunkDone, Decided, End, Ended, Event, Folder, Generate,
@@ -54,6 +54,7 @@ pub use locret_kernels::{
     dtype::DType,
     rope::RopeTable,
     tiles::{Floats, KvTiles},
+    visible::{View, Views},
 };
 pub use stores::{
     Dense, Fold, Growth, KvStore, Placement, QuantLayout, Quantization, QuantizedStore, TurnKeys,

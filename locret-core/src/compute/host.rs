@@ -1,16 +1,17 @@
 //! The CPU kernels on host memory.
 
 use super::{
-    Attention, Compute, Matrix, Perceptron, Rotation, Rows, Weight,
+    Attention, Compute, Matrix, Perceptron, Rotation, Rows, Sight, Weight,
     pool::{Buffer, Pool},
 };
 use crate::{
-    DType, Error, KvStore, LayerSpec, Observation, Observe, Observed, Result, stores::HostStore,
+    DType, Error, KvStore, LayerSpec, Observation, Observe, Observed, Result, Survey,
+    stores::HostStore,
 };
 use burn::tensor::Device;
 use half::{bf16, f16};
 use locret_kernels::{
-    attention::{self, AttnShape},
+    attention::{self, AttnShape, Seeing},
     awake::awake,
     elementwise, linear, observe,
     perceptron::perceptron,
@@ -187,8 +188,20 @@ impl Compute for Host {
         let heads = content.heads(over)?;
         let heads: Vec<&dyn KvTiles> = heads.iter().map(|head| &**head).collect();
         let mut out = self.out(q.rows(), q.width());
-        let rotation = over.rotation;
-        attention::attend(&q.values()?, &heads, shape, rotation, &mut out.values);
+        let (rotation, values) = (over.rotation, q.values()?);
+        match over.sight {
+            None => attention::attend(&values, &heads, shape, rotation, &mut out.values),
+            Some(sight) => {
+                let far = sight.far.map(Rows::values).transpose()?;
+                let seeing = Seeing {
+                    views: sight.views,
+                    far: far.as_deref(),
+                };
+                let out = &mut out.values;
+                attention::attend_chosen(&values, &heads, shape, rotation, seeing, out);
+            }
+        }
+        drop(values);
         Ok(self.done(out, q.shape()))
     }
 
@@ -199,13 +212,25 @@ impl Compute for Host {
         let heads: Vec<&dyn KvTiles> = heads.iter().map(|head| &**head).collect();
         let queries = what.queries.count(q.rows());
         let chosen: Vec<usize> = (q.rows() - queries..q.rows()).collect();
-        let q = q.values()?;
-        let per_head = match what.what {
-            Observation::Weights => {
-                observe::observe_weights(&q, &heads, shape, over.rotation, &chosen)
+        let (q, rotation) = (q.values()?, over.rotation);
+        let far = over.sight.and_then(|sight| sight.far).map(Rows::values);
+        let far = far.transpose()?;
+        let seeing = over.sight.map(|sight| Seeing {
+            views: sight.views,
+            far: far.as_deref(),
+        });
+        let per_head = match (what.what, seeing) {
+            (Observation::Weights, None) => {
+                observe::observe_weights(&q, &heads, shape, rotation, &chosen)
             }
-            Observation::MaxLogits => {
-                observe::observe_max_logits(&q, &heads, shape, over.rotation, &chosen)
+            (Observation::Weights, Some(seeing)) => {
+                observe::observe_weights_chosen(&q, &heads, shape, rotation, seeing, &chosen)
+            }
+            (Observation::MaxLogits, None) => {
+                observe::observe_max_logits(&q, &heads, shape, rotation, &chosen)
+            }
+            (Observation::MaxLogits, Some(seeing)) => {
+                observe::observe_max_logits_chosen(&q, &heads, shape, rotation, seeing, &chosen)
             }
         };
         Ok(Observed {
@@ -213,6 +238,15 @@ impl Compute for Host {
             queries,
             what: what.what,
         })
+    }
+
+    fn survey(&self, q: &Rows, over: &Attention<'_>, last: usize) -> Result<Survey> {
+        let shape = over.check(q)?;
+        let content = Content::of(over)?;
+        let heads = content.heads(over)?;
+        let heads: Vec<&dyn KvTiles> = heads.iter().map(|head| &**head).collect();
+        let [units, distances] = observe::survey(&q.values()?, &heads, shape, over.rotation, last);
+        Ok(Survey { units, distances })
     }
 
     fn store(&self, layer: &LayerSpec, dtype: DType) -> Result<Box<dyn KvStore>> {
@@ -248,6 +282,7 @@ impl Attention<'_> {
             let expected = format!("at most {}, a head's", layer.head_dim);
             return Err(Error::shape("features to rotate", expected, turned));
         }
+        self.check_sight(q)?;
         Ok(AttnShape {
             tokens,
             heads: layer.heads,
@@ -255,6 +290,29 @@ impl Attention<'_> {
             head_dim: layer.head_dim,
             scale: self.scale,
         })
+    }
+}
+
+impl Attention<'_> {
+    /// Checks what the queries see, and that what is seen at one distance can be.
+    fn check_sight(&self, q: &Rows) -> Result<()> {
+        let Some(Sight { views, far }) = self.sight else {
+            return Ok(());
+        };
+        let heads = 0..self.layer.kv_heads;
+        let lens: Vec<usize> = heads.map(|head| self.store.len(head)).collect();
+        let wrong = |found| Error::shape("what queries see", "views of these units", found);
+        views
+            .check(q.rows(), self.layer.heads, &lens)
+            .map_err(wrong)?;
+        let mut all = views.lists().iter().flatten();
+        if all.all(|view| view.far.is_empty()) {
+            return Ok(());
+        }
+        let Some(far) = far else {
+            return Err(wrong("far units, and no queries for them".into()));
+        };
+        far.expect("queries for far units", q.shape())
     }
 }
 

@@ -5,6 +5,7 @@
 //! Whoever computes has an `Arc<dyn Compute>` and never asks which one it is; [`Rows`] go in and come out.
 
 mod host;
+mod masked;
 mod ops;
 mod pool;
 mod rows;
@@ -14,7 +15,10 @@ pub use ops::Ops;
 pub(crate) use ops::full;
 pub use rows::Rows;
 
-use crate::{DType, Error, KvStore, LayerSpec, Observe, Observed, Result, host::is_host_device};
+use crate::{
+    DType, Error, KvStore, LayerSpec, Observe, Observed, Result, Survey, Views,
+    host::is_host_device,
+};
 use burn::tensor::Device;
 use bytes::Bytes;
 use locret_kernels::rope::RopeTable;
@@ -94,17 +98,31 @@ pub trait Compute: Debug + Send + Sync {
     fn rotate(&self, x: Rows, by: &Rotation<'_>) -> Result<Rows>;
 
     /// Causal attention of rotated queries `[tokens, heads * head_dim]` over a store whose last units are
-    /// the new tokens' own. Returns `[tokens, heads * head_dim]`.
+    /// the new tokens' own; of what they see, where that is not all ([`Attention::sight`]). Returns `[tokens,
+    /// heads * head_dim]`.
     ///
     /// # Errors
-    /// [`Error::Device`], the store's.
+    /// [`Error::Device`], the store's; [`Error::Shape`] for views that do not fit; [`Error::NotSupported`] where
+    /// queries cannot be made to see less than all.
     fn attend(&self, q: Rows, over: &Attention<'_>) -> Result<Rows>;
 
-    /// What the last of the rotated queries `[tokens, heads * head_dim]` pay attention to.
+    /// What the last of the rotated queries `[tokens, heads * head_dim]` pay attention to, of what they see.
     ///
     /// # Errors
     /// As [`attend`](Self::attend).
     fn observe(&self, q: &Rows, over: &Attention<'_>, what: Observe) -> Result<Observed>;
+
+    /// Where the attention of the last `last` (all, if there are fewer) of the rotated queries `[tokens, heads *
+    /// head_dim]` goes, by unit and by distance, if they see everything before them.
+    ///
+    /// # Errors
+    /// As [`attend`](Self::attend); [`Error::NotSupported`] where it is not to be had.
+    fn survey(&self, _q: &Rows, _over: &Attention<'_>, _last: usize) -> Result<Survey> {
+        Err(Error::NotSupported {
+            operation: "sums of attention by distance",
+            implementer: self.name().into(),
+        })
+    }
 
     /// The `keep` best of `scores`, those in `protected` for certain; ascending. Of equal scores the earlier
     /// one stays.
@@ -336,6 +354,18 @@ pub struct Attention<'a> {
     pub scale: f32,
     /// Set where the store's keys are not rotated yet: unit `i` belongs at row `i`.
     pub rotation: Option<&'a RopeTable>,
+    /// What queries see, where it is not everything before them.
+    pub sight: Option<Sight<'a>>,
+}
+
+/// What queries see, and the queries that see some of it at one distance.
+#[derive(Debug, Clone, Copy)]
+pub struct Sight<'a> {
+    /// Which units.
+    pub views: &'a Views,
+    /// Queries as they meet units in [`View::far`](crate::View::far), `[tokens, heads * head_dim]`: rotated at
+    /// [`Views::distance`]. Needed where there are such units; the store's keys are then not rotated.
+    pub far: Option<&'a Rows>,
 }
 
 /// `[rows, n]` of rows that are a gate and as much to be gated.

@@ -2,8 +2,8 @@
 
 use super::{Attention, Compute, Matrix, Perceptron, Rotation, Rows, Weight};
 use crate::{
-    DType, Error, KvStore, LayerSpec, Observation, Observe, Observed, Result, host, ids_tensor,
-    stores::TensorStore,
+    DType, Error, KvStore, LayerSpec, Observation, Observe, Observed, Result, Survey, host,
+    ids_tensor, stores::TensorStore,
 };
 use burn::tensor::{
     Bool, DType as TensorType, Device, FloatDType, Tensor, TensorData,
@@ -183,6 +183,9 @@ impl Compute for Ops {
 
     fn attend(&self, q: Rows, over: &Attention<'_>) -> Result<Rows> {
         over.check(&q)?;
+        if let Some(sight) = over.sight {
+            return self.attend_masked(q, over, sight);
+        }
         let t = q.rows();
         let (g, d) = (over.layer.group(), over.layer.head_dim);
         // The backends' fused kernels want the default scale.
@@ -213,6 +216,9 @@ impl Compute for Ops {
 
     fn observe(&self, q: &Rows, over: &Attention<'_>, what: Observe) -> Result<Observed> {
         over.check(q)?;
+        if let Some(sight) = over.sight {
+            return self.observe_masked(q, over, sight, what);
+        }
         let queries = what.queries.count(q.rows());
         let (q, mut per_head) = (q.tensor(), Vec::new());
         for head in 0..over.layer.kv_heads {
@@ -223,6 +229,11 @@ impl Compute for Ops {
             queries,
             what: what.what,
         })
+    }
+
+    fn survey(&self, q: &Rows, over: &Attention<'_>, last: usize) -> Result<Survey> {
+        over.check(q)?;
+        self.survey_all(q, over, last)
     }
 
     fn store(&self, layer: &LayerSpec, dtype: DType) -> Result<Box<dyn KvStore>> {
@@ -242,7 +253,7 @@ impl Compute for Ops {
 }
 
 impl Ops {
-    fn rotated_keys(&self, over: &Attention<'_>, head: usize) -> Result<Tensor<2>> {
+    pub(super) fn rotated_keys(&self, over: &Attention<'_>, head: usize) -> Result<Tensor<2>> {
         let keys = over.store.keys(head)?;
         Ok(match over.rotation {
             Some(table) => self.rotate(keys, &Rotation::contiguous(table, over.layer.head_dim))?,
@@ -306,7 +317,7 @@ impl Ops {
 }
 
 /// The queries of one KV head's group, `[g, tokens, d]`.
-fn grouped(q: &Tensor<2>, head: usize, g: usize, d: usize) -> Tensor<3> {
+pub(super) fn grouped(q: &Tensor<2>, head: usize, g: usize, d: usize) -> Tensor<3> {
     let t = q.dims()[0];
     q.clone()
         .narrow(1, head * g * d, g * d)

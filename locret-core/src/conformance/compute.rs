@@ -3,7 +3,7 @@
 use super::{ConformanceError, Dice, Promise};
 use crate::{
     Attention, Compute, DType, Error, KvStore, LayerSpec, Observation, Observe, Queries, Result,
-    RopeConfig, RopeTable, Rotation, Rows, TableRows, Weight,
+    RopeConfig, RopeTable, Rotation, Rows, Sight, TableRows, View, Views, Weight,
 };
 use std::{ops::Range, sync::Arc};
 
@@ -440,6 +440,7 @@ impl Checking<'_> {
         let rotary = 2 * dice.between(1, d / 2);
         let table = table_of(dice, rotary, 1.0, old + tokens);
         let rotation = dice.chance(0.5).then_some(&table);
+        let plain: Vec<Vec<f32>> = rest.iter().map(|[keys, _]| keys.clone()).collect();
         if let Some(table) = rotation {
             for [keys, _] in &mut rest {
                 for (row, key) in keys.chunks_mut(d).enumerate() {
@@ -452,6 +453,7 @@ impl Checking<'_> {
             store: &*store,
             scale: dice.pick(&[1.0 / (d as f32).sqrt(), 0.3]),
             rotation,
+            sight: None,
         };
         let q = dice.values(tokens * layer.heads * d);
         let (mut due, mut weights, mut largest) = (Vec::new(), Vec::new(), Vec::new());
@@ -501,6 +503,7 @@ impl Checking<'_> {
             let due: Vec<Sum> = due.iter().flatten().map(|x| Sum(*x, 4.0)).collect();
             self.near(&format!("{what:?}"), &found.per_head.concat(), &due)?;
         }
+        self.sight(dice, &q, &plain, &rest, &over)?;
         let wide = self.rows(&dice.values(layer.heads * d + 1), layer.heads * d + 1)?;
         self.refused("wide queries", self.compute.attend(wide, &over))?;
         let turned = table_of(dice, d + 2, 1.0, old + tokens);
@@ -512,6 +515,131 @@ impl Checking<'_> {
             "a table wider than a head",
             self.compute.attend(rows, &over),
         )
+    }
+
+    /// Queries that see less than everything before them, and surveys of those that see all.
+    fn sight(
+        &self,
+        dice: &mut Dice,
+        q: &[f32],
+        plain: &[Vec<f32>],
+        rest: &[[Vec<f32>; 2]],
+        over: &Attention<'_>,
+    ) -> Checked {
+        let (layer, d) = (over.layer, over.layer.head_dim);
+        let tokens = q.len() / (layer.heads * d);
+        let lens: Vec<usize> = plain.iter().map(|keys| keys.len() / d).collect();
+        let block = dice.between(1, tokens + 3);
+        let views = views_of(dice, block, tokens, &layer, &lens);
+        let far = dice.values(q.len());
+        let last = dice.between(0, tokens);
+        let zeros = |head: usize| vec![0.0; lens[head / layer.group()]];
+        let sums = || (0..layer.heads).map(zeros).collect::<Vec<_>>();
+        let (mut due, mut paid, mut by_unit, mut by_distance) =
+            (Vec::new(), sums(), sums(), sums());
+        let mut largest: Vec<_> = lens.iter().map(|n| vec![f64::NEG_INFINITY; *n]).collect();
+        for token in 0..tokens {
+            for head in 0..layer.heads {
+                let store = head / layer.group();
+                let own = lens[store] - tokens + token;
+                let of = |q: &[f32], keys: &[f32], unit: usize| {
+                    let q = &q[(token * layer.heads + head) * d..][..d];
+                    dot(q, &keys[unit * d..][..d]).0 * f64::from(over.scale)
+                };
+                let [keys, values] = &rest[store];
+                let logit = |unit: usize| match seen(views.of(head, layer.heads, token), own, unit)
+                {
+                    None => f64::NEG_INFINITY,
+                    Some(false) => of(q, keys, unit),
+                    Some(true) => of(&far, &plain[store], unit),
+                };
+                let weights = |logits: &[f64]| -> Vec<f64> {
+                    let most = logits.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+                    let sum: f64 = logits.iter().map(|x| (x - most).exp()).sum();
+                    let weight = |x: &f64| match most.is_finite() {
+                        true => (x - most).exp() / sum,
+                        false => 0.0,
+                    };
+                    logits.iter().map(weight).collect()
+                };
+                let logits: Vec<f64> = (0..=own).map(logit).collect();
+                let weight = weights(&logits);
+                for feature in 0..d {
+                    let terms = weight.iter().enumerate();
+                    due.push(Sum::of(terms.map(|(unit, weight)| {
+                        weight * f64::from(values[unit * d + feature])
+                    })));
+                }
+                if token >= tokens - last {
+                    let all: Vec<f64> = (0..=own).map(|unit| of(q, keys, unit)).collect();
+                    for (unit, all) in weights(&all).into_iter().enumerate() {
+                        by_unit[head][unit] += all;
+                        by_distance[head][own - unit] += all;
+                        paid[head][unit] += weight[unit];
+                        let largest = &mut largest[store][unit];
+                        *largest = largest.max(logits[unit]);
+                    }
+                }
+            }
+        }
+        let width = layer.heads * d;
+        let (q, far) = (self.rows(q, width)?, self.rows(&far, width)?);
+        let over = Attention {
+            sight: Some(Sight {
+                views: &views,
+                far: Some(&far),
+            }),
+            ..*over
+        };
+        let found = self.compute.attend(q.clone(), &over)?;
+        self.near("attention to what is seen", &found.values()?, &due)?;
+        let sums =
+            |due: &[Vec<f64>]| -> Vec<Sum> { due.iter().flatten().map(|x| Sum(*x, 4.0)).collect() };
+        let queries = Queries::Last(last);
+        for (what, due) in [
+            (Observation::Weights, &paid),
+            (Observation::MaxLogits, &largest),
+        ] {
+            let found = self.compute.observe(&q, &over, Observe { queries, what })?;
+            self.near(
+                &format!("{what:?} of what is seen"),
+                &found.per_head.concat(),
+                &sums(due),
+            )?;
+        }
+        match self.compute.survey(&q, &over, last) {
+            Err(Error::NotSupported { .. }) => {}
+            survey => {
+                let survey = survey?;
+                self.near("a survey by unit", &survey.units.concat(), &sums(&by_unit))?;
+                let found = survey.distances.concat();
+                self.near("a survey by distance", &found, &sums(&by_distance))?;
+            }
+        }
+        let blind = Sight {
+            views: &views,
+            far: None,
+        };
+        let far_units = views.lists().iter().flatten().any(|v| !v.far.is_empty());
+        if far_units {
+            let over = Attention {
+                sight: Some(blind),
+                ..over
+            };
+            self.refused(
+                "far units without queries",
+                self.compute.attend(q.clone(), &over),
+            )?;
+        }
+        let short = Views::new(tokens + 1, vec![Vec::new(); layer.heads]);
+        let over = Attention {
+            sight: Some(Sight {
+                views: &short,
+                far: None,
+            }),
+            ..over
+        };
+        self.refused("views of no block", self.compute.attend(q, &over))
     }
 
     /// Each is done once, also those that have pieces of their own.
@@ -564,6 +692,56 @@ impl Checking<'_> {
             return Err(Off::Number(found));
         }
         self.refused("a NaN", self.compute.select(&[1.0, f32::NAN], 1, &[]))
+    }
+}
+
+/// Views by chance, by KV head or by query head.
+pub(super) fn views_of(
+    dice: &mut Dice,
+    block: usize,
+    tokens: usize,
+    layer: &LayerSpec,
+    lens: &[usize],
+) -> Views {
+    let lists = dice.pick(&[layer.heads, layer.kv_heads]);
+    let ranges = |dice: &mut Dice, len: usize| -> Vec<Range<u32>> {
+        let mut range = |_| {
+            let start = dice.between(0, len);
+            start as u32..dice.between(start, len) as u32
+        };
+        let count = [0, 0, 1, 3];
+        let count = count[range(0).start as usize % count.len()];
+        (0..count).map(range).collect()
+    };
+    let mut view = |len: usize| View {
+        ranges: ranges(dice, len),
+        far: ranges(dice, len),
+        columns: match dice.chance(0.5) {
+            true => (0..dice.between(0, 30))
+                .map(|_| dice.between(0, len - 1) as u32)
+                .collect(),
+            false => Vec::new(),
+        },
+        window: match dice.chance(0.5) {
+            true => dice.between(0, len + 3),
+            false => 0,
+        },
+    };
+    let lists = (0..lists).map(|list| {
+        let len = lens[list * lens.len() / lists];
+        (0..tokens.div_ceil(block)).map(|_| view(len)).collect()
+    });
+    Views::new(block, lists.collect()).far_at(11)
+}
+
+/// Whether a query whose own unit is `own` sees `unit`, and then whether at the one distance.
+fn seen(view: &View, own: usize, unit: usize) -> Option<bool> {
+    let of = |ranges: &[Range<u32>]| ranges.iter().any(|r| r.contains(&(unit as u32)));
+    let column = || view.columns.contains(&(unit as u32));
+    match unit > own {
+        true => None,
+        false if of(&view.ranges) || column() || own - unit < view.window => Some(false),
+        false => of(&view.far).then_some(true),
     }
 }
 

@@ -3,6 +3,7 @@
 use super::model::{EPSILON, Matrix, RandomModel};
 use crate::{
     Fold, LongRopeSwitch, ModelSpec, Observation, Observe, Positions, RopeConfig, RopeScaling,
+    View, Visible,
 };
 
 /// A [`RandomModel`] in plain loops, in `f64`.
@@ -116,6 +117,12 @@ impl<'a> Oracle<'a> {
     /// Reads tokens of a sequence that will have `total` tokens. Every layer keeps all of them
     /// until [`Oracle::keep`] says otherwise.
     pub fn forward(&mut self, ids: &[u32], total: usize) -> OraclePass {
+        self.forward_seeing(ids, total, &[])
+    }
+
+    /// The same with tokens that see, by layer, what is named in units that are held; everything before them
+    /// in layers that are left out.
+    pub fn forward_seeing(&mut self, ids: &[u32], total: usize, visible: &[Visible]) -> OraclePass {
         let model = self.model;
         let rope = &model.spec.rope;
         let long = is_long(rope, total.max(self.seen + ids.len()));
@@ -128,7 +135,8 @@ impl<'a> Oracle<'a> {
         for (index, layer) in model.layers.iter().enumerate() {
             let inner = normalised(&x);
             let (q, k, v) = (layer.q.of(&inner), layer.k.of(&inner), layer.v.of(&inner));
-            let attended = self.attend(index, &q, &k, &v, &mut pass);
+            let visible = visible.get(index).unwrap_or(&Visible::All);
+            let attended = self.attend(index, [&q[..], &k[..], &v[..]], visible, &mut pass);
             pass.input.push(inner);
             pass.q.push(q);
             pass.k.push(k);
@@ -153,9 +161,8 @@ impl<'a> Oracle<'a> {
     fn attend(
         &mut self,
         index: usize,
-        q: &[Vec<f64>],
-        k: &[Vec<f64>],
-        v: &[Vec<f64>],
+        [q, k, v]: [&[Vec<f64>]; 3],
+        visible: &Visible,
         pass: &mut OraclePass,
     ) -> Vec<Vec<f64>> {
         let ModelSpec {
@@ -201,12 +208,30 @@ impl<'a> Oracle<'a> {
                         Positions::Compact => n - t + i,
                     };
                     let query = self.rotated(&q[i][h * d..(h + 1) * d], position);
-                    let visible = n - t + i + 1;
-                    let logits: Vec<f64> = keys[..visible]
-                        .iter()
-                        .map(|key| scale * dot(&query, key))
-                        .collect();
+                    let own = n - t + i;
+                    let seen = |unit: usize| match visible {
+                        Visible::All => Some(false),
+                        Visible::Chosen(views) => sees(views.of(h, heads, i), own, unit),
+                    };
+                    let distant = match visible {
+                        Visible::Chosen(views) => views.distance(),
+                        Visible::All => None,
+                    };
+                    let distant = distant.map(|at| self.rotated(&q[i][h * d..(h + 1) * d], at));
+                    let logit = |unit: usize| match (seen(unit), &distant) {
+                        (None, _) => f64::NEG_INFINITY,
+                        (Some(true), Some(query)) => {
+                            let key = &layer.keys[g][units[unit] as usize];
+                            scale * dot(query, &self.rotated(key, 0))
+                        }
+                        (Some(_), _) => scale * dot(&query, &keys[unit]),
+                    };
+                    let logits: Vec<f64> = (0..=own).map(logit).collect();
                     let max = logits.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+                    if max == f64::NEG_INFINITY {
+                        // It sees nothing.
+                        continue;
+                    }
                     let weights: Vec<f64> = logits.iter().map(|l| (l - max).exp()).collect();
                     let sum: f64 = weights.iter().sum();
                     for (unit, weight) in weights.iter().enumerate() {
@@ -215,7 +240,7 @@ impl<'a> Oracle<'a> {
                         }
                     }
                     if i >= t - watched {
-                        for unit in 0..visible {
+                        for unit in 0..=own {
                             paid[unit] += weights[unit] / sum;
                             most[unit] = most[unit].max(logits[unit]);
                         }
@@ -248,6 +273,17 @@ impl<'a> Oracle<'a> {
             out[i + half] = factor * (x[i + half] * cos + x[i] * sin);
         }
         out
+    }
+}
+
+/// Whether a query whose own unit is `own` sees `unit`, and then whether at the one distance.
+fn sees(view: &View, own: usize, unit: usize) -> Option<bool> {
+    let of = |ranges: &[std::ops::Range<u32>]| ranges.iter().any(|r| r.contains(&(unit as u32)));
+    let column = || view.columns.contains(&(unit as u32));
+    match unit > own {
+        true => None,
+        false if of(&view.ranges) || column() || own - unit < view.window => Some(false),
+        false => of(&view.far).then_some(true),
     }
 }
 

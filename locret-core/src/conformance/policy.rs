@@ -488,7 +488,9 @@ impl Checking<'_> {
         let again = self.play(self.policy.clone(), turning)?;
         let verdicts = |played: &Played| {
             let decisions = played.recording.decisions();
-            let kept = decisions.into_iter().map(|d| (d.step, d.kept, d.folds));
+            let kept = decisions
+                .into_iter()
+                .map(|d| (d.step, d.kept, d.folds, d.visible));
             kept.collect::<Vec<_>>()
         };
         let bits = |played: &Played| {
@@ -498,7 +500,7 @@ impl Checking<'_> {
         if verdicts(&played) != verdicts(&again) {
             return Err(self.broken(
                 Promise::Deterministic,
-                "other units were kept in a second sequence with the same tokens",
+                "other units were kept or seen in a second sequence with the same tokens",
             ));
         }
         if bits(&played) != bits(&again) {
@@ -542,7 +544,8 @@ impl Checking<'_> {
             let group: Vec<Decision> = decisions.drain(..spec.layers).collect();
             let before = walk.held(&oracle);
             let seen = oracle.seen();
-            let out = oracle.forward(&pass.ids, group[0].step.total);
+            let visible: Vec<_> = group.iter().map(|d| d.visible.clone()).collect();
+            let out = oracle.forward_seeing(&pass.ids, group[0].step.total, &visible);
             let expected = out.hidden.iter().flatten().copied();
             let (at, off) = super::largest_difference(doubles(&pass.hidden), expected);
             if off > self.tolerance() {

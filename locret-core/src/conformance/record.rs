@@ -4,7 +4,7 @@ use super::Promise;
 use crate::{
     CausalLm, Compute, Error, Fold, Growth, Held, Keep, KvCachePolicy, KvStore, KvTiles, LayerSpec,
     LayerUnits, ModelSpec, Needs, Observed, Pass, Placement, Positions, Prefill, Result, Rows,
-    Scores, Step, TurnKeys, Verdict,
+    Scores, Step, TurnKeys, Verdict, Visible,
 };
 use std::{
     io::{Read, Take, Write},
@@ -47,6 +47,8 @@ pub struct Decision {
     pub scores: Option<Scores>,
     /// What the policy was shown.
     pub seen: Seen,
+    /// What it let queries see, in units of `before`.
+    pub visible: Visible,
 }
 
 /// What a policy was shown of one layer.
@@ -75,6 +77,8 @@ pub struct Seen {
 pub struct Recording {
     inner: Arc<dyn KvCachePolicy>,
     log: Mutex<Vec<Decision>>,
+    /// What queries were let see of layers whose verdict is still to come.
+    visible: Mutex<Vec<(usize, Visible)>>,
     faults: Faults,
     tolerance: f32,
     turns: bool,
@@ -87,6 +91,7 @@ impl Recording {
         Self {
             inner: policy,
             log: Mutex::default(),
+            visible: Mutex::default(),
             faults: Faults::default(),
             tolerance: 0.0,
             turns: true,
@@ -182,6 +187,12 @@ impl KvCachePolicy for Recording {
         self.inner.decode_slack()
     }
 
+    fn before(&self, at: &Step, queries: &Rows, units: &LayerUnits<'_>) -> Result<Visible> {
+        let visible = self.inner.before(at, queries, units)?;
+        lock(&self.visible).push((at.layer.index, visible.clone()));
+        Ok(visible)
+    }
+
     fn step(&self, at: &Step, units: &LayerUnits<'_>) -> Result<Verdict> {
         let verdict = self.inner.step(at, units)?;
         self.note(at, units, &verdict)?;
@@ -243,6 +254,10 @@ impl Recording {
                 seen.values.push(units.values(head)?.into_values()?);
             }
         }
+        let mut asked = lock(&self.visible);
+        let layer = asked.iter().position(|(layer, _)| *layer == at.layer.index);
+        let visible = layer.map(|at| asked.swap_remove(at).1).unwrap_or_default();
+        drop(asked);
         lock(&self.log).push(Decision {
             step: *at,
             before,
@@ -250,6 +265,7 @@ impl Recording {
             folds,
             scores: verdict.scores.clone(),
             seen,
+            visible,
         });
         Ok(())
     }

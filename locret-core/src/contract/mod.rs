@@ -14,8 +14,8 @@ pub use evict::Evict;
 pub use model::CausalLm;
 pub use policy::{
     Held, Keep, KvCachePolicy, Needs, Observation, Observe, Phase, Positions, Queries, Scorer,
-    Step, Verdict,
+    Step, Verdict, Visible,
 };
 pub use spec::{LayerSpec, ModelSpec, PastContext};
 pub(crate) use units::HeadMeta;
-pub use units::{LayerUnits, Observed, Qkv, Scores, Selection};
+pub use units::{LayerUnits, Observed, Qkv, Scores, Selection, Survey};

@@ -6,7 +6,7 @@
 
 use crate::{
     Dense, Error, Fold, Guard, KvStore, LayerSpec, LayerUnits, ModelSpec, Placement, Prefill,
-    Result, Scores, Selection,
+    Result, Rows, Scores, Selection, Views,
 };
 use serde::{Deserialize, Serialize};
 use std::{fmt::Debug, sync::Arc};
@@ -103,6 +103,18 @@ pub trait KvCachePolicy: Debug + Send + Sync {
         None
     }
 
+    /// Says what this step's queries see, if [`Needs::before`] asks to be asked. Called once for each layer of
+    /// each step, before attention: `queries` are the new tokens' as attention will use them, `[tokens, heads *
+    /// head_dim]`, rotated; their own units are among `units` already. Nothing is observed yet.
+    ///
+    /// What is not seen stays in the cache all the same: [`step`](Self::step) says what goes.
+    ///
+    /// # Errors
+    /// Any; the sequence is then unusable.
+    fn before(&self, _at: &Step, _queries: &Rows, _units: &LayerUnits<'_>) -> Result<Visible> {
+        Ok(Visible::All)
+    }
+
     /// Says what stays. Called once for each layer of each step, after attention.
     ///
     /// # Errors
@@ -160,6 +172,10 @@ impl<P: KvCachePolicy + ?Sized> KvCachePolicy for Arc<P> {
 
     fn decode_slack(&self) -> Option<usize> {
         (**self).decode_slack()
+    }
+
+    fn before(&self, at: &Step, queries: &Rows, units: &LayerUnits<'_>) -> Result<Visible> {
+        (**self).before(at, queries, units)
     }
 
     fn step(&self, at: &Step, units: &LayerUnits<'_>) -> Result<Verdict> {
@@ -289,6 +305,11 @@ pub struct Needs {
     /// Attention paid by chosen queries ([`LayerUnits::observed`]); one more pass over the keys
     /// for those queries.
     pub observe: Option<Observe>,
+    /// To be asked what queries see ([`KvCachePolicy::before`]). Otherwise they see everything, at no cost.
+    pub before: bool,
+    /// Units may be seen at one distance ([`View::far`](crate::View::far)): keys then lie in the store as they
+    /// were before rotation at all times, for which positions have to be [`Positions::Compact`].
+    pub far: bool,
 }
 
 impl Needs {
@@ -299,6 +320,8 @@ impl Needs {
         surprisal: false,
         all_layers: false,
         observe: None,
+        before: false,
+        far: false,
     };
 
     /// Queries, keys and values before rotation, too.
@@ -338,6 +361,23 @@ impl Needs {
         }
     }
 
+    /// To be asked what queries see, too.
+    pub const fn before(self) -> Self {
+        Self {
+            before: true,
+            ..self
+        }
+    }
+
+    /// To be asked what queries see, and to have units seen at one distance, too.
+    pub const fn far(self) -> Self {
+        Self {
+            before: true,
+            far: true,
+            ..self
+        }
+    }
+
     /// Whether verdicts come after the last layer.
     pub(crate) fn later(self) -> bool {
         self.surprisal || self.all_layers
@@ -362,6 +402,8 @@ impl Needs {
             surprisal: self.surprisal || other.surprisal,
             all_layers: self.all_layers || other.all_layers,
             observe,
+            before: self.before || other.before,
+            far: self.far || other.far,
         })
     }
 }
@@ -477,6 +519,17 @@ impl Step {
             total,
         }
     }
+}
+
+/// What the queries of a step see of a layer; see [`KvCachePolicy::before`].
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+#[non_exhaustive]
+pub enum Visible {
+    /// Everything before them.
+    #[default]
+    All,
+    /// What is named.
+    Chosen(Views),
 }
 
 /// A policy's answer.

@@ -1,7 +1,8 @@
 //! What a policy is shown of a layer, and what it answers with.
 
 use crate::{
-    Compute, Error, KvStore, LayerSpec, Observation, Result, RopeTable, Rotation, Rows, host,
+    Attention, Compute, Error, KvStore, LayerSpec, Observation, Result, RopeTable, Rotation, Rows,
+    host,
 };
 use burn::tensor::Tensor;
 
@@ -129,6 +130,16 @@ impl Observed {
     }
 }
 
+/// Where the attention of a step's last queries goes, by unit and by distance: [`LayerUnits::survey`].
+#[derive(Debug, Clone, PartialEq)]
+pub struct Survey {
+    /// Per **query** head, per unit of its KV head: the sum over the queries of the softmax weight.
+    pub units: Vec<Vec<f32>>,
+    /// Per **query** head, per distance in units from a query to what it looks at (0: to itself): the sum over
+    /// the queries of the softmax weight. As many as there are units.
+    pub distances: Vec<Vec<f32>>,
+}
+
 /// What a policy sees of one layer: every unit that is in its cache now, the new ones last.
 ///
 /// Units of a KV head are numbered from 0 in sequence order. Lengths can differ between heads
@@ -140,6 +151,7 @@ pub struct LayerUnits<'a> {
     pub(crate) heads: &'a [HeadMeta],
     pub(crate) store: &'a dyn KvStore,
     pub(crate) rotation: Option<&'a RopeTable>,
+    pub(crate) scale: f32,
     pub(crate) compute: &'a dyn Compute,
     pub(crate) qkv: Option<&'a Qkv>,
     pub(crate) input: Option<&'a Rows>,
@@ -201,9 +213,30 @@ impl<'a> LayerUnits<'a> {
         &self.heads[head].scores
     }
 
+    /// The factor on `q · k` before softmax.
+    pub fn scale(&self) -> f32 {
+        self.scale
+    }
+
     /// What computes, for scores of one's own.
     pub fn compute(&self) -> &'a dyn Compute {
         self.compute
+    }
+
+    /// Where the attention of the last `last` of `queries` goes, if they see everything before them: for
+    /// policies that choose what queries see ([`KvCachePolicy::before`](crate::KvCachePolicy::before)).
+    ///
+    /// # Errors
+    /// Those of [`Compute::survey`].
+    pub fn survey(&self, queries: &Rows, last: usize) -> Result<Survey> {
+        let over = Attention {
+            layer: self.layer,
+            store: self.store,
+            scale: self.scale,
+            rotation: self.rotation,
+            sight: None,
+        };
+        self.compute.survey(queries, &over, last)
     }
 
     /// The keys of `head`, `[units, head_dim]`, rotated as attention saw them in this step.

@@ -467,6 +467,13 @@ pub(super) fn needs(spec: &ModelSpec, policy: &dyn KvCachePolicy, probe: Needs) 
             implementer: format!("the model's adapter, and {} needs it,", policy.name()),
         });
     }
+    if needs.far && policy.positions() != Positions::Compact {
+        return Err(Error::setting(
+            "positions of a policy that has units seen at one distance",
+            format!("{:?}", Positions::Compact),
+            format!("{:?}", policy.positions()),
+        ));
+    }
     Ok(needs)
 }
 

@@ -6,7 +6,7 @@ use super::{
 };
 use crate::{
     Attention, CausalLm, Error, LayerUnits, ModelSpec, Needs, Observed, Phase, Positions, Qkv,
-    Result, RopeTable, Rotation, Rows, Step, TableRows,
+    Result, RopeTable, Rotation, Rows, Sight, Step, TableRows, Visible,
 };
 use std::{
     fmt,
@@ -407,16 +407,65 @@ impl<'a> SequenceStep<'a> {
         let input = qkv.take_input().filter(|_| needs.input);
         let kept = needs.qkv.then(|| qkv.clone());
         let (Qkv { q, k, v, .. }, t) = (qkv, self.incoming);
-        let (q, k, rotation) = rotated(cache, layer, self.table.as_ref(), self.phase, q, k)?;
+        // Copied only if both are changed.
+        let plain = needs.far.then(|| q.clone());
+        // Keys that some queries see at one distance are never rotated where they lie.
+        let turning = self.phase == Phase::Decode && !needs.far;
+        let (q, k, rotation) = rotated(cache, layer, self.table.as_ref(), turning, q, k)?;
         let this = &mut cache.layers[layer];
         this.store.append(&k, &v)?;
         drop((k, v));
         this.note_units(cache.seen, t);
+        let visible = match needs.before {
+            true => {
+                let at = Step::new(spec, self.phase, cache.seen, t, self.total);
+                let units = LayerUnits {
+                    layer: spec,
+                    incoming: t,
+                    heads: &this.heads,
+                    store: &*this.store,
+                    rotation: rotation.as_deref(),
+                    scale: cache.spec.softmax_scale,
+                    compute: &*compute,
+                    qkv: kept.as_ref(),
+                    input: input.as_ref(),
+                    surprisal: None,
+                    observed: None,
+                };
+                cache.policy.before(&at, &q, &units)?
+            }
+            false => Visible::All,
+        };
+        let far = match &visible {
+            Visible::Chosen(views) => {
+                let lens: Vec<usize> = this.heads.iter().map(|h| h.positions.len()).collect();
+                let wrong = |found| Error::policy(cache.policy.name(), found);
+                views.check(t, spec.heads, &lens).map_err(wrong)?;
+                match (views.distance(), plain) {
+                    (Some(distance), Some(plain)) => Some(rotated_at(cache, distance, plain)?),
+                    (Some(_), None) => {
+                        return Err(wrong(
+                            "far units, and `Needs::far` did not ask for them".into(),
+                        ));
+                    }
+                    (None, _) => None,
+                }
+            }
+            Visible::All => None,
+        };
+        let this = &mut cache.layers[layer];
         let over = Attention {
             layer: spec,
             store: &*this.store,
             scale: cache.spec.softmax_scale,
             rotation: rotation.as_deref(),
+            sight: match &visible {
+                Visible::All => None,
+                Visible::Chosen(views) => Some(Sight {
+                    views,
+                    far: far.as_ref(),
+                }),
+            },
         };
         let observed = match needs.observe {
             Some(what) => Some(compute.observe(&q, &over, what)?),
@@ -471,6 +520,7 @@ impl<'a> SequenceStep<'a> {
                     heads: &this.heads,
                     store: &*this.store,
                     rotation: table.as_deref(),
+                    scale: cache.spec.softmax_scale,
                     compute: &*compute,
                     qkv: pending.qkv.as_ref(),
                     input: pending.input.as_ref(),
@@ -526,12 +576,13 @@ impl<'a> SequenceStep<'a> {
 }
 
 /// Queries and new keys of a layer, rotated where they stand; and, in compact positions, the table that
-/// the stored keys are still to be rotated by when they are read.
+/// the stored keys are still to be rotated by when they are read. `turning` says whether they are rotated where
+/// they lie, once.
 fn rotated(
     cache: &mut SequenceCache,
     layer: usize,
     original: Option<&RopeTable>,
-    phase: Phase,
+    turning: bool,
     q: Rows,
     k: Rows,
 ) -> Result<(Rows, Rows, Option<Arc<RopeTable>>)> {
@@ -551,10 +602,9 @@ fn rotated(
     let table = cache.rope.contiguous(this.longest() + k.rows());
     // While single tokens come nothing moves, so that keys are rotated once and for all; chunks are
     // followed by evictions, after which every key stands elsewhere.
-    let decoding = phase == Phase::Decode;
-    if this.rotated != decoding {
+    if this.rotated != turning {
         let turn = Rotation::contiguous(&table, head_dim);
-        let turn = if decoding { turn } else { turn.undone() };
+        let turn = if turning { turn } else { turn.undone() };
         this.turn(&*compute, &turn)?;
     }
     let by = by(&table, &lens);
@@ -563,6 +613,27 @@ fn rotated(
         true => Ok((q, compute.rotate(k, &by)?, None)),
         false => Ok((q, k, Some(table))),
     }
+}
+
+/// Queries that meet keys which were not rotated, as if the two were `distance` apart.
+fn rotated_at(cache: &SequenceCache, distance: usize, q: Rows) -> Result<Rows> {
+    let (compute, zeros) = (&cache.place.compute, vec![0; q.rows()]);
+    let turn = |q: Rows, position: usize| -> Result<(Rows, f32)> {
+        let table = cache.rope.range(position..position + 1);
+        let by = Rotation {
+            table: &table,
+            head_dim: cache.spec.head_dim,
+            rows: TableRows::Each(&zeros),
+            inverse: false,
+        };
+        Ok((compute.rotate(q, &by)?, table.factor()))
+    };
+    let (q, factor) = turn(q, distance)?;
+    if factor == 1.0 {
+        return Ok(q);
+    }
+    // LongRoPE's factor is on both sides, and the keys do not have it.
+    turn(q, 0).map(|(q, _)| q)
 }
 
 /// Puts `ids`, the new tokens of all steps of a pass, through a model, with what computes for it at its

@@ -15,6 +15,7 @@ mod prefix;
 mod saved;
 mod snapshot;
 mod suite;
+mod visible;
 
 use burn::tensor::Device;
 use locret_core::{

@@ -3,7 +3,7 @@
 use burn::tensor::{Int, Tensor, TensorData};
 use locret_core::{
     Error, Fold, Held, Keep, KvCachePolicy, KvStore, LayerSpec, LayerUnits, ModelSpec, Needs,
-    Placement, Positions, Prefill, Result, Step, Verdict, into_f32,
+    Placement, Positions, Prefill, Result, Rows, Step, Verdict, Visible, into_f32,
 };
 
 /// A policy whose dropped units leave their values behind: each is folded into the value of the
@@ -137,6 +137,10 @@ impl<P: KvCachePolicy> KvCachePolicy for Merge<P> {
 
     fn decode_slack(&self) -> Option<usize> {
         self.inner.decode_slack()
+    }
+
+    fn before(&self, at: &Step, queries: &Rows, units: &LayerUnits<'_>) -> Result<Visible> {
+        self.inner.before(at, queries, units)
     }
 
     fn step(&self, at: &Step, units: &LayerUnits<'_>) -> Result<Verdict> {

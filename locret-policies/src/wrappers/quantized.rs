@@ -2,7 +2,7 @@
 
 use locret_core::{
     Held, KvCachePolicy, KvStore, LayerSpec, LayerUnits, ModelSpec, Needs, Placement, Positions,
-    Prefill, Quantization, QuantizedStore, Result, Step, Verdict,
+    Prefill, Quantization, QuantizedStore, Result, Rows, Step, Verdict, Visible,
 };
 
 /// A policy whose units are kept as integers of 2, 4 or 8 bits
@@ -70,6 +70,10 @@ impl<P: KvCachePolicy> KvCachePolicy for Quantized<P> {
 
     fn decode_slack(&self) -> Option<usize> {
         self.inner.decode_slack()
+    }
+
+    fn before(&self, at: &Step, queries: &Rows, units: &LayerUnits<'_>) -> Result<Visible> {
+        self.inner.before(at, queries, units)
     }
 
     fn step(&self, at: &Step, units: &LayerUnits<'_>) -> Result<Verdict> {
