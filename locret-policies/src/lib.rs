@@ -13,8 +13,9 @@
 //! | [`H2o`] | what attention has gone to | attention of every query | 2306.14048 |
 //! | [`SnapKv`] | what the last queries look at | attention of the last queries | 2404.14469 |
 //! | [`Tova`] | what the last query looks at | attention of the last query | 2401.06104 |
+//! | [`MInference`] | everything; prompts see a part of it | attention of a chunk's last queries | 2407.02490 |
 //!
-//! All but [`Full`] are a [`Scorer`](locret_core::Scorer) inside an [`Evict`](locret_core::Evict),
+//! All but [`Full`] and [`MInference`] are a [`Scorer`](locret_core::Scorer) inside an [`Evict`](locret_core::Evict),
 //! so that budgets, protected units, positions and eviction while decoding are the same for all, and
 //! any of them can share its budget out over layers ([`Evict::pyramid`](locret_core::Evict::pyramid))
 //! and heads ([`Evict::ada`](locret_core::Evict::ada)). Two wrappers go around any policy:
@@ -26,6 +27,7 @@ mod config;
 mod error;
 mod full;
 pub mod locret;
+pub mod minference;
 mod published;
 mod scorers;
 #[cfg(feature = "training")]
@@ -36,5 +38,6 @@ pub use config::{Method, PolicyConfig};
 pub use error::{PolicyError, Result};
 pub use full::Full;
 pub use locret::{HeadAdvice, HeadWeights, LayerHead, Locret, RetainingHeads};
+pub use minference::MInference;
 pub use scorers::{H2o, KeyDiff, KeyNorm, Random, SirLlm, SnapKv, Tova, Window};
 pub use wrappers::{Merge, Quantized};

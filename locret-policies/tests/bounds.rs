@@ -102,7 +102,7 @@ fn any_case() -> impl Strategy<Value = Case> {
             } else {
                 Positions::Original
             });
-            if method != Method::Full {
+            if method.evicts() {
                 config.budget = Some(Budget::Units(budget));
                 config.pool = Some(pool);
                 config.decode = Some(match decode {
@@ -196,7 +196,7 @@ proptest! {
 #[test]
 fn the_peak_is_budget_and_chunk() {
     let spec = spec(3, 2, 3, 8);
-    for method in Method::ALL.into_iter().filter(|m| *m != Method::Full) {
+    for method in Method::ALL.into_iter().filter(|m| m.evicts()) {
         let config = PolicyConfig::new(method).budget(Budget::Units(30));
         let policy = build(&config, &spec);
         let surprisal = policy.needs().surprisal;

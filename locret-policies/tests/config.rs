@@ -34,7 +34,7 @@ fn every_method_is_built_by_name_and_holds_its_budget() {
     let heads = heads_file(folder.path(), &spec);
     for method in Method::ALL {
         let mut text = format!("policy = \"{method}\"\n");
-        if method != Method::Full {
+        if method.evicts() {
             text += "budget = 20\n";
         }
         if method == Method::Locret {
@@ -51,10 +51,10 @@ fn every_method_is_built_by_name_and_holds_its_budget() {
         let policy = config.build(&spec, &*compute(&Device::default())).unwrap();
         assert_eq!(policy.name(), method.name());
         assert_eq!(policy.positions(), method.default_positions());
-        let expected = if method == Method::Full { 90 } else { 20 };
+        let expected = if !method.evicts() { 90 } else { 20 };
         assert_eq!(
             policy.limit(&spec.layer(0), 90),
-            (method != Method::Full).then_some(20)
+            (method.evicts()).then_some(20)
         );
         let mut numbers = Numbers(1);
         let mut cache = cache(&spec, policy);
@@ -251,7 +251,7 @@ fn settings_that_do_not_fit_are_errors() {
     // The smallest budgets work with every method's defaults.
     for method in Method::ALL
         .into_iter()
-        .filter(|m| !matches!(m, Method::Full | Method::Locret))
+        .filter(|m| m.evicts() && *m != Method::Locret)
     {
         for budget in 1..8 {
             let config = PolicyConfig::new(method).budget(Budget::Units(budget));

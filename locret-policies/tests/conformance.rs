@@ -77,7 +77,7 @@ fn every_policy_shape_and_store_conforms() {
         for (shape, pyramid, ada) in SHAPES {
             for (store, quantize, store_tolerance, tolerance) in stores() {
                 for merge in [None, Some(0.5)] {
-                    let full = method == Method::Full;
+                    let full = !method.evicts();
                     if (full && (shape != "uniform" || merge.is_some()))
                         || (merge.is_some() && shape == "pyramid")
                     {

@@ -45,7 +45,7 @@ fn build(model: &RandomModel, config: &PolicyConfig) -> Arc<dyn KvCachePolicy> {
 /// A method as it was published.
 fn published(method: Method) -> PolicyConfig {
     match method {
-        Method::Full => PolicyConfig::new(method),
+        method if !method.evicts() => PolicyConfig::new(method),
         _ => PolicyConfig::new(method).budget(Budget::Units(40)),
     }
 }
@@ -88,7 +88,14 @@ fn changed(method: Method) -> Vec<(String, PolicyConfig)> {
     ] {
         change(what, &|c| c.quantize = Some(quantize));
     }
-    if method == Method::Full {
+    if method == Method::MInference {
+        for sizes in [(30, 50), (30, 51), (31, 50)] {
+            change(&format!("{sizes:?}"), &|c| {
+                (c.vertical, c.slash) = (Some(sizes.0), Some(sizes.1));
+            });
+        }
+    }
+    if !method.evicts() {
         return all;
     }
     for (what, budget) in [

@@ -157,7 +157,7 @@ fn every_policy_goes_on_bit_for_bit_over_every_store() {
                 for kernels in [Kernels::Auto, Kernels::Operations] {
                     let mut config = PolicyConfig::new(method).positions(positions);
                     config.quantize = quantize;
-                    if method != Method::Full {
+                    if method.evicts() {
                         config.budget = Some(Budget::Units(20));
                         // Half of them drop units while text is generated, share budgets, merge.
                         let even = cases % 2 == 0;

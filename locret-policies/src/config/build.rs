@@ -2,8 +2,10 @@
 
 use super::{Method, PolicyConfig};
 use crate::{
-    Full, H2o, HeadAdvice, HeadWeights, KeyDiff, KeyNorm, Locret, Merge, PolicyError, Quantized,
-    Random, Result, RetainingHeads, SirLlm, SnapKv, Tova, Window, published::Published,
+    Full, H2o, HeadAdvice, HeadWeights, KeyDiff, KeyNorm, Locret, MInference, Merge, PolicyError,
+    Quantized, Random, Result, RetainingHeads, SirLlm, SnapKv, Tova, Window,
+    minference::{Pattern, Patterns},
+    published::Published,
 };
 use locret_core::{CausalLm, Compute, KvCachePolicy, ModelSpec};
 use std::sync::Arc;
@@ -54,6 +56,10 @@ impl PolicyConfig {
             Method::H2o => self.evict(H2o)?,
             Method::SnapKv => self.evict(self.snapkv())?,
             Method::Tova => self.evict(Tova)?,
+            Method::MInference => {
+                let positions = self.positions.unwrap_or_default();
+                self.wrap(MInference::new(self.patterns()?).with_positions(positions))
+            }
             Method::Locret => {
                 let file = self.heads.as_ref().ok_or_else(|| {
                     PolicyError::setting(self.policy, "needs `heads`, a file of retaining heads")
@@ -88,6 +94,22 @@ impl PolicyConfig {
         Ok(policy)
     }
 
+    /// From a file, or the same for all heads.
+    fn patterns(&self) -> Result<Patterns> {
+        match (&self.patterns, self.vertical, self.slash) {
+            (None, None, None) => Ok(Patterns::default()),
+            (Some(file), None, None) => Patterns::load(file),
+            (None, Some(vertical), Some(slash)) => Ok(Patterns::uniform(Pattern::VerticalSlash {
+                vertical,
+                slash,
+            })),
+            _ => Err(PolicyError::setting(
+                self.policy,
+                "takes either `patterns`, or `vertical` and `slash`, which are both needed then",
+            )),
+        }
+    }
+
     /// With what heads advise, where nothing else is set.
     fn advised(&self, advice: &HeadAdvice) -> Self {
         let mut config = self.clone();
@@ -110,7 +132,7 @@ impl PolicyConfig {
 
     /// Refuses settings that the method would ignore.
     fn check(&self) -> Result<()> {
-        let evicts = self.policy != Method::Full;
+        let evicts = self.policy.evicts();
         let only = |methods: &[Method]| methods.contains(&self.policy);
         let settings = [
             ("budget", self.budget.is_some(), evicts),
@@ -127,6 +149,17 @@ impl PolicyConfig {
             ("decay", self.decay.is_some(), only(&[Method::SirLlm])),
             ("window", self.window.is_some(), only(&[Method::SnapKv])),
             ("kernel", self.kernel.is_some(), only(&[Method::SnapKv])),
+            (
+                "patterns",
+                self.patterns.is_some(),
+                only(&[Method::MInference]),
+            ),
+            (
+                "vertical",
+                self.vertical.is_some(),
+                only(&[Method::MInference]),
+            ),
+            ("slash", self.slash.is_some(), only(&[Method::MInference])),
         ];
         match settings.into_iter().find(|(_, set, has)| *set && !has) {
             Some((name, ..)) => Err(PolicyError::setting(

@@ -36,11 +36,14 @@ pub enum Method {
     SnapKv,
     /// [`Tova`]
     Tova,
+    /// [`MInference`](crate::MInference)
+    #[serde(rename = "minference")]
+    MInference,
 }
 
 impl Method {
     /// All of them.
-    pub const ALL: [Self; 10] = [
+    pub const ALL: [Self; 11] = [
         Self::Full,
         Self::Window,
         Self::Random,
@@ -51,6 +54,7 @@ impl Method {
         Self::H2o,
         Self::SnapKv,
         Self::Tova,
+        Self::MInference,
     ];
 
     /// The name in files and on command lines.
@@ -66,13 +70,19 @@ impl Method {
             Self::H2o => "h2o",
             Self::SnapKv => "snapkv",
             Self::Tova => "tova",
+            Self::MInference => "minference",
         }
+    }
+
+    /// Whether the method drops units, so that it has a budget. The others keep everything.
+    pub fn evicts(self) -> bool {
+        !matches!(self, Self::Full | Self::MInference)
     }
 
     /// The positions that the method was published with, where nothing else is asked for.
     pub fn default_positions(self) -> Positions {
         match self {
-            Self::Full => Positions::Original,
+            Self::Full | Self::MInference => Positions::Original,
             Self::Window => Window::POSITIONS,
             Self::Random => Random::POSITIONS,
             Self::KeyNorm => KeyNorm::POSITIONS,

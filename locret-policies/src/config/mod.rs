@@ -40,7 +40,7 @@ pub struct PolicyConfig {
     /// Which method.
     pub policy: Method,
     /// How many units each KV head of each layer keeps, in any of the forms of a [`Budget`]. Every
-    /// method but `full` needs it.
+    /// method but `full` and `minference` needs it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub budget: Option<Budget>,
     /// First units that stay. By default 4 for `window` and `sirllm`, else 0.
@@ -103,6 +103,16 @@ pub struct PolicyConfig {
     /// `snapkv`: over how many neighbouring units their attention is averaged (odd, 5).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub kernel: Option<usize>,
+    /// `minference`: the file of patterns, see [`Patterns::load`](crate::minference::Patterns::load); by default
+    /// [`Pattern::UNKNOWN`](crate::minference::Pattern::UNKNOWN) for all heads.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub patterns: Option<PathBuf>,
+    /// `minference`: columns of all heads, instead of a file; `slash` is then needed, too.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vertical: Option<usize>,
+    /// `minference`: diagonals of all heads.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub slash: Option<usize>,
 }
 
 /// A quantisation, or a plain number of bits.
@@ -161,6 +171,9 @@ impl PolicyConfig {
             decay: None,
             window: None,
             kernel: None,
+            patterns: None,
+            vertical: None,
+            slash: None,
         }
     }
 
@@ -192,8 +205,8 @@ impl PolicyConfig {
         serde_json::from_str(text).map_err(|e| PolicyError::Config(e.to_string()))
     }
 
-    /// From a file: JSON if its name ends so, else TOML. A relative path of heads counts from the
-    /// file's folder.
+    /// From a file: JSON if its name ends so, else TOML. Relative paths of heads and of patterns
+    /// count from the file's folder.
     ///
     /// # Errors
     /// [`PolicyError::Io`], and as [`from_toml`](Self::from_toml).
@@ -212,8 +225,13 @@ impl PolicyConfig {
             PolicyError::Config(message) => PolicyError::file(path, message),
             other => other,
         })?;
-        if let (Some(heads), Some(folder)) = (&mut config.heads, path.parent()) {
-            *heads = folder.join(&*heads);
+        if let Some(folder) = path.parent() {
+            for file in [&mut config.heads, &mut config.patterns]
+                .into_iter()
+                .flatten()
+            {
+                *file = folder.join(&*file);
+            }
         }
         Ok(config)
     }
