@@ -89,7 +89,7 @@ impl ModelArgs {
 #[derive(Debug, Clone, Default, Args)]
 #[command(next_help_heading = "Policy")]
 pub struct PolicyArgs {
-    /// full, window, random, key-norm, key-diff, sirllm, locret, h2o, snapkv or tova
+    /// full, window, random, key-norm, key-diff, sirllm, locret, h2o, snapkv, tova or minference
     #[arg(long, value_name = "NAME")]
     pub policy: Option<String>,
     /// The policy from a TOML or JSON file; other flags of this group override it
@@ -144,6 +144,15 @@ pub struct PolicyArgs {
     /// snapkv: width of the average pooling (odd)
     #[arg(long, value_name = "N")]
     pub kernel: Option<usize>,
+    /// minference: file of patterns (JSON, as the authors publish them or search_patterns writes)
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["vertical", "slash"])]
+    pub patterns: Option<PathBuf>,
+    /// minference: columns of every head
+    #[arg(long, value_name = "N", requires = "slash")]
+    pub vertical: Option<usize>,
+    /// minference: diagonals of every head
+    #[arg(long, value_name = "N", requires = "vertical")]
+    pub slash: Option<usize>,
 }
 
 impl PolicyArgs {
@@ -179,6 +188,9 @@ impl PolicyArgs {
         set(&mut config.seed, self.policy_seed);
         set(&mut config.window, self.observe);
         set(&mut config.kernel, self.kernel);
+        set(&mut config.patterns, self.patterns.clone());
+        set(&mut config.vertical, self.vertical);
+        set(&mut config.slash, self.slash);
         Ok(config)
     }
 }

@@ -1,15 +1,21 @@
 //! The examples on SmolLM2-135M-Instruct, which is fetched once: short texts, every path.
 
 use clap::Parser;
+use locret_core::{KvCachePolicy, Prefill, Session};
 use locret_eval::{
     evaluate::Results,
+    patterns::Recalling,
     tasks::{self, Query, Task},
 };
 use locret_examples::{
     args::ModelArgs,
-    cli::{ablation, evaluate, generate, quickstart},
+    cli::{ablation, evaluate, generate, quickstart, search_patterns},
 };
-use std::{fs, path::Path};
+use locret_policies::{
+    Full, MInference,
+    minference::{Pattern, Patterns},
+};
+use std::{fs, path::Path, sync::Arc};
 
 fn evaluated(flags: &[&str]) -> Result<(), String> {
     let all = ["evaluate"].into_iter().chain(flags.iter().copied());
@@ -269,4 +275,81 @@ fn a_plan_is_within_five_percent_of_what_is_measured() {
     }
     let broken: Vec<_> = worst.iter().filter(|(share, _)| *share >= 1.0).collect();
     assert!(broken.is_empty(), "{broken:?}");
+}
+
+/// 1,600 tokens of prose about this project.
+const TEXT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/design.md");
+
+#[test]
+fn patterns_are_searched_for_and_the_search_goes_on_where_it_was() {
+    let folder = tempfile::tempdir().unwrap();
+    let run = |json: &Path, more: &[&str]| {
+        let json = json.display().to_string();
+        let all = ["search_patterns", "--prompt-file", TEXT, "--json", &json];
+        let all = all.into_iter().chain(["--tokens", "1600"]);
+        let args = search_patterns::Args::parse_from(all.chain(more.iter().copied()));
+        search_patterns::run(&args).map_err(|e| e.chain())
+    };
+    let json = folder.path().join("patterns.json");
+    assert!(run(&json, &[]).unwrap_err().contains("--skip"));
+    run(&json, &["--skip", "1000"]).unwrap();
+    let whole = Patterns::load(&json).unwrap();
+    assert_eq!(whole.layers(), 30);
+    let heads = || (0..30).flat_map(|layer| (0..9).map(move |head| (layer, head)));
+    let scores: Vec<f64> = heads()
+        .map(|(layer, head)| whole.score(layer, head).unwrap())
+        .collect();
+    assert!(scores.iter().all(|score| (0.5..=1.001).contains(score)));
+    let mean = scores.iter().sum::<f64>() / scores.len() as f64;
+    println!("recalled by what was found: {mean:.4}");
+    assert!(mean > 0.95, "{mean}");
+    // Of a search that was cut off after four layers the others are searched again.
+    let text = fs::read_to_string(&json).unwrap();
+    let mut layers: Vec<serde_json::Value> = serde_json::from_str(&text).unwrap();
+    layers.truncate(4);
+    layers[0]["0"] = serde_json::json!(["stream_llm", 1, 2, 0.75]);
+    fs::write(&json, serde_json::to_string(&layers).unwrap()).unwrap();
+    run(&json, &["--skip", "1000"]).unwrap();
+    let resumed = Patterns::load(&json).unwrap();
+    for (layer, head) in heads() {
+        let own = (layer, head) == (0, 0);
+        let same = resumed.of(layer, head) == whole.of(layer, head)
+            && resumed.score(layer, head) == whole.score(layer, head);
+        assert_eq!(same, !own, "layer {layer}, head {head}");
+    }
+    layers.extend(vec![layers[0].clone(); 30]);
+    fs::write(&json, serde_json::to_string(&layers).unwrap()).unwrap();
+    assert!(
+        run(&json, &["--skip", "1000"])
+            .unwrap_err()
+            .contains("34 layers")
+    );
+}
+
+/// What a trained model looks at is found, of which random weights say nothing.
+#[test]
+fn a_part_of_attention_is_nearly_all_of_it() {
+    let runtime = ModelArgs::default().load().unwrap();
+    let mut ids = runtime.encode(&fs::read_to_string(TEXT).unwrap()).unwrap();
+    ids.truncate(1600);
+    let read = |policy: Arc<dyn KvCachePolicy>| {
+        let mut session = Session::new(runtime.model(), policy).unwrap();
+        session.prefill(&ids, &Prefill::new(1600, 0)).unwrap();
+        session.logits().unwrap().to_vec()
+    };
+    let pattern = Pattern::VerticalSlash {
+        vertical: 100,
+        slash: 200,
+    };
+    let policy = MInference::new(Patterns::uniform(pattern));
+    let recalling = Arc::new(Recalling::new(policy, 7));
+    let (sparse, full) = (read(recalling.clone()), read(Arc::new(Full::new())));
+    let recall = recalling.recall().unwrap();
+    let top = |logits: &[f32]| {
+        let order = logits.iter().enumerate();
+        order.max_by(|a, b| a.1.total_cmp(b.1)).unwrap().0
+    };
+    println!("{recall:?}; {} and {}", top(&sparse), top(&full));
+    assert!(recall.mean > 0.9, "{recall:?}");
+    assert_eq!(top(&sparse), top(&full));
 }

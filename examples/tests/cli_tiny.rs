@@ -344,6 +344,7 @@ fn published_dimensions_take_what_is_planned() {
         "--policy locret --budget 64 --d-r 16",
         "--policy window --budget 40",
         "--policy full",
+        "--policy minference --vertical 30 --slash 100 --near 2 --recall 9",
         "--policy window --budget 40 --pyramid 4",
         // Of these the plan is an estimate.
         "--policy window --budget 40 --quantize 4",

@@ -166,7 +166,7 @@ fn policies(on: &str, tolerance: Tolerance) {
             for bits in [None, Some(8), Some(4)] {
                 let mut config = PolicyConfig::new(method).positions(positions);
                 config.quantize = bits.map(Quantization::bits);
-                if method != Method::Full {
+                if method.evicts() {
                     config.budget = Some(Budget::Units(24));
                 }
                 let case = format!("{on}, {method}, {positions:?}, {bits:?} bits");

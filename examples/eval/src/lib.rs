@@ -5,6 +5,7 @@
 //!   [`training_data`] is what retaining heads are trained on.
 //! - [`evaluate`] runs tasks under one policy, [`ablation`] under many, and [`trace`] writes down what
 //!   a policy kept.
+//! - [`patterns`] searches for what heads look at, and measures how much of it a policy shows them.
 //! - [`report`] and [`pictures`] show results. [`golden`], [`random`] and [`memory`] measure adapters,
 //!   models of published dimensions, and the process.
 //!
@@ -20,6 +21,7 @@ pub mod evaluate;
 pub mod files;
 pub mod golden;
 pub mod memory;
+pub mod patterns;
 pub mod pictures;
 pub mod random;
 pub mod report;

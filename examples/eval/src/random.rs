@@ -18,6 +18,9 @@ const DEVIATION: f32 = 0.02;
 pub struct RandomWeights {
     tensors: BTreeMap<String, TensorInfo>,
     seed: u64,
+    /// Of queries and keys, in the first half of a head's features.
+    mean: f32,
+    head_dim: usize,
 }
 
 impl RandomWeights {
@@ -62,8 +65,46 @@ impl RandomWeights {
                 }
             }
         }
-        Self { tensors, seed }
+        Self {
+            tensors,
+            seed,
+            mean: 0.0,
+            head_dim: spec.head_dim,
+        }
     }
+
+    /// The same with queries and keys of this mean in the first half of a head's features, which makes attention
+    /// fall with distance, as it does in trained models (0: as without); and a quarter of the deviation in what
+    /// makes them. Separate projections only.
+    pub fn near(mut self, config: &DecoderConfig, mean: f32) -> Self {
+        if mean != 0.0 && config.layout == Layout::Separate {
+            for name in self.tensors.keys().cloned().collect::<Vec<_>>() {
+                let projects = |name: &&str| looks(name) || name.contains("v_proj");
+                let Some(own) = name.strip_suffix(".weight").filter(projects) else {
+                    continue;
+                };
+                let info = TensorInfo {
+                    shape: vec![self.tensors[&name].shape[0]],
+                    dtype: DType::BF16,
+                };
+                self.tensors.insert(format!("{own}.bias"), info);
+            }
+            self.mean = mean;
+        }
+        self
+    }
+}
+
+/// Whether these are the weights of queries or keys.
+fn looks(name: &str) -> bool {
+    name.contains("q_proj") || name.contains("k_proj")
+}
+
+/// `bf16`, rounded towards zero: the upper half of single precision.
+fn bf16(values: impl Iterator<Item = f32>) -> Vec<u8> {
+    values
+        .flat_map(|x| ((x.to_bits() >> 16) as u16).to_le_bytes())
+        .collect()
 }
 
 impl Weights for RandomWeights {
@@ -85,16 +126,22 @@ impl Weights for RandomWeights {
             path: self.path().to_path_buf(),
             names: vec![name.to_owned()],
         })?;
+        if name.ends_with(".bias") {
+            let half = |feature: usize| feature % self.head_dim < self.head_dim / 2;
+            let mean = if looks(name) { self.mean } else { 0.0 };
+            let value = |feature| if half(feature) { mean } else { 0.0 };
+            return Ok(bf16((0..info.cols()).map(value)).into());
+        }
         if info.shape.len() == 1 {
             return Ok([0x80, 0x3f].repeat(info.cols()).into());
         }
         let seed = name.bytes().fold(self.seed, |s, b| mix(s ^ u64::from(b)));
         let range = rows.start * info.cols()..rows.end * info.cols();
-        let values = range.map(|i| DEVIATION * centred(seed, i));
-        // The upper half of single precision is bf16, rounded towards zero.
-        Ok(values
-            .flat_map(|x| ((x.to_bits() >> 16) as u16).to_le_bytes())
-            .collect())
+        let deviation = match self.mean != 0.0 && looks(name) {
+            true => DEVIATION / 4.0,
+            false => DEVIATION,
+        };
+        Ok(bf16(range.map(|i| deviation * centred(seed, i))).into())
     }
 }
 

@@ -80,7 +80,7 @@ impl Policies {
             true => self.config.clone(),
             false => PolicyConfig::new(method),
         };
-        let evicts = method != Method::Full;
+        let evicts = method.evicts();
         config.budget = budget.or(self.config.budget.filter(|_| evicts));
         build(&config, self.heads.as_ref(), model)
     }

@@ -122,7 +122,7 @@ fn maps(
     for entry in &grid.policies {
         let drawn = match &grid.maps {
             Some(labels) => labels.contains(&entry.label),
-            None => entry.config.policy != Method::Full,
+            None => entry.config.policy.evicts(),
         };
         let own: Vec<&Point> = (points.iter())
             .filter(|p| p.label == entry.label)

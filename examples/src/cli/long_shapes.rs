@@ -14,6 +14,7 @@ use locret_core::{
 };
 use locret_eval::{
     memory::{Memory, Watch},
+    patterns::Recalling,
     random::{self, RandomWeights, resident_bytes},
 };
 use locret_models::{DecoderConfig, Layout, Weights};
@@ -39,6 +40,13 @@ pub struct Args {
     /// Width of Locret's heads, which are random unless there is a file of --heads
     #[arg(long, value_name = "N", default_value_t = 1024)]
     d_r: usize,
+    /// Mean of a preset's queries and keys, which makes them look at what is near, as trained ones do: attention
+    /// falls with about the square of distance at 2
+    #[arg(long, value_name = "X", default_value_t = 0.0)]
+    near: f32,
+    /// Say how much of attention lies in what queries see, of every N-th query of a chunk (in time of its own)
+    #[arg(long, value_name = "N")]
+    recall: Option<usize>,
     /// Seed of weights, heads and tokens
     #[arg(long, value_name = "N", default_value_t = 1)]
     seed: u64,
@@ -67,6 +75,14 @@ pub fn run(args: &Args) -> Result<()> {
             config.build_with_heads(model.spec(), heads)?
         }
         _ => config.build_for(&*model)?,
+    };
+    let recalling = match args.recall {
+        Some(every) => Some(Arc::new(Recalling::new(policy.clone(), every))),
+        None => None,
+    };
+    let policy: Arc<dyn KvCachePolicy> = match &recalling {
+        Some(recalling) => recalling.clone(),
+        None => policy,
     };
     // What codes and heads of unequal lengths take depends on the text.
     let exact = config.quantize.is_none() && config.ada.is_none();
@@ -119,6 +135,15 @@ pub fn run(args: &Args) -> Result<()> {
         );
     }
     println!("\n{}", report::session(&session));
+    if let Some(recalling) = recalling {
+        match recalling.recall() {
+            Some(recall) => println!(
+                "Of attention, {:.4} lies in what queries see (the least of a head in a chunk: {:.4}).",
+                recall.mean, recall.least
+            ),
+            None => println!("Queries see all of attention."),
+        }
+    }
     let peak = session.report().prefill_peak;
     println!(
         "Keys and values took {} bytes at most; the plan says {} ({:+.1} %).",
@@ -144,7 +169,7 @@ fn load(args: &Args) -> Result<(Arc<dyn CausalLm>, Shape)> {
             };
             let device = runtime::device(&args.model.device)?;
             let config = decoder(&shape, args.model.always_long);
-            let weights = RandomWeights::new(&config, args.seed);
+            let weights = RandomWeights::new(&config, args.seed).near(&config, args.near);
             let options = args.model.options();
             let model = random::decoder(&config, &weights, &options, &device)?;
             let resident = resident_bytes(&weights, args.model.weights);

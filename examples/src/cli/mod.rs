@@ -6,5 +6,6 @@ pub mod generate;
 pub mod long_shapes;
 pub mod plan;
 pub mod quickstart;
+pub mod search_patterns;
 pub mod trace;
 pub mod train_heads;

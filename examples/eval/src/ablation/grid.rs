@@ -7,7 +7,7 @@ use crate::{
     tasks::{self, Count, Frame, Kind, Recipe},
 };
 use locret_core::{Budget, CausalLm, DType, Positions, Prefill, Quantization};
-use locret_policies::{Method, PolicyConfig};
+use locret_policies::PolicyConfig;
 use serde::{Deserialize, Serialize};
 use std::{
     fs,
@@ -383,7 +383,7 @@ impl Grid {
 
     fn variants(&self, entry: &Entry) -> Vec<(PolicyConfig, Store)> {
         let config = &entry.config;
-        let keeps_all = config.policy == Method::Full;
+        let keeps_all = !config.policy.evicts();
         let budgets: Vec<Option<Budget>> = match (&entry.budgets, config.budget) {
             _ if keeps_all => vec![None],
             (_, Some(budget)) => vec![Some(budget)],
