@@ -21,6 +21,7 @@
 //!
 //! It names no policy, no model and no backend of Burn.
 #![deny(missing_docs)]
+#![forbid(unsafe_code)]
 
 mod compute;
 mod contract;
