@@ -387,6 +387,7 @@ fn two_that_want_the_same_take_turns() {
     assert_eq!(fs::read(&paths[0]).unwrap(), large(3, 5000));
 }
 
+#[cfg(unix)]
 #[test]
 fn what_another_tool_has_fetched_is_used() {
     // A folder as huggingface_hub leaves it after loading the model without its tokenizer.

@@ -199,6 +199,15 @@ impl<'a> Settings<'a> {
                 return Err(self.bad(key, UNQUANTISED, found));
             }
         }
+        let kv_heads = match self.size("num_key_value_heads")? {
+            Some(n) => n,
+            None if self.values.contains_key("num_key_value_heads") => heads,
+            None => match family {
+                Family::Mistral => 8,
+                Family::Qwen2 | Family::Qwen3 => 32,
+                _ => heads,
+            },
+        };
         let max_positions = match self.size("max_position_embeddings")? {
             Some(n) => n,
             None => match family {
@@ -232,7 +241,7 @@ impl<'a> Settings<'a> {
             intermediate: self.need("intermediate_size")?,
             layers,
             heads,
-            kv_heads: self.size("num_key_value_heads")?.unwrap_or(heads),
+            kv_heads,
             head_dim,
             vocab,
             rms_norm_eps: self
@@ -600,6 +609,19 @@ pub(super) mod tests {
             let found = family(name, &["max_position_embeddings"]).max_positions;
             assert_eq!(found, positions, "{name}");
         }
+        assert_eq!(family("llama", &["num_key_value_heads"]).kv_heads, 4);
+        let wide = with(
+            llama(),
+            json!({"model_type": "mistral", "num_attention_heads": 16}),
+        );
+        let mut unsaid = wide.clone();
+        unsaid
+            .as_object_mut()
+            .unwrap()
+            .remove("num_key_value_heads");
+        assert_eq!(read(&unsaid).unwrap().kv_heads, 8);
+        let null = with(wide, json!({"num_key_value_heads": null}));
+        assert_eq!(read(&null).unwrap().kv_heads, 16);
         assert_eq!(family("qwen3", &[]).head_dim, 128);
         assert_eq!(family("qwen2", &[]).head_dim, 16);
         let null = with(llama(), json!({"model_type": "qwen3", "head_dim": null}));
