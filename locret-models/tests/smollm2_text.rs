@@ -122,7 +122,8 @@ fn settings() {
     assert_eq!(config.rope.theta, 100_000.0);
     assert!(config.tied_embeddings);
     assert_eq!(TOKENIZER.vocab_size(), config.vocab);
-    assert_eq!(TOKENIZER.end_of_turn(&config.eos), [2]);
+    // <|endoftext|>, <|im_end|>
+    assert_eq!(TOKENIZER.end_of_turn(&config.eos), [0, 2]);
 }
 
 #[test]

@@ -76,10 +76,7 @@ pub fn run(args: &Args) -> Result<()> {
         }
         _ => config.build_for(&*model)?,
     };
-    let recalling = match args.recall {
-        Some(every) => Some(Arc::new(Recalling::new(policy.clone(), every))),
-        None => None,
-    };
+    let recalling = (args.recall).map(|every| Arc::new(Recalling::new(policy.clone(), every)));
     let policy: Arc<dyn KvCachePolicy> = match &recalling {
         Some(recalling) => recalling.clone(),
         None => policy,
