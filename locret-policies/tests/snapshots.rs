@@ -178,7 +178,7 @@ fn every_policy_goes_on_bit_for_bit_over_every_store() {
             }
         }
     }
-    assert_eq!(cases, 9 * 10 * 2 * 2);
+    assert_eq!(cases, 9 * Method::ALL.len() * 2 * 2);
 }
 
 #[test]
