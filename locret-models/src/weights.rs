@@ -87,8 +87,8 @@ pub enum WeightDtype {
     /// The upper half of single precision, rounded to nearest even.
     BF16,
     /// As the file has it. `f16` and `bf16` stay; for the CPU kernels so do matrices in blocks of
-    /// `Q8_0`, `Q4_0` and `Q4_1`; everything else becomes `f32`, and so does what the device has
-    /// no type for.
+    /// `Q8_0`, `Q4_0`, `Q4_1`, `Q4_K`, `Q5_K` and `Q6_K`; everything else becomes `f32`, and so does what the
+    /// device has no type for.
     #[default]
     File,
 }

@@ -153,7 +153,15 @@ pub fn resident_bytes(weights: &dyn Weights, dtype: WeightDtype) -> usize {
             let (values, stored) = (info.rows() * info.cols(), info.dtype);
             let held = match (dtype, stored) {
                 // These stay as they are in the file.
-                (WeightDtype::File, DType::Q8_0 | DType::Q4_0 | DType::Q4_1) => stored,
+                (
+                    WeightDtype::File,
+                    DType::Q8_0
+                    | DType::Q4_0
+                    | DType::Q4_1
+                    | DType::Q4_K
+                    | DType::Q5_K
+                    | DType::Q6_K,
+                ) => stored,
                 _ => dtype.resident(stored),
             };
             values / held.block() * held.block_bytes()

@@ -22,8 +22,8 @@ use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 use std::{borrow::Cow, sync::Arc};
 
-/// How products of matrices in blocks of packed integers with few tokens at once (a decoded one) are
-/// computed; those of other matrices, and of more than eight tokens, are exact in any case.
+/// How products of matrices in blocks of 32 packed integers with few tokens at once (a decoded one) are
+/// computed; those of other matrices (K-quants, too), and of more than eight tokens, are exact in any case.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Activations {

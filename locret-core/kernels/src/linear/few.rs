@@ -5,6 +5,7 @@ use super::{
     columns::Columns,
     jobs,
     rounded::{Rounded, rounded_rows},
+    super_blocks::{Eights, SixK},
     weight::{Bytes, Float, Nibbles, Packed, Weight, half_at},
 };
 use crate::{
@@ -48,17 +49,20 @@ pub(super) fn few_tokens(
 ) {
     let columns = xs.iter().map(|x| x.len()).sum::<usize>() / tokens;
     let (sum_layout, code_layout) = (Sums::new(columns), Rounded::new(columns));
-    let packed = weights.iter().any(|w| !w.dtype.is_float());
-    let offsets = weights
-        .iter()
-        .any(|w| matches!(w.dtype, DType::Q4_0 | DType::Q4_1));
+    // Super-blocks are multiplied with activations as they are.
+    let coded = rounded && weights.iter().any(|w| w.dtype.block() == BLOCK);
+    let summed = weights.iter().any(|w| match w.dtype {
+        DType::Q4_0 | DType::Q4_1 => !rounded,
+        DType::Q4_K | DType::Q5_K => true,
+        _ => false,
+    });
     let if_needed = |needed: bool, numbers: usize| if needed { numbers } else { 0 };
     // Several tokens are read from a second copy.
     let lengths = [
         if_needed(tokens == 1 || xs.len() > 1, tokens * columns),
         if_needed(tokens > 1, padded(isa.lanes(), tokens) * columns),
-        if_needed(offsets && !rounded, tokens * sum_layout.len()),
-        if_needed(packed && rounded, tokens * code_layout.len()),
+        if_needed(summed, tokens * sum_layout.len()),
+        if_needed(coded, tokens * code_layout.len()),
     ];
     let mut memory = Scratch::for_lengths(&lengths);
     let [plain, interleaved, sums, codes] = memory.slices(lengths);
@@ -170,16 +174,16 @@ fn interleave<S: Simd>(s: S, x: &[f32], tokens: usize, out: &mut [f32]) {
 }
 
 /// What scales and minima of packed blocks are multiplied with, for each token and block of its
-/// activations `x`: all `[0, Σ x]`, for weights with minima, and then all `[-8 Σ x, 0]`, for those
-/// without.
+/// activations `x`: all `[0, Σ x]`, for weights with minima, then all `[-8 Σ x, 0]`, for those without, and
+/// then, for super-blocks whose minima are subtracted, eight zeros and eight `-Σ x` in turn.
 #[derive(Clone, Copy)]
-struct Sums {
+pub(super) struct Sums {
     /// Blocks, and zeros beyond them, so that a vector can be read from any block on.
     blocks: usize,
 }
 
 impl Sums {
-    fn new(columns: usize) -> Self {
+    pub(super) fn new(columns: usize) -> Self {
         Self {
             blocks: padded_blocks(columns),
         }
@@ -187,7 +191,7 @@ impl Sums {
 
     /// Numbers of a token.
     const fn len(self) -> usize {
-        4 * self.blocks
+        6 * self.blocks
     }
 
     /// Where the pairs for weights without minima begin.
@@ -195,11 +199,18 @@ impl Sums {
         2 * self.blocks
     }
 
+    /// Where those for super-blocks begin, 16 for each.
+    pub(super) const fn super_blocks(self) -> usize {
+        4 * self.blocks
+    }
+
     #[inline(always)]
     fn of<S: Simd>(self, s: S, x: &[f32], out: &mut [f32]) {
-        let (with, without) = out[..self.len()].split_at_mut(self.without_minimum());
+        let (with, rest) = out[..self.len()].split_at_mut(self.without_minimum());
+        let (without, eights) = rest.split_at_mut(self.without_minimum());
         let mut x = x.chunks_exact(BLOCK);
-        for (with, without) in with.chunks_exact_mut(2).zip(without.chunks_exact_mut(2)) {
+        let pairs = with.chunks_exact_mut(2).zip(without.chunks_exact_mut(2));
+        for (i, (with, without)) in pairs.enumerate() {
             let sum = x.next().map_or(0.0, |x| {
                 let mut sum = s.splat(0.0);
                 for x in x.chunks_exact(S::LANES) {
@@ -209,6 +220,8 @@ impl Sums {
             });
             with.copy_from_slice(&[0.0, sum]);
             without.copy_from_slice(&[-8.0 * sum, 0.0]);
+            let at = i / 8 * 16 + i % 8;
+            (eights[at], eights[at + 8]) = (0.0, -sum);
         }
     }
 }
@@ -236,6 +249,9 @@ fn few_rows<S: Simd>(s: S, work: Work<'_>, rounded: bool) {
         (DType::Q8_0, false) => work.rows::<S, Bytes>(s),
         (DType::Q4_0, false) => work.rows::<S, Nibbles<false>>(s),
         (DType::Q4_1, false) => work.rows::<S, Nibbles<true>>(s),
+        (DType::Q4_K, _) => work.rows::<S, Eights<false>>(s),
+        (DType::Q5_K, _) => work.rows::<S, Eights<true>>(s),
+        (DType::Q6_K, _) => work.rows::<S, SixK>(s),
         (DType::Q8_0, true) => rounded_rows::<S, Bytes>(s, work),
         (DType::Q4_0, true) => rounded_rows::<S, Nibbles<false>>(s, work),
         (DType::Q4_1, true) => rounded_rows::<S, Nibbles<true>>(s, work),
@@ -413,7 +429,7 @@ pub(super) const AHEAD: usize = 4096;
 
 /// What is to be asked for, in the order of memory, while something else is multiplied.
 #[derive(Clone, Copy)]
-struct Ahead {
+pub(super) struct Ahead {
     next: *const u8,
     /// Whether as much is asked for as is read; half of it otherwise.
     alone: bool,
@@ -422,7 +438,7 @@ struct Ahead {
 impl Ahead {
     /// While as many bytes are read.
     #[inline(always)]
-    fn ask<S: Simd>(&mut self, s: S, bytes: usize) {
+    pub(super) fn ask<S: Simd>(&mut self, s: S, bytes: usize) {
         s.prefetch(self.next);
         let bytes = if self.alone { bytes } else { bytes / 2 };
         self.next = self.next.wrapping_add(bytes);
@@ -430,7 +446,7 @@ impl Ahead {
 }
 
 /// A format's dot products.
-trait Dot {
+pub(super) trait Dot {
     /// Whether numbers are in blocks.
     const PACKED: bool;
     /// Whether it needs [`Sums`].

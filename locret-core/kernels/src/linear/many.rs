@@ -32,9 +32,9 @@ fn job_rows(rows: usize) -> usize {
 const DEEPEST: usize = 1536;
 
 /// Columns that are converted at a time: pieces of a row of about the same length, in whole blocks.
-fn depth(columns: usize) -> usize {
+fn depth(columns: usize, block: usize) -> usize {
     let pieces = columns.div_ceil(DEEPEST);
-    columns.div_ceil(pieces).next_multiple_of(BLOCK)
+    columns.div_ceil(pieces).next_multiple_of(block.max(BLOCK))
 }
 
 /// Columns between two requests for what is converted next: no more at a time than a processor can wait
@@ -49,7 +49,8 @@ const TOKENS: usize = 512;
 fn fetch<S: Simd>(s: S, weight: &Weight<'_>, row: usize, column: usize, n: usize) {
     if row < weight.rows && column < weight.columns {
         let dtype = weight.dtype;
-        let bytes = |columns: usize| columns / dtype.block() * dtype.block_bytes();
+        // Also of a part of a block.
+        let bytes = |columns: usize| columns * dtype.block_bytes() / dtype.block();
         let at = row * weight.row_bytes + bytes(column);
         let end = at + bytes(n.min(weight.columns - column));
         for line in (at..end).step_by(64) {
@@ -105,7 +106,7 @@ struct Input<'a> {
 #[inline(always)]
 fn many_rows<S: Simd>(s: S, weight: &Weight<'_>, job: &Job, input: &Input<'_>, out: Columns) {
     let (n, columns) = (job.rows.len(), input.columns);
-    let deep = depth(columns);
+    let deep = depth(columns, weight.dtype.block());
     let widest = panels(S::LANES, n).map(|p| p.len()).max().unwrap_or(0);
     let lengths = [S::LANES * deep, widest * deep];
     let mut memory = Scratch::for_lengths(&lengths);

@@ -22,6 +22,7 @@ mod columns;
 mod few;
 mod many;
 mod rounded;
+mod super_blocks;
 mod weight;
 
 use crate::{dtype::DType, simd::Isa};
@@ -69,8 +70,8 @@ pub fn matmul_between(xs: &[&[f32]], weights: &[&Weight<'_>], outs: &mut [&mut [
 /// Each block of 32 activations is rounded to multiples of its largest magnitude over 127, as
 /// engines that read GGUF files commonly do, so that products are whole numbers. A block's part of an
 /// output is off by at most that step, halved, times the sum of the magnitudes of its weights (for 4
-/// bits: of `scale · (q - 8)`; minima are multiplied with exact sums). Weights of float types, and more than eight
-/// tokens at once, are computed as by [`matmul_between`].
+/// bits: of `scale · (q - 8)`; minima are multiplied with exact sums). Weights of float types and of super-blocks
+/// (`Q4_K`, `Q5_K`, `Q6_K`), and more than eight tokens at once, are computed as by [`matmul_between`].
 ///
 /// A block with an activation that is not finite makes the outputs of its token NaN.
 ///
@@ -180,13 +181,16 @@ mod tests {
     use half::{bf16, f16};
     use proptest::prelude::*;
 
-    const DTYPES: [DType; 6] = [
+    const DTYPES: [DType; 9] = [
         DType::F32,
         DType::F16,
         DType::BF16,
         DType::Q8_0,
         DType::Q4_0,
         DType::Q4_1,
+        DType::Q4_K,
+        DType::Q5_K,
+        DType::Q6_K,
     ];
 
     /// Bytes of a matrix and what they stand for, by the definition of the format.
@@ -230,6 +234,26 @@ mod tests {
                     let value = |q: u8| scale * f32::from(q) + minimum;
                     numbers.extend((0..16).map(|i| value(byte(i) as u8 & 15)));
                     numbers.extend((0..16).map(|i| value(byte(i) as u8 >> 4)));
+                }
+                DType::Q4_K | DType::Q5_K | DType::Q6_K => {
+                    let start = bytes.len();
+                    let random = rng.take(dtype.block_bytes());
+                    bytes.extend(random.iter().map(|x| (x * 128.0).floor() as i8 as u8));
+                    let mut put = |at: usize, x: f32| {
+                        let x = f16::from_f32(x).to_le_bytes();
+                        bytes[start + at..start + at + 2].copy_from_slice(&x);
+                    };
+                    // So that numbers are about as large as those of other types.
+                    match dtype {
+                        DType::Q6_K => put(208, random[0] / 4096.0),
+                        _ => {
+                            put(0, random[0] / 512.0);
+                            put(2, random[1] / 64.0);
+                        }
+                    }
+                    let at = numbers.len();
+                    numbers.resize(at + 256, 0.0);
+                    dtype.decode(&bytes[start..], &mut numbers[at..]);
                 }
                 dtype => unreachable!("{dtype} has no definition here"),
             }
@@ -302,7 +326,7 @@ mod tests {
         #[test]
         fn every_format_and_path_agrees_with_the_definition(
             tokens in prop_oneof![4 => 1usize..20, 1 => 20usize..70],
-            shapes in prop::collection::vec((0usize..6, prop_oneof![1usize..12, 90usize..110]), 1..3),
+            shapes in prop::collection::vec((0usize..9, prop_oneof![1usize..12, 90usize..110]), 1..3),
             // One piece of the columns, two and three.
             blocks in prop_oneof![6 => 1usize..12, 1 => 48usize..51, 1 => 96usize..99],
             tail in 0usize..32,
@@ -310,8 +334,11 @@ mod tests {
             cuts in any::<[prop::sample::Index; 3]>(),
             seed in any::<u64>(),
         ) {
-            let packed = shapes.iter().any(|(f, _)| DTYPES[*f].block() > 1);
-            let columns = if packed { blocks * 32 } else { blocks * 32 - tail };
+            let block = shapes.iter().map(|(f, _)| DTYPES[*f].block()).max().unwrap_or(1);
+            let columns = match block {
+                1 => blocks * 32 - tail,
+                _ => (blocks * 32).next_multiple_of(block),
+            };
             let made: Vec<_> = shapes
                 .iter()
                 .enumerate()
@@ -355,6 +382,9 @@ mod tests {
                     weight.row_with(isa, weight.rows() - 1, &mut row);
                     for (a, b) in row.iter().zip(&numbers[(weight.rows() - 1) * columns..]) {
                         prop_assert!((a - b).abs() <= 1e-6, "{isa:?} {weight:?}: {a} for {b}");
+                        if weight.dtype.block() == 256 {
+                            prop_assert_eq!(a.to_bits(), b.to_bits(), "{:?} {:?}", isa, weight);
+                        }
                     }
                 }
             }
@@ -362,7 +392,7 @@ mod tests {
     }
 
     /// What [`matmul_rounded`] is defined to compute with few tokens, in double precision; the same
-    /// of magnitudes; and the largest error that rounding may cause.
+    /// of magnitudes; and the largest error that rounding may cause: none where blocks are larger.
     fn rounded_oracle(
         x: &[f32],
         weights: &[(DType, Vec<u8>, Vec<f32>)],
@@ -397,6 +427,11 @@ mod tests {
                 (sum, size, error)
             };
             for (dtype, bytes, numbers) in weights {
+                if dtype.block() > BLOCK {
+                    let exact = oracle(x, numbers, columns).into_iter();
+                    out.extend(exact.map(|(sum, size)| (sum, size + columns as f64 / 8.0, 0.0)));
+                    continue;
+                }
                 let bytes = bytes.chunks(columns / BLOCK * dtype.block_bytes());
                 out.extend(
                     numbers
@@ -414,13 +449,14 @@ mod tests {
         #[test]
         fn rounded_activations_give_what_they_are_defined_to_give(
             tokens in 1usize..12,
-            shapes in prop::collection::vec((3usize..6, 1usize..12), 1..3),
+            shapes in prop::collection::vec((3usize..9, 1usize..12), 1..3),
             blocks in 1usize..28,
             bad in prop::option::of((any::<prop::sample::Index>(), 0usize..4)),
             cuts in any::<[prop::sample::Index; 3]>(),
             seed in any::<u64>(),
         ) {
-            let columns = blocks * BLOCK;
+            let block = shapes.iter().map(|(f, _)| DTYPES[*f].block()).max().unwrap_or(BLOCK);
+            let columns = (blocks * BLOCK).next_multiple_of(block);
             let made: Vec<_> = shapes
                 .iter()
                 .enumerate()
@@ -481,7 +517,7 @@ mod tests {
     #[test]
     fn results_do_not_depend_on_threads() {
         for dtype in DTYPES {
-            let (rows, columns) = (500, 640);
+            let (rows, columns) = (500, 768);
             let (bytes, _) = matrix(dtype, rows, columns, 3);
             let weight = Weight::new(dtype, rows, columns, bytes).unwrap();
             for tokens in [1, 7, 16, 30, 700] {
@@ -533,6 +569,8 @@ mod tests {
     fn bytes_that_are_no_matrix_are_refused() {
         let error = Weight::new(DType::Q4_1, 2, 40, &[0u8; 40][..]).unwrap_err();
         assert_eq!(error.to_string(), "40 columns are not whole blocks of 32");
+        let error = Weight::new(DType::Q6_K, 1, 576, &[0u8; 420][..]).unwrap_err();
+        assert_eq!(error.to_string(), "576 columns are not whole blocks of 256");
         let error = Weight::new(DType::Q4_1, 2, 64, &[0u8; 79][..]).unwrap_err();
         assert_eq!(error.to_string(), "79 bytes where the matrix has 80");
         let error = Weight::new(DType::F32, usize::MAX, 64, &[0u8; 4][..]).unwrap_err();

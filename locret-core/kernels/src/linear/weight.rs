@@ -1,6 +1,9 @@
 //! Weight matrices in the type of their file, and their conversion to single precision.
 
-use super::BLOCK;
+use super::{
+    BLOCK,
+    super_blocks::{Eights, SixK},
+};
 use crate::{
     dtype::{DType, Number},
     simd::{Isa, Simd, dispatch, store},
@@ -12,7 +15,10 @@ use std::{borrow::Cow, fmt, marker::PhantomData, ops::Range};
 /// Whether a [`Weight`] can have its numbers in this type.
 pub fn computes_with(dtype: DType) -> bool {
     use DType::*;
-    matches!(dtype, F32 | F16 | BF16 | Q8_0 | Q4_0 | Q4_1)
+    matches!(
+        dtype,
+        F32 | F16 | BF16 | Q8_0 | Q4_0 | Q4_1 | Q4_K | Q5_K | Q6_K
+    )
 }
 
 /// Bytes that are not the matrix they are said to be.
@@ -177,7 +183,7 @@ impl<'a> Weight<'a> {
 }
 
 /// A format's conversion.
-trait Convert {
+pub(super) trait Convert {
     /// Some numbers of a row, from a multiple of the block on, in whole blocks.
     ///
     /// # Safety
@@ -324,6 +330,9 @@ pub(super) fn convert<S: Simd>(
             DType::Q8_0 => Bytes::convert(s, at, columns.start, out),
             DType::Q4_0 => Nibbles::<false>::convert(s, at, columns.start, out),
             DType::Q4_1 => Nibbles::<true>::convert(s, at, columns.start, out),
+            DType::Q4_K => Eights::<false>::convert(s, at, columns.start, out),
+            DType::Q5_K => Eights::<true>::convert(s, at, columns.start, out),
+            DType::Q6_K => SixK::convert(s, at, columns.start, out),
             dtype => unreachable!("no weight is of type {dtype}"),
         }
     }

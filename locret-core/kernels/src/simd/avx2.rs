@@ -1,7 +1,7 @@
 //! x86-64 with AVX2, FMA and F16C: vectors of 8.
 
-use super::Simd;
-use std::arch::x86_64::*;
+use super::{Simd, six_bits};
+use std::arch::{asm, x86_64::*};
 
 /// AVX2, FMA and F16C: 8 lanes.
 #[derive(Debug, Clone, Copy)]
@@ -84,6 +84,30 @@ pub(super) unsafe fn scale(p: *const u8, stride: usize, n: usize, i: usize) -> i
         true => unsafe { p.add(i * stride).cast::<i32>().read_unaligned() },
         false => 0,
     }
+}
+
+/// The codes of eight scales and then of eight minima, a byte each.
+///
+/// # Safety
+/// As [`Simd::unpack_scales`], for the bytes that are read.
+#[inline(always)]
+pub(super) unsafe fn six_bit_codes(p: *const u8) -> __m128i {
+    // SAFETY: promised by the caller.
+    unsafe {
+        let [first, last] = six_bits(p);
+        _mm_unpacklo_epi32(
+            _mm_cvtsi64_si128(first.cast_signed()),
+            _mm_cvtsi64_si128(last.cast_signed()),
+        )
+    }
+}
+
+/// Has what was written to `p` read from there. Compilers else keep it in registers, and taking vectors apart takes
+/// more time than reading their parts.
+#[inline(always)]
+pub(super) fn in_memory<T>(p: *mut T) {
+    // SAFETY: nothing is done.
+    unsafe { asm!("/* {} */", in(reg) p, options(nostack, preserves_flags)) };
 }
 
 /// Sums of four products of `a` without and `b` with a sign, no two of which exceed 16 bits.
@@ -258,6 +282,69 @@ impl Simd for Avx2 {
             let scales = _mm_set_epi32(at(3), at(2), at(1), at(0));
             let mask = if minima { -1 } else { 0xffff };
             _mm256_cvtph_ps(_mm_and_si128(scales, _mm_set1_epi32(mask)))
+        })
+    }
+    #[inline(always)]
+    unsafe fn unpack_scales(self, p: *const u8, to: *mut f32) {
+        memory!({
+            let codes = six_bit_codes(p);
+            let codes = [codes, _mm_unpackhi_epi64(codes, codes)];
+            let both = _mm_cvtph_ps(_mm_loadu_si32(p));
+            let whole = [both, _mm_movehdup_ps(both)];
+            for i in 0..2 {
+                let eight = _mm256_cvtepu8_epi32(codes[i]);
+                let whole = _mm256_broadcastss_ps(whole[i]);
+                let numbers = _mm256_mul_ps(whole, _mm256_cvtepi32_ps(eight));
+                _mm256_storeu_ps(to.add(8 * i), numbers);
+            }
+            in_memory(to);
+        })
+    }
+    #[inline(always)]
+    unsafe fn unpack_fives(self, fifth: *const u8, low: *const u8, to: *mut u8) {
+        memory!({
+            let fifth = _mm256_loadu_si256(fifth.cast());
+            let (nibble, sixteen) = (_mm256_set1_epi8(15), _mm256_set1_epi8(16));
+            for pair in 0..4 {
+                let bytes = _mm256_loadu_si256(low.add(32 * pair).cast());
+                let codes = [bytes, _mm256_srli_epi16::<4>(bytes)];
+                for i in 0..2 {
+                    let bit = _mm256_set1_epi8((1u8 << (2 * pair + i)).cast_signed());
+                    let there = _mm256_cmpeq_epi8(_mm256_and_si256(fifth, bit), bit);
+                    let codes = _mm256_or_si256(
+                        _mm256_and_si256(codes[i], nibble),
+                        _mm256_and_si256(there, sixteen),
+                    );
+                    _mm256_storeu_si256(to.add(64 * pair + 32 * i).cast(), codes);
+                }
+            }
+            in_memory(to);
+        })
+    }
+    #[inline(always)]
+    unsafe fn unpack_sixes(self, low: *const u8, high: *const u8, to: *mut u8) {
+        memory!({
+            let (nibble, upper) = (_mm256_set1_epi8(15), _mm256_set1_epi8(0x30));
+            for half in 0..2 {
+                let high = _mm256_loadu_si256(high.add(32 * half).cast());
+                let a = _mm256_loadu_si256(low.add(64 * half).cast());
+                let b = _mm256_loadu_si256(low.add(64 * half + 32).cast());
+                let runs = [
+                    (a, _mm256_slli_epi16::<4>(high)),
+                    (b, _mm256_slli_epi16::<2>(high)),
+                    (_mm256_srli_epi16::<4>(a), high),
+                    (_mm256_srli_epi16::<4>(b), _mm256_srli_epi16::<2>(high)),
+                ];
+                for run in 0..4 {
+                    let (low, high) = runs[run];
+                    let codes = _mm256_or_si256(
+                        _mm256_and_si256(low, nibble),
+                        _mm256_and_si256(high, upper),
+                    );
+                    _mm256_storeu_si256(to.add(128 * half + 32 * run).cast(), codes);
+                }
+            }
+            in_memory(to);
         })
     }
     #[inline(always)]

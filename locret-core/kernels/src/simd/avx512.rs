@@ -2,7 +2,7 @@
 
 use super::{
     Simd,
-    avx2::{Avx2, dot_signed, dot_unsigned, halves, scale, transpose8},
+    avx2::{Avx2, dot_signed, dot_unsigned, halves, in_memory, scale, six_bit_codes, transpose8},
 };
 use std::arch::x86_64::*;
 
@@ -14,6 +14,19 @@ impl Avx512 {
     pub(super) fn detect() -> Option<Self> {
         (is_x86_feature_detected!("avx512f") && Avx2::detect().is_some()).then_some(Self(()))
     }
+}
+
+/// Where a bit of the mask is set that of `a`, elsewhere that of `b`.
+const CHOOSE: i32 = 0xe4;
+
+/// Every word of the lower half `a`, of the upper half `b`.
+///
+/// # Safety
+/// The processor must have AVX-512F.
+#[inline(always)]
+unsafe fn two(a: i32, b: i32) -> __m512i {
+    // SAFETY: promised by the caller.
+    unsafe { _mm512_inserti64x4::<1>(_mm512_set1_epi32(a), _mm256_set1_epi32(b)) }
 }
 
 /// The lower half and the upper half, added. A function, since a closure that is given to
@@ -167,9 +180,14 @@ impl Simd for Avx512 {
     unsafe fn load_nibbles(self, p: *const u8) -> (__m512, __m512) {
         memory!({
             let bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(p.cast()));
+            // The number of each lane's lowest four bits: no mask and no conversion.
+            let numbers = _mm512_set_ps(
+                15.0, 14.0, 13.0, 12.0, 11.0, 10.0, 9.0, 8.0, 7.0, 6.0, 5.0, 4.0, 3.0, 2.0, 1.0,
+                0.0,
+            );
             (
-                _mm512_cvtepi32_ps(_mm512_and_si512(bytes, _mm512_set1_epi32(15))),
-                _mm512_cvtepi32_ps(_mm512_srli_epi32::<4>(bytes)),
+                _mm512_permutexvar_ps(bytes, numbers),
+                _mm512_permutexvar_ps(_mm512_srli_epi32::<4>(bytes), numbers),
             )
         })
     }
@@ -188,6 +206,80 @@ impl Simd for Avx512 {
             let scales = _mm256_set_epi32(at(7), at(6), at(5), at(4), at(3), at(2), at(1), at(0));
             let mask = if minima { -1 } else { 0xffff };
             _mm512_cvtph_ps(_mm256_and_si256(scales, _mm256_set1_epi32(mask)))
+        })
+    }
+    #[inline(always)]
+    unsafe fn unpack_scales(self, p: *const u8, to: *mut f32) {
+        memory!({
+            let both = _mm512_castps128_ps512(_mm_cvtph_ps(_mm_loadu_si32(p)));
+            let eight_each = _mm512_set_epi32(1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0);
+            let numbers = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(six_bit_codes(p)));
+            let whole = _mm512_permutexvar_ps(eight_each, both);
+            _mm512_storeu_ps(to, _mm512_mul_ps(whole, numbers));
+            in_memory(to);
+        })
+    }
+    #[inline(always)]
+    unsafe fn unpack_fives(self, fifth: *const u8, low: *const u8, to: *mut u8) {
+        memory!({
+            let fifth = _mm512_broadcast_i64x4(_mm256_loadu_si256(fifth.cast()));
+            let (nibble, five) = (
+                _mm512_set1_epi32(0x0f0f_0f0f),
+                _mm512_set1_epi32(0x1f1f_1f1f),
+            );
+            // The halves of a vector are two pairs of groups; the bit of each comes to the fifth place.
+            let bits = [
+                [
+                    _mm512_sllv_epi32(fifth, two(4, 2)),
+                    _mm512_sllv_epi32(fifth, two(3, 1)),
+                ],
+                [
+                    _mm512_srlv_epi32(fifth, two(0, 2)),
+                    _mm512_srlv_epi32(fifth, two(1, 3)),
+                ],
+            ];
+            for half in 0..2 {
+                let bytes = _mm512_loadu_si512(low.add(64 * half).cast());
+                let codes = [bytes, _mm512_srli_epi32::<4>(bytes)];
+                for i in 0..2 {
+                    let codes =
+                        _mm512_ternarylogic_epi32::<CHOOSE>(codes[i], bits[half][i], nibble);
+                    let codes = _mm512_and_si512(codes, five);
+                    let to = to.add(128 * half + 32 * i);
+                    _mm256_storeu_si256(to.cast(), _mm512_castsi512_si256(codes));
+                    let upper = _mm512_extracti64x4_epi64::<1>(codes);
+                    _mm256_storeu_si256(to.add(64).cast(), upper);
+                }
+            }
+            in_memory(to);
+        })
+    }
+    #[inline(always)]
+    unsafe fn unpack_sixes(self, low: *const u8, high: *const u8, to: *mut u8) {
+        memory!({
+            let (nibble, six) = (
+                _mm512_set1_epi32(0x0f0f_0f0f),
+                _mm512_set1_epi32(0x3f3f_3f3f),
+            );
+            for half in 0..2 {
+                let high = _mm256_loadu_si256(high.add(32 * half).cast());
+                let high = _mm512_broadcast_i64x4(high);
+                let bytes = _mm512_loadu_si512(low.add(64 * half).cast());
+                let parts = [
+                    (bytes, _mm512_sllv_epi32(high, two(4, 2))),
+                    (
+                        _mm512_srli_epi32::<4>(bytes),
+                        _mm512_srlv_epi32(high, two(0, 2)),
+                    ),
+                ];
+                for i in 0..2 {
+                    let (low, high) = parts[i];
+                    let codes = _mm512_ternarylogic_epi32::<CHOOSE>(low, high, nibble);
+                    let to = to.add(128 * half + 64 * i);
+                    _mm512_storeu_si512(to.cast(), _mm512_and_si512(codes, six));
+                }
+            }
+            in_memory(to);
         })
     }
     #[inline(always)]

@@ -135,12 +135,54 @@ pub(super) trait Simd: Copy + Send + Sync + 'static {
     /// # Safety
     /// `p` must be valid for reading four bytes at each of the first `n` multiples of `stride`.
     unsafe fn load_scales(self, p: *const u8, stride: usize, n: usize, minima: bool) -> Self::V;
+    /// The scales and then the minima of a super-block's eight groups, as `Q4_K` and `Q5_K` have them: 16
+    /// numbers. Each is a code of six bits times a number in half precision.
+    ///
+    /// # Safety
+    /// `p` must be valid for reading 16 bytes, and `to` for writing 16 numbers.
+    unsafe fn unpack_scales(self, p: *const u8, to: *mut f32);
+    /// The 256 codes of a super-block of `Q5_K`, a byte each.
+    ///
+    /// # Safety
+    /// `fifth` must be valid for reading 32 bytes, `low` for 128, and `to` for writing 256.
+    unsafe fn unpack_fives(self, fifth: *const u8, low: *const u8, to: *mut u8);
+    /// The 256 codes of a super-block of `Q6_K`, a byte each, as they stand: what they mean is 32 less.
+    ///
+    /// # Safety
+    /// `low` must be valid for reading 128 bytes, `high` for 64, and `to` for writing 256.
+    unsafe fn unpack_sixes(self, low: *const u8, high: *const u8, to: *mut u8);
     /// All lanes lane `lane` of `a`.
     fn splat_lane(self, a: Self::V, lane: usize) -> Self::V;
     /// A vector whose lanes add up to `a · b` in whole numbers, `a` below 16 and `b` signed.
     fn dot_halves(self, a: Self::Bytes, b: Self::Bytes) -> Self::V;
     /// A vector whose lanes add up to `a · b` in whole numbers, both signed, `b` above -128.
     fn dot_bytes(self, a: Self::Bytes, b: Self::Bytes) -> Self::V;
+}
+
+/// The codes of six bits of a super-block that begins with two halves, a byte each: four scales and four minima,
+/// and then those of the other four groups.
+///
+/// # Safety
+/// `p` must be valid for reading 16 bytes.
+#[inline(always)]
+unsafe fn six_bits(p: *const u8) -> [u64; 2] {
+    // SAFETY: promised by the caller.
+    let (first, last) = unsafe {
+        (
+            p.add(4).cast::<[u8; 8]>().read(),
+            p.add(12).cast::<[u8; 4]>().read(),
+        )
+    };
+    // The first ones stand alone in their bytes, whose upper two bits are those of the others.
+    let (first, last) = (
+        u64::from_le_bytes(first),
+        u64::from(u32::from_le_bytes(last)),
+    );
+    let low = (last | last << 28) & 0x0f0f_0f0f_0f0f_0f0f;
+    [
+        first & 0x3f3f_3f3f_3f3f_3f3f,
+        low | first >> 2 & 0x3030_3030_3030_3030,
+    ]
 }
 
 /// The first [`Simd::LANES`] numbers of `x`.

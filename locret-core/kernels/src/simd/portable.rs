@@ -1,6 +1,6 @@
 //! Vectors of 4 for any processor.
 
-use super::Simd;
+use super::{Simd, six_bits};
 
 /// Plain Rust on arrays of four, which compilers turn into the target's default vectors.
 #[derive(Debug, Clone, Copy)]
@@ -176,6 +176,61 @@ impl Simd for Portable {
             (out[1], out[3]) = (0.0, 0.0);
         }
         F32x4(out)
+    }
+    #[inline(always)]
+    unsafe fn unpack_scales(self, p: *const u8, to: *mut f32) {
+        // SAFETY: promised by the caller.
+        let (codes, halves) = unsafe { (six_bits(p), p.cast::<[[u8; 2]; 2]>().read()) };
+        let whole = halves.map(|half| f16_bits_to_f32(u16::from_le_bytes(half)));
+        let mut out = [0.0; 16];
+        for (i, codes) in codes.into_iter().enumerate() {
+            for (j, code) in codes.to_le_bytes().into_iter().enumerate() {
+                out[8 * (j / 4) + 4 * i + j % 4] = whole[j / 4] * f32::from(code);
+            }
+        }
+        // SAFETY: promised by the caller.
+        unsafe { to.cast::<[f32; 16]>().write_unaligned(out) };
+    }
+    #[inline(always)]
+    unsafe fn unpack_fives(self, fifth: *const u8, low: *const u8, to: *mut u8) {
+        // SAFETY: promised by the caller.
+        let (fifth, low, to) = unsafe {
+            (
+                &*fifth.cast::<[u8; 32]>(),
+                &*low.cast::<[u8; 128]>(),
+                &mut *to.cast::<[u8; 256]>(),
+            )
+        };
+        for (pair, (low, to)) in low
+            .chunks_exact(32)
+            .zip(to.chunks_exact_mut(64))
+            .enumerate()
+        {
+            for (i, (low, fifth)) in low.iter().zip(fifth).enumerate() {
+                to[i] = low & 15 | (fifth >> (2 * pair) & 1) << 4;
+                to[i + 32] = low >> 4 | (fifth >> (2 * pair + 1) & 1) << 4;
+            }
+        }
+    }
+    #[inline(always)]
+    unsafe fn unpack_sixes(self, low: *const u8, high: *const u8, to: *mut u8) {
+        // SAFETY: promised by the caller.
+        let (low, high, to) = unsafe {
+            (
+                &*low.cast::<[u8; 128]>(),
+                &*high.cast::<[u8; 64]>(),
+                &mut *to.cast::<[u8; 256]>(),
+            )
+        };
+        let halves = low.chunks_exact(64).zip(high.chunks_exact(32));
+        for ((low, high), to) in halves.zip(to.chunks_exact_mut(128)) {
+            for (i, high) in high.iter().enumerate() {
+                to[i] = low[i] & 15 | (high & 3) << 4;
+                to[i + 32] = low[i + 32] & 15 | (high >> 2 & 3) << 4;
+                to[i + 64] = low[i] >> 4 | (high >> 4 & 3) << 4;
+                to[i + 96] = low[i + 32] >> 4 | (high >> 6) << 4;
+            }
+        }
     }
     #[inline(always)]
     fn splat_lane(self, a: F32x4, lane: usize) -> F32x4 {
