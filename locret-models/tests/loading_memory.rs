@@ -1,7 +1,10 @@
 //! The process's heap, counted while a checkpoint is loaded.
 
+mod common;
+
 use burn::tensor::Device;
-use locret_models::{LoadOptions, WeightDtype, load_model};
+use common::gguf_file::File;
+use locret_models::{DType, LoadOptions, Value, WeightDtype, load_model};
 use serde_json::{Map, json};
 use std::{
     alloc::{GlobalAlloc, Layout, System},
@@ -90,27 +93,74 @@ fn write(dir: &Path) -> usize {
     total
 }
 
+/// Rows of an embedding that is nearly all of a model even where it is packed.
+const LARGE: usize = 192_000;
+
+/// A GGUF file of K-quants as [`write`]'s model is of `bf16`, and the bytes of its tensors.
+fn k_quants() -> (tempfile::NamedTempFile, usize) {
+    let mut file = File::default()
+        .meta("general.architecture", Value::String("llama".into()))
+        .meta("llama.attention.layer_norm_rms_epsilon", Value::F32(1e-5));
+    for (key, value) in [
+        ("block_count", 1),
+        ("context_length", 4096),
+        ("embedding_length", HIDDEN),
+        ("feed_forward_length", INNER),
+        ("attention.head_count", 4),
+        ("attention.head_count_kv", 2),
+        ("vocab_size", LARGE),
+    ] {
+        file = file.meta(&format!("llama.{key}"), Value::U32(value as u32));
+    }
+    for (name, shape, dtype) in [
+        ("token_embd", vec![LARGE, HIDDEN], DType::Q4_K),
+        ("output", vec![LARGE, HIDDEN], DType::Q6_K),
+        ("output_norm", vec![HIDDEN], DType::F32),
+        ("blk.0.attn_norm", vec![HIDDEN], DType::F32),
+        ("blk.0.attn_q", vec![HIDDEN, HIDDEN], DType::Q4_K),
+        ("blk.0.attn_k", vec![HIDDEN / 2, HIDDEN], DType::Q4_K),
+        ("blk.0.attn_v", vec![HIDDEN / 2, HIDDEN], DType::Q6_K),
+        ("blk.0.attn_output", vec![HIDDEN, HIDDEN], DType::Q5_K),
+        ("blk.0.ffn_norm", vec![HIDDEN], DType::F32),
+        ("blk.0.ffn_gate", vec![INNER, HIDDEN], DType::Q5_K),
+        ("blk.0.ffn_up", vec![INNER, HIDDEN], DType::Q4_K),
+        ("blk.0.ffn_down", vec![HIDDEN, INNER], DType::Q6_K),
+    ] {
+        let bytes = vec![0x3c; dtype.bytes(shape.iter().product()).unwrap()];
+        let shape: Vec<u64> = shape.iter().map(|n| *n as u64).collect();
+        file = file.tensor(&format!("{name}.weight"), &shape, dtype, bytes);
+    }
+    let total = file.tensors.iter().map(|tensor| tensor.3.len()).sum();
+    (file.write(), total)
+}
+
 /// One test, since the heap is everybody's.
 #[test]
 fn loading_takes_little_more_than_the_model() {
     let dir = tempfile::tempdir().unwrap();
     let values = write(dir.path());
+    let check = |path: &Path, weights, vocab, resident: usize| {
+        let before = LIVE.load(Relaxed);
+        PEAK.store(before, Relaxed);
+        let options = LoadOptions::new().weights(weights);
+        let loaded = load_model(path, &options, &Device::flex()).unwrap();
+        let peak = PEAK.load(Relaxed) - before;
+        assert!(
+            peak >= resident && peak * 100 <= resident * 115,
+            "{weights:?} of {}: {peak} bytes for a model of {resident}",
+            path.display()
+        );
+        assert_eq!(loaded.model.spec().vocab, vocab);
+    };
     for (weights, bytes) in [
         (WeightDtype::File, 2),
         (WeightDtype::BF16, 2),
         (WeightDtype::F16, 2),
         (WeightDtype::F32, 4),
     ] {
-        let before = LIVE.load(Relaxed);
-        PEAK.store(before, Relaxed);
-        let options = LoadOptions::new().weights(weights);
-        let loaded = load_model(dir.path(), &options, &Device::flex()).unwrap();
-        let peak = PEAK.load(Relaxed) - before;
-        let resident = values * bytes;
-        assert!(
-            peak >= resident && peak * 100 <= resident * 115,
-            "{weights:?}: {peak} bytes for a model of {resident}"
-        );
-        assert_eq!(loaded.model.spec().vocab, VOCAB);
+        check(dir.path(), weights, VOCAB, values * bytes);
     }
+    // Packed, K-quants take as many bytes as in their file.
+    let (file, bytes) = k_quants();
+    check(file.path(), WeightDtype::File, LARGE, bytes);
 }
