@@ -120,7 +120,9 @@ fn logits(loaded: &LoadedModel, ids: &[u32], chunk: usize) -> Vec<f32> {
 
 #[test]
 fn packed_models_are_what_they_are_when_widened() {
-    for q in [1.0, 0.3, 0.1, 0.03] { diag(q); }
+    for q in [1.0, 0.3, 0.1, 0.03] {
+        diag(q);
+    }
     let file = model(0.1).write();
     let load = |weights| {
         let options = LoadOptions::new().weights(weights);
@@ -201,7 +203,17 @@ fn diag(q: f32) {
     let whole = logits(&wide, &ids, ids.len());
     for chunk in [1, 5, 16, 40] {
         let (a, b) = (logits(&packed, &ids, chunk), logits(&wide, &ids, chunk));
-        let off = |a: &[f32], b: &[f32]| a.iter().zip(b).fold(0.0, |m: f32, (a, b)| m.max((a - b).abs()));
-        eprintln!("DIAG chunk {chunk}: packed-wide {} wide-whole {} packed-whole {} last {}", off(&a, &b), off(&b, &whole), off(&a, &whole), whole.iter().fold(0.0, |s: f32, x| s.max(x.abs())));
+        let off = |a: &[f32], b: &[f32]| {
+            a.iter()
+                .zip(b)
+                .fold(0.0, |m: f32, (a, b)| m.max((a - b).abs()))
+        };
+        eprintln!(
+            "DIAG chunk {chunk}: packed-wide {} wide-whole {} packed-whole {} last {}",
+            off(&a, &b),
+            off(&b, &whole),
+            off(&a, &whole),
+            whole.iter().fold(0.0, |s: f32, x| s.max(x.abs()))
+        );
     }
 }
