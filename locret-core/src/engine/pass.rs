@@ -553,6 +553,8 @@ impl<'a> SequenceStep<'a> {
         drop(pending);
         for (layer, verdict) in layers.zip(verdicts) {
             cache.apply(layer, verdict)?;
+            // Codes have a reserve, too: what a store settles into may be more than it was.
+            cache.note_peak(layer, self.phase);
         }
         Ok(())
     }

@@ -52,8 +52,6 @@ pub(super) struct Planner<'a> {
     layers: Vec<Layer>,
     /// Verdicts come after the last layer.
     later: bool,
-    /// Whether bytes are what stores will say, rather than an estimate.
-    exact: bool,
     seen: usize,
     now: Peak,
     plan: Plan,
@@ -79,13 +77,21 @@ impl<'a> Planner<'a> {
         Ok(Self {
             spec,
             policy,
-            exact: layers.iter().all(|layer| layer.growth.exact()),
             layers,
             later,
             seen: 0,
             now: Peak::default(),
             plan: Plan::default(),
         })
+    }
+
+    /// Bytes that are never too low, where they would be an estimate.
+    pub(super) fn bound(mut self) -> Self {
+        for layer in &mut self.layers {
+            layer.change(self.spec.kv_heads, &mut self.now, |growth| growth.bound());
+        }
+        self.plan.peak = self.now;
+        self
     }
 
     /// Goes on from what a cache holds.
@@ -119,6 +125,7 @@ impl<'a> Planner<'a> {
         if self.seen > 0 {
             for layer in &mut self.layers {
                 layer.settle(Some(0), self.spec.kv_heads, &mut self.now);
+                self.plan.peak.note(&self.now);
             }
         }
         let local = prefill.local.min(prompt);
@@ -186,11 +193,13 @@ impl<'a> Planner<'a> {
             peak.note(&self.now);
             if !self.later {
                 layer.settle(slack, heads, &mut self.now);
+                peak.note(&self.now);
             }
         }
         if self.later {
             for layer in &mut self.layers {
                 layer.settle(slack, heads, &mut self.now);
+                peak.note(&self.now);
             }
         }
     }
@@ -200,11 +209,6 @@ impl<'a> Planner<'a> {
             bytes: self.now.bytes,
             ..self.plan
         }
-    }
-
-    /// Whether bytes are exact, rather than an estimate.
-    pub(super) fn exact(&self) -> bool {
-        self.exact
     }
 }
 

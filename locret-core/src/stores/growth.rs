@@ -24,10 +24,9 @@ pub trait Growth {
     /// As [`KvStore::bytes`](crate::KvStore::bytes).
     fn bytes(&self) -> usize;
 
-    /// Whether these bytes are what a store will say; otherwise they are an estimate, at most 5 % too low.
-    fn exact(&self) -> bool {
-        true
-    }
+    /// From now on [`bytes`](Self::bytes) are never too low, whichever units are dropped, as a promise of memory
+    /// has to be. Where they do not depend on that, there is nothing to do.
+    fn bound(&mut self) {}
 }
 
 /// Where a buffer to which single tokens are appended has room for a multiple of this.
@@ -152,7 +151,8 @@ impl Growth for TensorGrowth {
 }
 
 /// Of a store of codes: an estimate, since it depends on the text which units are dropped. Unless it is
-/// the oldest, they are taken to go by lot, older and newer ones alike.
+/// the oldest, they are taken to go by lot, older and newer ones alike. A bound takes each part at its
+/// largest: of codes as if only numbers had been dropped, of numbers as if only codes.
 #[derive(Debug)]
 pub(super) struct CodedGrowth {
     config: Quantization,
@@ -161,6 +161,8 @@ pub(super) struct CodedGrowth {
     tail: Buffer,
     /// Groups of tokens that have a member left, where keys are scaled by group.
     groups: f64,
+    /// Of a bound: units that a head holds, whatever they are.
+    bound: Option<usize>,
     /// Bytes of a unit of all heads as codes and as numbers, and of what a group shares.
     coded_bytes: usize,
     tail_bytes: usize,
@@ -174,16 +176,27 @@ impl CodedGrowth {
         let by_token = 4 * dim.div_ceil(config.group.clamp(1, dim));
         let (unit, group) = match config.layout {
             QuantLayout::PerToken => (codes + 2 * by_token, 0),
-            QuantLayout::Kivi => (codes + by_token, 4 * dim),
+            // And how many members a group has left.
+            QuantLayout::Kivi => (codes + by_token, 4 * dim + 4),
         };
         Self {
             config,
             coded: Buffer::default(),
             tail: Buffer::default(),
             groups: 0.0,
+            bound: None,
             coded_bytes: heads * unit,
             tail_bytes: heads * 2 * dim * 4,
             group_bytes: heads * group,
+        }
+    }
+
+    /// The most units that are numbers once a step is over.
+    fn longest_tail(&self) -> usize {
+        match self.config.layout {
+            QuantLayout::PerToken => self.config.residual,
+            // As many as wait for their group to be full.
+            QuantLayout::Kivi => self.config.residual + self.config.group.max(1) - 1,
         }
     }
 }
@@ -194,11 +207,22 @@ impl Growth for CodedGrowth {
         let needed = self.tail.rows + units;
         self.tail.capacity = self.tail.capacity.max(needed);
         self.tail.rows = needed;
+        if let Some(all) = &mut self.bound {
+            *all += units;
+        }
     }
 
     fn retain(&mut self, units: usize, newest: bool) {
         let (len, before) = (self.units(), self.coded.rows as f64);
         if units >= len {
+            return;
+        }
+        if let Some(all) = &mut self.bound {
+            *all = units;
+            self.coded.rows = self.coded.rows.min(units);
+            self.coded.capacity = self.coded.capacity.min(next(units));
+            self.tail.rows = self.tail.rows.min(units);
+            self.groups = self.groups.min(units as f64);
             return;
         }
         if newest {
@@ -221,6 +245,19 @@ impl Growth for CodedGrowth {
         if self.config.layout == QuantLayout::Kivi {
             units -= units % group;
         }
+        if let Some(all) = self.bound {
+            let more = self.tail.rows.saturating_sub(self.config.residual);
+            self.coded.rows = (self.coded.rows + more).min(all);
+            if more > 0 {
+                // It may have been one, for which there is a reserve.
+                let room = next(self.coded.rows.saturating_sub(1));
+                self.coded.capacity = self.coded.capacity.max(room);
+            }
+            self.groups = (self.groups + (more / group) as f64).min(all as f64);
+            self.tail.rows = self.tail.rows.min(self.longest_tail());
+            self.tail.capacity = self.tail.rows + 1;
+            return;
+        }
         if units > 0 {
             self.coded.append(units);
             self.tail.rows -= units;
@@ -232,11 +269,21 @@ impl Growth for CodedGrowth {
     }
 
     fn units(&self) -> usize {
-        self.coded.rows + self.tail.rows
+        self.bound.unwrap_or(self.coded.rows + self.tail.rows)
     }
 
-    fn exact(&self) -> bool {
-        false
+    fn bound(&mut self) {
+        let all = self.units();
+        self.bound = Some(all);
+        if all > 0 {
+            self.coded = Buffer {
+                rows: all,
+                capacity: next(all),
+            };
+            self.groups = all as f64;
+            self.tail.rows = all.min(self.longest_tail());
+            self.tail.capacity = self.tail.rows + 1;
+        }
     }
 
     fn bytes(&self) -> usize {

@@ -198,6 +198,24 @@ fn sixty_four_sequences_are_what_each_is_alone() {
     assert_eq!(batch.load().promised, 0);
 }
 
+#[test]
+fn a_promise_is_enough() {
+    let model = model();
+    let mut front = batch(&model, Limits::new().memory(1));
+    for n in 0..400 {
+        let case = case(n);
+        let needed = match front.submit(case.request(), Box::new(|_| {})) {
+            Err(Error::Memory { needed, .. }) => needed,
+            other => panic!("{other:?}"),
+        };
+        // With nothing beyond it, so that none can be taken when it is too low.
+        let mut batch = batch(&model, Limits::new().memory(needed));
+        let (_, ear) = submit(&mut batch, case.request());
+        run(&mut batch);
+        check(&model, &case, take(&ear));
+    }
+}
+
 #[derive(Debug, Clone)]
 enum Act {
     Submit(usize),

@@ -105,6 +105,7 @@ pub(super) fn footprint(
     if let Some(kept) = &request.from {
         planner = planner.from(kept.cache());
     }
+    planner = planner.bound();
     let before = request
         .from
         .as_ref()
@@ -123,12 +124,7 @@ pub(super) fn footprint(
     let goes_on = request.from.is_some() || request.fetch.is_some();
     planner.read(rest + usize::from(goes_on), prefill)?;
     planner.generate(request.generate.max_new);
-    let (plan, exact) = (planner.plan(), planner.exact());
-    let bytes = match exact {
-        true => plan.peak.bytes,
-        // An estimate is at most 5 % too low.
-        false => plan.peak.bytes.saturating_add(plan.peak.bytes / 20),
-    };
+    let plan = planner.plan();
     let heads = spec.layers * spec.kv_heads;
     let shared = (0..spec.layers).any(|index| shares(policy, spec, index, request.tokens()));
     // Where heads share a budget, each has a reserve at a moment of its own.
@@ -145,7 +141,7 @@ pub(super) fn footprint(
     ];
     let all = parts
         .into_iter()
-        .fold(bytes.max(least), usize::saturating_add);
+        .fold(plan.peak.bytes.max(least), usize::saturating_add);
     Ok(all)
 }
 
