@@ -210,25 +210,43 @@ fn without(ranges: Vec<Range<usize>>, others: &[Range<usize>]) -> Vec<Range<usiz
     out
 }
 
-/// Cuts sorted runs into tiles of at most `most` units, and hands each on with its runs.
-pub(crate) fn tiles(runs: &[Range<usize>], most: usize, mut tile: impl FnMut(&[Range<usize>])) {
-    let (mut pieces, mut units) = (Vec::new(), 0);
-    for run in runs {
-        let mut run = run.clone();
-        while !run.is_empty() {
-            let cut = run.start + run.len().min(most - units);
-            units += cut - run.start;
-            pieces.push(run.start..cut);
-            run.start = cut;
-            if units == most {
-                tile(&pieces);
-                pieces.clear();
-                units = 0;
-            }
+/// Sorted runs, cut into tiles of at most `most` units.
+///
+/// A value that is asked for the next one, and not a function that takes a closure: what is done with a tile has to
+/// be compiled for the instruction set of its caller, which a closure is not.
+pub(crate) struct Tiles<'a> {
+    runs: &'a [Range<usize>],
+    most: usize,
+    /// The unit at which the first of `runs` goes on.
+    from: usize,
+    pieces: Vec<Range<usize>>,
+}
+
+impl<'a> Tiles<'a> {
+    pub(crate) fn new(runs: &'a [Range<usize>], most: usize) -> Self {
+        Self {
+            runs,
+            most,
+            from: 0,
+            pieces: Vec::new(),
         }
     }
-    if units > 0 {
-        tile(&pieces);
+
+    /// The runs that make up the next tile.
+    pub(crate) fn next(&mut self) -> Option<&[Range<usize>]> {
+        self.pieces.clear();
+        let mut room = self.most;
+        while let Some((run, rest)) = self.runs.split_first().filter(|_| room > 0) {
+            let start = self.from.max(run.start);
+            let end = run.end.min(start + room);
+            room -= end - start;
+            self.pieces.push(start..end);
+            if end == run.end {
+                self.runs = rest;
+            }
+            self.from = end;
+        }
+        (!self.pieces.is_empty()).then_some(&self.pieces)
     }
 }
 
@@ -299,7 +317,8 @@ mod tests {
             let cuts: Vec<usize> = cuts.into_iter().collect();
             let runs: Vec<_> = cuts.chunks_exact(2).map(|c| c[0]..c[1]).collect();
             let (mut all, mut counts) = (Vec::new(), Vec::new());
-            tiles(&runs, 24, |pieces| {
+            let mut tiles = Tiles::new(&runs, 24);
+            while let Some(pieces) = tiles.next() {
                 let units: Vec<usize> = pieces.iter().cloned().flatten().collect();
                 for unit in 0..402 {
                     let count = units.iter().filter(|u| **u < unit).count();
@@ -307,7 +326,7 @@ mod tests {
                 }
                 counts.push(units.len());
                 all.extend(units);
-            });
+            }
             prop_assert_eq!(all, runs.into_iter().flatten().collect::<Vec<_>>());
             let last = counts.pop().unwrap_or(1);
             prop_assert!(counts.iter().all(|n| *n == 24) && (1..=24).contains(&last));

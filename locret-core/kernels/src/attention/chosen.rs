@@ -12,7 +12,7 @@ use crate::{
     scratch::Scratch,
     simd::{Isa, Simd, dispatch},
     tiles::KvTiles,
-    visible::{View, Views, before, tiles},
+    visible::{Tiles, View, Views, before},
 };
 use rayon::prelude::*;
 use std::ops::Range;
@@ -210,7 +210,8 @@ fn block_of<S: Simd>(s: S, call: Call<'_>, task: &Task<'_>, out: &mut [f32]) {
             let rows = rows.map(|row| call.row(task, from, row));
             pack_rows(s, rows, log2_scale, d, panel);
         }
-        tiles(runs, TILE, |pieces| {
+        let mut tiles = Tiles::new(runs, TILE);
+        while let Some(pieces) = tiles.next() {
             let units: usize = pieces.iter().map(Range::len).sum();
             let last = pieces[pieces.len() - 1].end;
             // Which units of the tile a row sees: from, and up to.
@@ -267,7 +268,7 @@ fn block_of<S: Simd>(s: S, call: Call<'_>, task: &Task<'_>, out: &mut [f32]) {
                 };
                 panel.run(s, lanes.len() / S::LANES);
             }
-        });
+        }
     }
     for lanes in panels(S::LANES, rows) {
         let panel = &acc[lanes.start * d..lanes.end * d];

@@ -8,7 +8,7 @@ use crate::{
     scratch::Scratch,
     simd::{Isa, Simd, dispatch, exp2_nonpositive, load, store},
     tiles::KvTiles,
-    visible::{View, before, tiles},
+    visible::{Tiles, View, before},
 };
 use rayon::prelude::*;
 use std::ops::Range;
@@ -191,7 +191,8 @@ fn panel<S: Simd, const N: usize>(
         let from = if far { call.far } else { call.q };
         let row = |lane: usize| &from[(query(lane) * shape.heads + head) * d..][..d];
         pack_rows(s, (0..width).map(row), scale, d, q);
-        tiles(runs, TILE, |pieces| {
+        let mut tiles = Tiles::new(runs, TILE);
+        while let Some(pieces) = tiles.next() {
             let units: usize = pieces.iter().map(Range::len).sum();
             let last = pieces[pieces.len() - 1].end;
             let open = match way {
@@ -232,7 +233,7 @@ fn panel<S: Simd, const N: usize>(
                 bounds,
             });
             at += units;
-        });
+        }
     }
     let mut share = [1.0; 48];
     if weights {
