@@ -21,7 +21,17 @@ pub struct Objects {
     store: Arc<dyn ObjectStore>,
     prefix: Path,
     /// Its requests are made on a thread of its own, whoever waits for them.
-    runtime: Runtime,
+    runtime: Option<Runtime>,
+}
+
+/// The last to let go may be a task of another runtime, in which nothing may wait: whoever asked for something has
+/// waited for it already.
+impl Drop for Objects {
+    fn drop(&mut self) {
+        if let Some(runtime) = self.runtime.take() {
+            runtime.shutdown_background();
+        }
+    }
 }
 
 impl fmt::Debug for Objects {
@@ -73,7 +83,7 @@ impl Objects {
         Ok(Self {
             store,
             prefix,
-            runtime,
+            runtime: Some(runtime),
         })
     }
 
@@ -93,9 +103,11 @@ impl Objects {
         work: impl Future<Output = io::Result<T>> + Send + 'static,
     ) -> CoreResult<T> {
         let (to, done) = std::sync::mpsc::channel();
-        self.runtime.spawn(async move {
-            let _ = to.send(work.await);
-        });
+        if let Some(runtime) = &self.runtime {
+            runtime.spawn(async move {
+                let _ = to.send(work.await);
+            });
+        }
         let done = done.recv().map_err(|e| io::Error::other(e.to_string()));
         done.and_then(|done| done).map_err(failed(what))
     }
@@ -253,6 +265,13 @@ mod tests {
             assert!(objects.remove(bad).is_err());
         }
         assert!(s3("s3://").is_err());
+    }
+
+    #[test]
+    fn the_last_to_let_go_may_be_a_task() {
+        let (_, objects) = objects();
+        let runtime = Builder::new_current_thread().build().unwrap();
+        runtime.block_on(async move { drop(objects) });
     }
 
     #[test]
