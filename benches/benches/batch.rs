@@ -15,7 +15,7 @@ use clap::Parser;
 use locret_benches::ids;
 use locret_core::{
     Batch, Budget, CacheOptions, CausalLm, DType, Event, Generate, KvCachePolicy, Limits, Pass,
-    Phase, Prefill, Request, SequenceCache, forward,
+    Phase, Positions, Prefill, Request, SequenceCache, forward,
 };
 use locret_examples::{Result, args::ModelArgs};
 use locret_policies::Window;
@@ -46,6 +46,9 @@ struct Args {
     /// Type that keys and values are kept in: f32, f16 or bf16
     #[arg(long, value_name = "TYPE", default_value = "f32")]
     store: DType,
+    /// Where units stand: compact (16-bit keys are then rotated whenever they are read), or original
+    #[arg(long, value_name = "POSITIONS", default_value = "compact", value_parser = positions)]
+    positions: Positions,
     /// Steps of each number of sequences
     #[arg(long, value_name = "N", default_value_t = 40)]
     steps: usize,
@@ -63,6 +66,14 @@ struct Args {
     bench: bool,
     #[command(flatten)]
     model: ModelArgs,
+}
+
+fn positions(text: &str) -> std::result::Result<Positions, String> {
+    match text {
+        "compact" => Ok(Positions::Compact),
+        "original" => Ok(Positions::Original),
+        _ => Err("compact or original".into()),
+    }
 }
 
 fn main() -> ExitCode {
@@ -164,7 +175,8 @@ fn first_tokens(model: &Arc<dyn CausalLm>, args: &Args) -> Result<()> {
 
 /// A sequence that has read a text and kept some units of it.
 fn cache(model: &dyn CausalLm, args: &Args, i: usize) -> Result<SequenceCache> {
-    let policy = Arc::new(Window::policy(Budget::Units(args.units)));
+    let policy = Window::policy(Budget::Units(args.units)).with_positions(args.positions);
+    let policy = Arc::new(policy);
     let options = CacheOptions::new().dtype(args.store);
     let mut cache = SequenceCache::new(model.spec(), policy, model.compute(), options)?;
     let text = ids(args.units + 1 + 37 * i % 256, model.spec().vocab, i as u64);

@@ -88,6 +88,8 @@ pub(super) struct LayerCache {
     pub(super) heads: Vec<HeadMeta>,
     /// Compact positions only: the stored keys are rotated at `0..n`.
     pub(super) rotated: bool,
+    /// Units of all heads and bytes of the store when they were last counted.
+    pub(super) units: usize,
     pub(super) bytes: usize,
 }
 
@@ -133,6 +135,7 @@ impl SequenceCache {
                     store,
                     heads: vec![HeadMeta::default(); spec.kv_heads],
                     rotated: false,
+                    units: 0,
                 })
             })
             .collect::<Result<_>>()?;
@@ -175,6 +178,7 @@ impl SequenceCache {
                     store: layer.store.fork(),
                     heads: layer.heads.clone(),
                     rotated: layer.rotated,
+                    units: layer.units,
                     bytes: layer.bytes,
                 })
                 .collect(),
@@ -377,14 +381,14 @@ impl SequenceCache {
             this.retain(kept, &mut self.rope, head_dim, &*self.place.compute)?;
         }
         this.store.settle()?;
-        this.bytes = this.store.bytes();
+        this.count();
         Ok(())
     }
 
     pub(super) fn note_peak(&mut self, layer: usize, phase: Phase) {
         let now = Peak {
             units_per_head: self.layers[layer].longest(),
-            units: self.units(),
+            units: self.layers.iter().map(|layer| layer.units).sum(),
             bytes: self.bytes(),
         };
         self.peak.note(&now);
@@ -559,6 +563,12 @@ fn give_back<T>(values: &mut Vec<T>) {
 }
 
 impl LayerCache {
+    /// To be called when units came or went.
+    pub(super) fn count(&mut self) {
+        self.units = self.heads.iter().map(|head| head.positions.len()).sum();
+        self.bytes = self.store.bytes();
+    }
+
     /// New units of every head, at positions from `first` on.
     pub(super) fn note_units(&mut self, first: usize, new: usize) {
         for head in &mut self.heads {

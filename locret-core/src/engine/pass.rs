@@ -472,7 +472,7 @@ impl<'a> SequenceStep<'a> {
             None => None,
         };
         let out = compute.attend(q, &over)?;
-        this.bytes = this.store.bytes();
+        this.count();
         cache.note_peak(layer, self.phase);
         self.pending.push(Pending {
             qkv: kept,

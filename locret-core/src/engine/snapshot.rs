@@ -400,7 +400,7 @@ impl Session {
                             )));
                         }
                     }
-                    of.bytes = of.store.bytes();
+                    of.count();
                 }
                 Slot::Digest => {}
             }
