@@ -172,10 +172,6 @@ fn converted<'s, E: Number>(x: &[E], scratch: &'s mut [f32]) -> &'s [f32] {
     out
 }
 
-/// How many bytes ahead numbers are asked for: tiles are converted one after the other, and what is done with one
-/// takes long enough for the next to come.
-const AHEAD: usize = 4096;
-
 /// Numbers of any type in single precision.
 fn convert<E: Number>(isa: Isa, x: &[E], out: &mut [f32]) {
     #[inline(always)]
@@ -183,7 +179,6 @@ fn convert<E: Number>(isa: Isa, x: &[E], out: &mut [f32]) {
         assert_eq!(x.len(), out.len(), "numbers to convert and room for them");
         let whole = x.len() - x.len() % S::LANES;
         for i in (0..whole).step_by(S::LANES) {
-            s.prefetch(x.as_ptr().wrapping_add(i).cast::<u8>().wrapping_add(AHEAD));
             // SAFETY: i + LANES <= whole <= both lengths.
             unsafe { s.store(out.as_mut_ptr().add(i), E::load(s, x.as_ptr().add(i))) };
         }
