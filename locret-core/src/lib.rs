@@ -38,8 +38,9 @@ pub use compute::{
 };
 pub use contract::{
     Budget, CausalLm, DecodeEviction, Error, Evict, Guard, Held, Keep, KvCachePolicy, LayerSpec,
-    LayerUnits, ModelSpec, Needs, Observation, Observe, Observed, PastContext, Phase, Positions,
-    Qkv, Queries, Result, Scorer, Scores, Selection, SnapshotError, Step, Survey, Verdict, Visible,
+    LayerUnits, ModelSpec, Needs, Observation, Observe, Observed, Part, PastContext, Phase,
+    Positions, Qkv, Queries, Result, Scorer, Scores, Selection, SnapshotError, Step, Survey,
+    Verdict, Visible,
 };
 pub use engine::{
     Batch, Batcher, Births, CacheOptions, ChunkDone, Decided, End, Ended, Event, Folder, Generate,
@@ -58,5 +59,6 @@ pub use locret_kernels::{
     visible::{View, Views},
 };
 pub use stores::{
-    Dense, Fold, Growth, KvStore, Placement, QuantLayout, Quantization, QuantizedStore, TurnKeys,
+    Dense, Fold, Growth, KvStore, Placement, QuantLayout, Quantization, QuantizedStore, Scratch,
+    Spilled, Tier, TurnKeys,
 };

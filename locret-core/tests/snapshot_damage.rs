@@ -5,7 +5,8 @@ use burn::tensor::Device;
 use locret_core::{
     Budget, CacheOptions, CausalLm, DType, Error, Evict, Generate, Kernels, KvCachePolicy, KvStore,
     LayerSpec, LayerUnits, Needs, Placement, Positions, Prefill, QuantLayout, Quantization,
-    QuantizedStore, Result, Scorer, Scores, Session, Step, Verdict,
+    QuantizedStore, Result, Rows, Scorer, Scores, Session, Spilled, Step, Tier, Verdict, View,
+    Views, Visible,
     conformance::{RandomModel, small_spec},
 };
 use rand::{RngExt, SeedableRng};
@@ -81,6 +82,80 @@ impl Scorer for Birth {
 struct Full {
     positions: Positions,
     codes: Option<Quantization>,
+}
+
+/// Queries see the newest units alone, and older ones are put away in blocks, so that so many units are resident.
+#[derive(Debug)]
+struct Away(usize, Option<Quantization>);
+
+impl KvCachePolicy for Away {
+    fn name(&self) -> String {
+        "away".into()
+    }
+
+    fn needs(&self) -> Needs {
+        Needs::NOTHING.before()
+    }
+
+    fn store(&self, layer: &LayerSpec, place: &Placement) -> Result<Box<dyn KvStore>> {
+        let near = match self.1 {
+            Some(codes) => QuantizedStore::boxed(layer, place, codes)?,
+            None => place.compute.store(layer, place.dtype)?,
+        };
+        let resident = self.0 * layer.kv_heads * 2 * layer.head_dim * 4;
+        Ok(Spilled::boxed(layer, near, &Tier::memory(), resident))
+    }
+
+    fn before(&self, at: &Step, _queries: &Rows, units: &LayerUnits<'_>) -> Result<Visible> {
+        let view = View {
+            window: 4,
+            ..View::default()
+        };
+        let lists = vec![vec![view]; units.kv_heads()];
+        Ok(Visible::Chosen(Views::new(at.incoming, lists)))
+    }
+
+    fn step(&self, at: &Step, units: &LayerUnits<'_>) -> Result<Verdict> {
+        let blocks = |n: usize| n.saturating_sub(4) / 3;
+        let new = blocks(at.seen)..blocks(at.seen + at.incoming);
+        let block = |b: usize| vec![(3 * b as u32..3 * b as u32 + 3).collect(); units.kv_heads()];
+        Ok(Verdict::keep_all().putting_away(new.map(block).collect()))
+    }
+}
+
+/// The newest units stay, with three numbers each.
+#[derive(Debug)]
+struct Triples(usize);
+
+impl KvCachePolicy for Triples {
+    fn name(&self) -> String {
+        "triples".into()
+    }
+
+    fn carries(&self) -> Option<String> {
+        Some("triples".into())
+    }
+
+    fn carried_width(&self, _layer: &LayerSpec) -> usize {
+        3
+    }
+
+    fn step(&self, _at: &Step, units: &LayerUnits<'_>) -> Result<Verdict> {
+        let heads = 0..units.kv_heads();
+        let numbers = heads.clone().map(|head| {
+            let (mut numbers, n) = (units.carried(head).to_vec(), units.len(head));
+            for position in &units.positions(head)[n - units.incoming()..] {
+                numbers.extend([0.0, *position as f32, -1.0]);
+            }
+            numbers
+        });
+        let numbers = Scores::wide(3, numbers.collect())?;
+        let newest = |head| {
+            let n = units.len(head) as u32;
+            (n.saturating_sub(self.0 as u32)..n).collect()
+        };
+        Ok(Verdict::keep(heads.map(newest).collect())?.carrying(numbers))
+    }
 }
 
 impl KvCachePolicy for Full {
@@ -163,6 +238,14 @@ fn all(model: &Arc<dyn CausalLm>, tokens: usize) -> Vec<(With, Vec<u8>)> {
         (birth(compact), DType::F32, operations),
         (full(compact, None), DType::F32, auto),
         (full(original, None), DType::BF16, operations),
+        // These generate nothing, for which there is no room.
+        (Arc::new(Away(tokens / 2 + 8, None)), DType::F32, auto),
+        (Arc::new(Triples(tokens / 2)), DType::F32, auto),
+        (
+            Arc::new(Away(tokens / 2 + 8, codes(8, rows))),
+            DType::F32,
+            auto,
+        ),
         (full(original, codes(8, rows)), DType::F32, auto),
         (full(compact, codes(4, kivi)), DType::F32, auto),
         (full(original, codes(2, kivi)), DType::F32, operations),

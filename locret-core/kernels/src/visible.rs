@@ -85,6 +85,25 @@ impl Views {
         &self.lists[head * self.lists.len() / heads][token / self.block]
     }
 
+    /// By KV head, sorted ranges of the units that any of `tokens` queries sees, of KV heads with so many units. The
+    /// views fit them ([`check`](Self::check)).
+    pub fn seen(&self, tokens: usize, lens: &[usize]) -> Vec<Vec<Range<usize>>> {
+        let mut seen = vec![Vec::new(); lens.len()];
+        for (list, views) in self.lists.iter().enumerate() {
+            let head = list * lens.len() / self.lists.len();
+            for (block, view) in views.iter().enumerate() {
+                let first = lens[head] - tokens + block * self.block;
+                let end = (first + self.block).min(lens[head]);
+                if first < end {
+                    let runs = view.runs(first..end);
+                    seen[head].extend(runs.near.into_iter().chain(runs.edge).chain(runs.far));
+                }
+            }
+        }
+        let whole = |(ranges, len): (Vec<_>, &usize)| united(ranges, *len);
+        seen.into_iter().zip(lens).map(whole).collect()
+    }
+
     /// What is wrong with these views of `tokens` queries of `heads` query heads, on KV heads with so many units.
     ///
     /// # Errors
@@ -308,6 +327,29 @@ mod tests {
                         [.., far] => Some(far),
                     };
                     prop_assert_eq!(found, sees(view, query, unit), "{} of {}", unit, query);
+                }
+            }
+        }
+
+        #[test]
+        fn seen_is_what_any_query_sees(
+            lens in prop::collection::vec(1usize..150, 1..4),
+            tokens in 1usize..60,
+            block in 1usize..70,
+            group in 1usize..3,
+            seed in any::<u64>(),
+        ) {
+            let tokens = tokens.min(*lens.iter().min().unwrap_or(&1));
+            let all = views(seed, tokens, block, &lens, group);
+            let (seen, heads) = (all.seen(tokens, &lens), lens.len() * group);
+            for (store, len) in lens.iter().enumerate() {
+                prop_assert!(seen[store].windows(2).all(|w| w[0].end < w[1].start));
+                for unit in 0..*len {
+                    let due = (store * group..(store + 1) * group).any(|head| {
+                        let mut queries = 0..tokens;
+                        queries.any(|t| sees(all.of(head, heads, t), len - tokens + t, unit).is_some())
+                    });
+                    prop_assert_eq!(seen[store].iter().any(|r| r.contains(&unit)), due);
                 }
             }
         }

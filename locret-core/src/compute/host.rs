@@ -220,8 +220,11 @@ impl Compute for Host {
             far: far.as_deref(),
         });
         let per_head = match (what.what, seeing) {
-            (Observation::Weights, None) => {
+            (Observation::Weights | Observation::NearWeights, None) => {
                 observe::observe_weights(&q, &heads, shape, rotation, &chosen)
+            }
+            (Observation::NearWeights, Some(seeing)) => {
+                observe::observe_near_weights_chosen(&q, &heads, shape, rotation, seeing, &chosen)
             }
             (Observation::Weights, Some(seeing)) => {
                 observe::observe_weights_chosen(&q, &heads, shape, rotation, seeing, &chosen)
@@ -293,6 +296,16 @@ impl Attention<'_> {
     }
 }
 
+impl<'a> Attention<'a> {
+    /// The units of a head in host memory: all that queries see.
+    fn tiles(&self, head: usize) -> Option<Box<dyn KvTiles + 'a>> {
+        match self.sight {
+            Some(_) => self.store.brought_tiles(head),
+            None => self.store.tiles(head),
+        }
+    }
+}
+
 impl Attention<'_> {
     /// Checks what the queries see, and that what is seen at one distance can be.
     fn check_sight(&self, q: &Rows) -> Result<()> {
@@ -305,6 +318,10 @@ impl Attention<'_> {
         views
             .check(q.rows(), self.layer.heads, &lens)
             .map_err(wrong)?;
+        if self.store.tiered() && !self.store.brought(&views.seen(q.rows(), &lens)) {
+            let expected = "units that were made resident (`KvStore::bring`)";
+            return Err(Error::setting("what queries see", expected, "others"));
+        }
         let mut all = views.lists().iter().flatten();
         if all.all(|view| view.far.is_empty()) {
             return Ok(());
@@ -322,7 +339,7 @@ struct Content(Vec<[Rows; 2]>);
 impl Content {
     fn of(over: &Attention<'_>) -> Result<Self> {
         let heads = 0..over.layer.kv_heads;
-        if heads.clone().all(|head| over.store.tiles(head).is_some()) {
+        if heads.clone().all(|head| over.tiles(head).is_some()) {
             return Ok(Self(Vec::new()));
         }
         let read = |head| Ok([over.store.keys(head)?, over.store.values(head)?]);
@@ -332,7 +349,7 @@ impl Content {
     fn heads<'a>(&'a self, over: &Attention<'a>) -> Result<Vec<Box<dyn KvTiles + 'a>>> {
         if self.0.is_empty() {
             let heads = 0..over.layer.kv_heads;
-            return Ok(heads.filter_map(|head| over.store.tiles(head)).collect());
+            return Ok(heads.filter_map(|head| over.tiles(head)).collect());
         }
         let tiles = |[keys, values]: &'a [Rows; 2]| -> Result<Box<dyn KvTiles + 'a>> {
             Ok(match (keys.values()?, values.values()?) {

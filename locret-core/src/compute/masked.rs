@@ -83,14 +83,26 @@ impl Masks {
 struct Scored {
     scores: Tensor<3>,
     hidden: Tensor<3, Bool>,
+    /// Of what is seen, what is seen at the one distance.
+    far: Option<Tensor<3, Bool>>,
 }
 
 impl Scored {
     /// 0 for what is not seen, also in a row that sees nothing.
     fn weights(self) -> Tensor<3> {
-        let Self { scores, hidden } = self;
+        let Self { scores, hidden, .. } = self;
         let scores = scores.mask_fill(hidden.clone(), HIDDEN);
         softmax(scores, 2).mask_fill(hidden, 0.0)
+    }
+
+    /// 0 for what is seen at the one distance, too.
+    fn near_weights(mut self) -> Tensor<3> {
+        let far = self.far.take();
+        let weights = self.weights();
+        match far {
+            Some(far) => weights.mask_fill(far, 0.0),
+            None => weights,
+        }
     }
 }
 
@@ -148,13 +160,16 @@ impl<'a> Head<'a> {
             &device,
         );
         let scores = part(&self.q, &self.keys);
-        let scores = match (&self.far, &self.plain, masks.far) {
-            (Some(far), Some(plain), Some(mask)) => scores.mask_where(mask, part(far, plain)),
+        let scores = match (&self.far, &self.plain, &masks.far) {
+            (Some(far), Some(plain), Some(mask)) => {
+                scores.mask_where(mask.clone(), part(far, plain))
+            }
             _ => scores,
         };
         Scored {
             scores,
             hidden: masks.hidden,
+            far: masks.far,
         }
     }
 }
@@ -200,7 +215,7 @@ impl Ops {
         let queries = what.queries.count(t);
         let (q, mut per_head) = (q.tensor(), Vec::new());
         let (rows, nothing) = match what.what {
-            Observation::Weights => (g, 0.0),
+            Observation::Weights | Observation::NearWeights => (g, 0.0),
             Observation::MaxLogits => (1, f32::NEG_INFINITY),
         };
         for index in 0..over.layer.kv_heads {
@@ -212,6 +227,7 @@ impl Ops {
                 let scored = head.scored(part);
                 let part = match what.what {
                     Observation::Weights => scored.weights().sum_dim(1),
+                    Observation::NearWeights => scored.near_weights().sum_dim(1),
                     Observation::MaxLogits => {
                         let scores = scored.scores.mask_fill(scored.hidden, f32::NEG_INFINITY);
                         scores.reshape([1, g * block, n]).max_dim(1)
@@ -220,8 +236,8 @@ impl Ops {
                 let part = part.reshape([rows, n]);
                 found = Some(match (found, what.what) {
                     (None, _) => part,
-                    (Some(found), Observation::Weights) => found + part,
                     (Some(found), Observation::MaxLogits) => found.max_pair(part),
+                    (Some(found), _) => found + part,
                 });
             }
             match found {

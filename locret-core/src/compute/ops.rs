@@ -279,7 +279,7 @@ impl Ops {
         let q = grouped(q, head, g, d);
         let keys = keys.transpose().unsqueeze::<3>();
         let (rows, nothing) = match what {
-            Observation::Weights => (g, 0.0),
+            Observation::Weights | Observation::NearWeights => (g, 0.0),
             Observation::MaxLogits => (1, f32::NEG_INFINITY),
         };
         let mut sum: Option<Tensor<2>> = None;
@@ -298,14 +298,15 @@ impl Ops {
             let hidden = Tensor::<3, Bool>::from_data(hidden, &scores.device());
             let scores = scores.mask_fill(hidden.expand([g, block, n]), f32::NEG_INFINITY);
             let part = match what {
-                Observation::Weights => softmax(scores, 2).sum_dim(1),
                 Observation::MaxLogits => scores.reshape([1, g * block, n]).max_dim(1),
+                // All of it is seen where it stands.
+                _ => softmax(scores, 2).sum_dim(1),
             };
             let part = part.reshape([rows, n]);
             sum = Some(match (sum, what) {
                 (None, _) => part,
-                (Some(sum), Observation::Weights) => sum + part,
                 (Some(sum), Observation::MaxLogits) => sum.max_pair(part),
+                (Some(sum), _) => sum + part,
             });
         }
         let Some(sum) = sum else {

@@ -493,7 +493,9 @@ impl Checking<'_> {
         let found = self.compute.attend(rows.clone(), &over)?;
         self.near("attention", &found.values()?, &due)?;
         for (what, due) in [
-            (Observation::Weights, weights),
+            (Observation::Weights, weights.clone()),
+            // All of it is seen where it stands.
+            (Observation::NearWeights, weights),
             (Observation::MaxLogits, largest),
         ] {
             let queries = Queries::Last(last);
@@ -535,8 +537,8 @@ impl Checking<'_> {
         let last = dice.between(0, tokens);
         let zeros = |head: usize| vec![0.0; lens[head / layer.group()]];
         let sums = || (0..layer.heads).map(zeros).collect::<Vec<_>>();
-        let (mut due, mut paid, mut by_unit, mut by_distance) =
-            (Vec::new(), sums(), sums(), sums());
+        let (mut due, mut paid, mut near) = (Vec::new(), sums(), sums());
+        let (mut by_unit, mut by_distance) = (sums(), sums());
         let mut largest: Vec<_> = lens.iter().map(|n| vec![f64::NEG_INFINITY; *n]).collect();
         for token in 0..tokens {
             for head in 0..layer.heads {
@@ -576,6 +578,9 @@ impl Checking<'_> {
                         by_unit[head][unit] += all;
                         by_distance[head][own - unit] += all;
                         paid[head][unit] += weight[unit];
+                        if seen(views.of(head, layer.heads, token), own, unit) == Some(false) {
+                            near[head][unit] += weight[unit];
+                        }
                         let largest = &mut largest[store][unit];
                         *largest = largest.max(logits[unit]);
                     }
@@ -598,6 +603,7 @@ impl Checking<'_> {
         let queries = Queries::Last(last);
         for (what, due) in [
             (Observation::Weights, &paid),
+            (Observation::NearWeights, &near),
             (Observation::MaxLogits, &largest),
         ] {
             let found = self.compute.observe(&q, &over, Observe { queries, what })?;

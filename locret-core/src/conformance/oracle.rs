@@ -174,6 +174,7 @@ impl<'a> Oracle<'a> {
         let scale = f64::from(self.model.spec.softmax_scale);
         let (t, group) = (q.len(), heads / kv_heads);
         let watched = self.observe.map_or(0, |o| o.queries.count(t));
+        let near_only = matches!(self.observe, Some(o) if o.what == Observation::NearWeights);
         let mut out = vec![vec![0.0; heads * d]; t];
         let (mut seen_keys, mut seen_values, mut observed) = (Vec::new(), Vec::new(), Vec::new());
         for g in 0..kv_heads {
@@ -241,12 +242,14 @@ impl<'a> Oracle<'a> {
                     }
                     if i >= t - watched {
                         for unit in 0..=own {
-                            paid[unit] += weights[unit] / sum;
+                            if !near_only || seen(unit) == Some(false) {
+                                paid[unit] += weights[unit] / sum;
+                            }
                             most[unit] = most[unit].max(logits[unit]);
                         }
                     }
                 }
-                if matches!(self.observe, Some(o) if o.what == Observation::Weights) {
+                if matches!(self.observe, Some(o) if o.what != Observation::MaxLogits) {
                     observed.push(paid);
                 }
             }

@@ -746,8 +746,10 @@ fn disagree(cache: &SequenceCache, recording: &Recording) -> Option<String> {
                 return Some(format!("{at}: {n} positions, (cache, store) hold {lens:?}"));
             }
             let scores = cache.scores(layer, head).len();
-            if scores != 0 && scores != n {
-                return Some(format!("{at}: {scores} scores for {n} units"));
+            let width = cache.policy().carried_width(&spec.layer(layer));
+            if scores != 0 && scores != n * width {
+                let found = format!("{scores} scores, {width} for each of {n} units");
+                return Some(format!("{at}: {found}"));
             }
             if positions
                 .last()
@@ -876,11 +878,13 @@ impl Walk<'_> {
         let carried = &mut self.carried[layer.index];
         for (head, carried) in carried.iter_mut().enumerate() {
             let (before, kept) = (&decision.before[head], &decision.kept[head]);
-            carried.clear();
+            let old = std::mem::take(carried);
             if let Some(scores) = &decision.scores {
-                let all = scores.heads().get(head).into_iter().flatten().zip(before);
+                let new = scores.heads().get(head).map_or(&[][..], Vec::as_slice);
+                let all = [&old[..scores.first() * scores.width()], new].concat();
+                let all = all.chunks(scores.width()).zip(before);
                 let stay = all.filter(|(_, p)| kept.binary_search(p).is_ok());
-                carried.extend(stay.map(|(score, _)| *score));
+                carried.extend(stay.flat_map(|(scores, _)| scores));
             }
         }
         for (head, folds) in decision.folds.iter().enumerate() {

@@ -8,6 +8,7 @@ use crate::{
 };
 use std::{
     io::{Read, Take, Write},
+    ops::Range,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
@@ -157,6 +158,10 @@ impl KvCachePolicy for Recording {
 
     fn carries(&self) -> Option<String> {
         self.inner.carries()
+    }
+
+    fn carried_width(&self, layer: &LayerSpec) -> usize {
+        self.inner.carried_width(layer)
     }
 
     fn validate(&self, model: &ModelSpec, prefill: &Prefill) -> Result<()> {
@@ -482,6 +487,10 @@ impl KvStore for Watched {
         self.inner.bytes()
     }
 
+    fn total_bytes(&self) -> usize {
+        self.inner.total_bytes()
+    }
+
     fn growth(&self) -> Box<dyn Growth> {
         self.inner.growth()
     }
@@ -494,8 +503,55 @@ impl KvStore for Watched {
         self.inner.values(head)
     }
 
+    fn keys_at(&self, head: usize, units: &[u32]) -> Result<Rows> {
+        self.inner.keys_at(head, units)
+    }
+
     fn tiles(&self, head: usize) -> Option<Box<dyn KvTiles + '_>> {
         self.inner.tiles(head)
+    }
+
+    fn tiered(&self) -> bool {
+        self.inner.tiered()
+    }
+
+    fn bring(&mut self, seen: &[Vec<Range<usize>>]) -> Result<()> {
+        self.inner.bring(seen)
+    }
+
+    fn brought(&self, seen: &[Vec<Range<usize>>]) -> bool {
+        self.inner.brought(seen)
+    }
+
+    fn brought_tiles(&self, head: usize) -> Option<Box<dyn KvTiles + '_>> {
+        self.inner.brought_tiles(head)
+    }
+
+    fn put_away(&mut self, blocks: &[Vec<Vec<u32>>]) -> Result<()> {
+        self.inner.put_away(blocks)?;
+        for head in 0..self.heads.len() {
+            let found = self.content(head)?;
+            let held = &self.heads[head].held;
+            if (0..2).any(|part| !same_bits(&found[part], &held[part])) {
+                return self.faults.broken(
+                    Promise::Survivors,
+                    format!("units of KV head {head} changed when some were put away"),
+                );
+            }
+        }
+        Ok(())
+    }
+
+    fn take(&mut self, taken: &[Vec<u32>]) -> Result<Box<dyn KvStore>> {
+        let other = self.inner.take(taken)?;
+        for head in 0..self.heads.len() {
+            let held = self.content(head)?;
+            self.heads[head] = Shadow {
+                given: held.clone(),
+                held,
+            };
+        }
+        Ok(other)
     }
 
     fn turns_keys(&self) -> bool {

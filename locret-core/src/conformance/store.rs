@@ -75,6 +75,7 @@ pub fn check_store(
             device,
             layer,
             heads: vec![Lists::default(); kv_heads],
+            away: vec![Vec::new(); kv_heads],
             largest: 0.0,
             case,
             log: Vec::new(),
@@ -126,10 +127,14 @@ impl StoreCheck {
         let (heads, width) = (layer.kv_heads, layer.kv_heads * layer.head_dim);
         // A few units as numbers: which ones of a group are left decides when it is given back.
         let slack = (8 * layer.kv_heads * layer.head_dim * 2 * 4) as f64;
+        // Where units can be put away all of them are: what is left is no more than was planned.
+        let tiered = store.tiered();
+        let mut away = Vec::new();
         let compare = |store: &dyn KvStore, growth: &dyn Growth, what: &str| {
             let (found, due) = (growth.bytes() as f64, store.bytes() as f64);
             // Which units of a store of codes are left is a matter of the text.
             let near = match self.plans_exactly {
+                _ if tiered => found >= due,
                 true => found == due,
                 false => found >= 0.75 * due - slack && found <= 1.25 * due + slack,
             };
@@ -158,17 +163,27 @@ impl StoreCheck {
             growth.append(append);
             let units = store.len(0);
             let what = format!("{append} appended to {}", units - append);
-            compare(&*store, &*growth, &what)?;
+            if !tiered {
+                compare(&*store, &*growth, &what)?;
+            }
             let kept = keep.min(units);
             let unit = |i| match newest {
                 true => units - kept + i,
                 false => i * units / kept,
             };
             let list: Vec<u32> = (0..kept).map(|i| unit(i) as u32).collect();
+            away.resize(units, false);
+            away = list.iter().map(|unit| away[*unit as usize]).collect();
             store.retain(&vec![list; heads]).map_err(failed)?;
             growth.retain(keep, newest);
             store.settle().map_err(failed)?;
             growth.settle();
+            if tiered {
+                let near = (0..kept as u32).filter(|unit| !away[*unit as usize]);
+                let block = vec![near.collect(); heads];
+                store.put_away(&[block]).map_err(failed)?;
+                away.fill(true);
+            }
             compare(&*store, &*growth, &format!("cut back to {kept} of {units}"))?;
         }
         Ok(())
@@ -186,6 +201,8 @@ struct Pair<'a> {
     layer: LayerSpec,
     store: Box<dyn KvStore>,
     heads: Vec<Lists>,
+    /// Whether units were put away.
+    away: Vec<Vec<bool>>,
     largest: f32,
     case: String,
     log: Vec<String>,
@@ -212,6 +229,9 @@ impl Pair<'_> {
     }
 
     fn operate(&mut self, dice: &mut Dice) -> Result<(), ConformanceError> {
+        if self.store.tiered() && dice.chance(0.6) {
+            self.put_away(dice)?;
+        }
         match dice.between(0, 10) {
             0..=3 => {
                 let tokens = dice.between(0, self.check.max_append);
@@ -233,6 +253,77 @@ impl Pair<'_> {
             true => self.settle(),
             false => Ok(()),
         }
+    }
+
+    /// Some units are put away, some are brought back, and all of them stay what they were.
+    fn put_away(&mut self, dice: &mut Dice) -> Result<(), ConformanceError> {
+        self.log.push("some put away".into());
+        let before = self.read()?;
+        let share = dice.pick(&[0.1, 0.9]);
+        for _ in 0..dice.between(1, 3) {
+            let mut block = Vec::new();
+            for (away, lists) in self.away.iter_mut().zip(&self.heads) {
+                away.resize(lists.0[0].len(), false);
+                let most = dice.between(0, 40);
+                let near = (0..away.len()).filter(|unit| !away[*unit]);
+                let chosen: Vec<usize> = near.filter(|_| dice.chance(share)).take(most).collect();
+                chosen.iter().for_each(|unit| away[*unit] = true);
+                block.push(chosen.into_iter().map(|unit| unit as u32).collect());
+            }
+            self.store.put_away(&[block]).map_err(|e| self.failed(e))?;
+            self.compare(Some(before.clone()))?;
+        }
+        for head in 0..self.heads.len() {
+            let Some(unit) = self.away[head].iter().position(|away| *away) else {
+                continue;
+            };
+            let mut again = vec![Vec::new(); self.heads.len()];
+            again[head].push(unit as u32);
+            if self.store.put_away(&[again]).is_ok() {
+                let found = format!("unit {unit} of KV head {head} was put away twice");
+                return Err(self.broken(Promise::Refused, found));
+            }
+        }
+        let seen: Vec<Vec<Range<usize>>> = (self.heads.iter())
+            .map(|lists| {
+                let n = lists.0[0].len();
+                let range = |dice: &mut Dice| {
+                    let start = dice.between(0, n);
+                    start..dice.between(start, n.min(start + 50))
+                };
+                (0..dice.between(0, 2)).map(|_| range(dice)).collect()
+            })
+            .collect();
+        match self.store.bring(&seen) {
+            Ok(()) => {}
+            Err(Error::Memory { .. }) => return self.compare(Some(before)),
+            Err(error) => return Err(self.failed(error)),
+        }
+        if !self.store.brought(&seen) {
+            return Err(self.broken(Promise::Tiles, "what was brought is not there"));
+        }
+        let d = self.layer.head_dim;
+        for (head, ranges) in seen.into_iter().enumerate() {
+            let Some(tiles) = self.store.brought_tiles(head) else {
+                continue;
+            };
+            for range in ranges {
+                let mut scratch = vec![f32::NAN; range.len() * d];
+                let at = range.start * d..range.end * d;
+                let same = tiles.keys(range.clone(), &mut scratch) == &before[head][0][at.clone()]
+                    && tiles.values(range.clone(), &mut scratch) == &before[head][1][at];
+                if !same {
+                    let found = format!("units {range:?} of KV head {head} differ");
+                    return Err(self.broken(Promise::Tiles, found));
+                }
+            }
+        }
+        let (resident, total) = (self.store.bytes(), self.store.total_bytes());
+        if resident > total {
+            let found = format!("{resident} bytes are resident of {total}");
+            return Err(self.broken(Promise::Freed, found));
+        }
+        self.compare(Some(before))
     }
 
     /// A step is over.
@@ -348,7 +439,9 @@ impl Pair<'_> {
                 })
             })
             .collect();
-        for (head, kept) in self.heads.iter_mut().zip(&kept) {
+        for ((head, away), kept) in self.heads.iter_mut().zip(&mut self.away).zip(&kept) {
+            away.resize(head.0[0].len(), false);
+            *away = kept.iter().map(|u| away[*u as usize]).collect();
             for part in &mut head.0 {
                 *part = kept.iter().map(|u| part[*u as usize].clone()).collect();
             }
@@ -407,6 +500,7 @@ impl Pair<'_> {
         let mut fork = Pair {
             store: self.store.fork(),
             heads: self.heads.clone(),
+            away: self.away.clone(),
             case: self.case.clone(),
             log: self.log.clone(),
             ..*self
@@ -673,7 +767,7 @@ impl Pair<'_> {
         let reserve = self.layer.kv_heads * self.check.reserve;
         let most = numbers(units) * self.check.bytes_per_value + numbers(reserve) * 4.0;
         let found = self.store.bytes();
-        if found as f64 > most || (units > 0 && found == 0) {
+        if found as f64 > most || (units > 0 && self.store.total_bytes() == 0) {
             return Err(self.broken(
                 Promise::Freed,
                 format!("{found} bytes for {units} units, {most} at most are due"),

@@ -112,6 +112,14 @@ pub enum Error {
     /// A model adapter failed.
     #[error("the model failed: {0}")]
     Model(#[source] Box<dyn std::error::Error + Send + Sync>),
+    /// Units cannot be put away, or do not come back.
+    #[error("the second tier, {what}: {source}")]
+    Tier {
+        /// Which tier, and what was done.
+        what: String,
+        /// What the operating system says.
+        source: std::io::Error,
+    },
     /// Something cannot be saved, or what was saved cannot be taken up.
     #[error("snapshot: {0}")]
     Snapshot(#[from] SnapshotError),

@@ -320,6 +320,10 @@ impl<S: Scorer> KvCachePolicy for Evict<S> {
             return Ok(Verdict::keep_all());
         }
         let scores = self.scorer.score(at, units)?;
+        if scores.width() != 1 {
+            let found = format!("{} scores for each unit, one is due", scores.width());
+            return Err(Error::policy(self.scorer.name(), found));
+        }
         let mut verdict = Verdict::keep_all();
         if evict {
             verdict.keep = Keep::Slots(self.select(at, units, &scores)?);

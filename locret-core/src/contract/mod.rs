@@ -18,4 +18,4 @@ pub use policy::{
 };
 pub use spec::{LayerSpec, ModelSpec, PastContext};
 pub(crate) use units::HeadMeta;
-pub use units::{LayerUnits, Observed, Qkv, Scores, Selection, Survey};
+pub use units::{LayerUnits, Observed, Part, Qkv, Scores, Selection, Survey};

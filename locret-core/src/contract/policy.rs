@@ -69,6 +69,12 @@ pub trait KvCachePolicy: Debug + Send + Sync {
         None
     }
 
+    /// How many numbers go with each unit of each KV head of `layer`, where any do: 1, a score, unless a
+    /// policy keeps more ([`Scores::wide`]).
+    fn carried_width(&self, _layer: &LayerSpec) -> usize {
+        1
+    }
+
     /// Checks the settings against a model and a way of reading, before anything is computed.
     ///
     /// # Errors
@@ -152,6 +158,10 @@ impl<P: KvCachePolicy + ?Sized> KvCachePolicy for Arc<P> {
 
     fn carries(&self) -> Option<String> {
         (**self).carries()
+    }
+
+    fn carried_width(&self, layer: &LayerSpec) -> usize {
+        (**self).carried_width(layer)
     }
 
     fn validate(&self, model: &ModelSpec, prefill: &Prefill) -> Result<()> {
@@ -443,6 +453,9 @@ impl Queries {
 pub enum Observation {
     /// Per query head, the sum over queries of softmax weights.
     Weights,
+    /// The same of units that are seen where they stand. What is seen at the one distance
+    /// ([`View::far`](crate::View::far)) takes its part of the softmax and counts nothing.
+    NearWeights,
     /// Per KV head, the maximum over queries and grouped heads of the pre-softmax logit.
     MaxLogits,
 }
@@ -540,6 +553,10 @@ pub struct Verdict {
     /// Scores to carry with the units, for all units before the verdict (they are gathered with
     /// them). `None` carries nothing.
     pub scores: Option<Scores>,
+    /// Units that attention will seldom see, so that a store with a second tier may put them away
+    /// ([`Spilled`](crate::Spilled)): blocks, for each its units by KV head, ascending, all of them units that were not
+    /// named before. Everything else lies near at all times. Only where everything stays ([`Keep::All`]).
+    pub away: Vec<Vec<Vec<u32>>>,
 }
 
 /// Which units stay.
@@ -565,6 +582,7 @@ impl Verdict {
         Self {
             keep: Keep::All,
             scores: None,
+            away: Vec::new(),
         }
     }
 
@@ -575,7 +593,7 @@ impl Verdict {
     pub fn keep(kept: Vec<Vec<u32>>) -> Result<Self> {
         Ok(Self {
             keep: Keep::Slots(Selection::new(kept)?),
-            scores: None,
+            ..Self::keep_all()
         })
     }
 
@@ -583,5 +601,10 @@ impl Verdict {
     pub fn carrying(mut self, scores: Scores) -> Self {
         self.scores = Some(scores);
         self
+    }
+
+    /// The same verdict, with blocks of units that may be put [away](Self::away).
+    pub fn putting_away(self, away: Vec<Vec<Vec<u32>>>) -> Self {
+        Self { away, ..self }
     }
 }

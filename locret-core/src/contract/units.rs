@@ -2,7 +2,7 @@
 
 use crate::{
     Attention, Compute, Error, KvStore, LayerSpec, Observation, Result, RopeTable, Rotation, Rows,
-    host,
+    TableRows, engine::Rope, host, stores,
 };
 use burn::tensor::Tensor;
 
@@ -89,7 +89,7 @@ impl Qkv {
 #[derive(Debug, Clone)]
 pub struct Observed {
     /// For weights: per **query** head, per unit, the sum over the chosen queries of the softmax
-    /// weight. For logits: per **KV** head, per unit, the maximum over the chosen queries and the
+    /// weight (of those that see the unit where it stands, for near ones). For logits: per **KV** head, per unit, the maximum over the chosen queries and the
     /// query heads of the group of `softmax_scale · q·k` (`-∞` where no chosen query sees it).
     pub per_head: Vec<Vec<f32>>,
     /// How many queries were chosen; they are the last ones of the step.
@@ -105,7 +105,11 @@ impl Observed {
     /// # Errors
     /// [`Error::Setting`] if [`Observation::MaxLogits`] was asked for, or there is no such head.
     pub fn weights(&self, head: usize) -> Result<&[f32]> {
-        self.list(Observation::Weights, "query head", head)
+        let what = match self.what {
+            Observation::NearWeights => Observation::NearWeights,
+            _ => Observation::Weights,
+        };
+        self.list(what, "query head", head)
     }
 
     /// For each unit of **KV** head `head`, the maximum over the chosen queries and the query heads
@@ -157,6 +161,31 @@ pub struct LayerUnits<'a> {
     pub(crate) input: Option<&'a Rows>,
     pub(crate) surprisal: Option<&'a [f32]>,
     pub(crate) observed: Option<&'a Observed>,
+    /// Before attention, where units may be seen at one distance: queries that were not rotated.
+    pub(crate) plain: Option<(&'a Rope, &'a Rows)>,
+    /// Which of the store's units these are, if not all.
+    pub(crate) picked: Option<&'a [Vec<u32>]>,
+}
+
+/// Some units of a layer: [`LayerUnits::part`].
+#[derive(Debug)]
+pub struct Part<'a> {
+    of: &'a LayerUnits<'a>,
+    units: &'a Selection,
+    heads: Vec<HeadMeta>,
+    observed: Option<Observed>,
+}
+
+impl Part<'_> {
+    /// As a policy sees them.
+    pub fn units(&self) -> LayerUnits<'_> {
+        LayerUnits {
+            heads: &self.heads,
+            observed: self.observed.as_ref(),
+            picked: Some(self.units.heads()),
+            ..*self.of
+        }
+    }
 }
 
 /// What the cache keeps of one KV head's units beside keys and values.
@@ -164,7 +193,7 @@ pub struct LayerUnits<'a> {
 pub(crate) struct HeadMeta {
     /// Original positions, ascending.
     pub(crate) positions: Vec<u32>,
-    /// Carried scores; either empty or one for each unit that has been scored.
+    /// Carried scores; either empty or those of each unit that has been scored, unit by unit.
     pub(crate) scores: Vec<f32>,
 }
 
@@ -208,7 +237,8 @@ impl<'a> LayerUnits<'a> {
     }
 
     /// The scores that earlier verdicts left with the units of `head`: one for each unit that is
-    /// not new (`len - incoming`), or none at all.
+    /// not new (`len - incoming`), or as many as the policy says
+    /// ([`carried_width`](crate::KvCachePolicy::carried_width)), unit by unit; or none at all.
     pub fn carried(&self, head: usize) -> &'a [f32] {
         &self.heads[head].scores
     }
@@ -229,6 +259,12 @@ impl<'a> LayerUnits<'a> {
     /// # Errors
     /// Those of [`Compute::survey`].
     pub fn survey(&self, queries: &Rows, last: usize) -> Result<Survey> {
+        if self.picked.is_some() {
+            return Err(Error::NotSupported {
+                operation: "sums of attention to some units",
+                implementer: "this view".into(),
+            });
+        }
         let over = Attention {
             layer: self.layer,
             store: self.store,
@@ -244,6 +280,10 @@ impl<'a> LayerUnits<'a> {
     /// # Errors
     /// If the store cannot hand them out.
     pub fn keys(&self, head: usize) -> Result<Rows> {
+        if let Some(picked) = self.picked {
+            let all: Vec<u32> = (0..picked[head].len() as u32).collect();
+            return self.keys_at(head, &all);
+        }
         let keys = self.store.keys(head)?;
         match self.rotation {
             Some(table) => {
@@ -254,12 +294,121 @@ impl<'a> LayerUnits<'a> {
         }
     }
 
+    /// The keys of some units of `head`, `[units, head_dim]`, as they lie in the store: not rotated yet, if
+    /// units are seen at one distance ([`Needs::far`](crate::Needs::far)).
+    ///
+    /// # Errors
+    /// If the store cannot hand them out; [`Error::Shape`] for units that are not there.
+    pub fn stored_keys(&self, head: usize, units: &[u32]) -> Result<Rows> {
+        match self.picked {
+            None => self.store.keys_at(head, units),
+            Some(picked) => {
+                stores::check_units(units, self.len(head))?;
+                let units: Vec<u32> = units.iter().map(|u| picked[head][*u as usize]).collect();
+                self.store.keys_at(head, &units)
+            }
+        }
+    }
+
+    /// The keys of some units of `head`, `[units, head_dim]`, rotated as attention saw them in this step.
+    ///
+    /// # Errors
+    /// As [`stored_keys`](Self::stored_keys).
+    pub fn keys_at(&self, head: usize, units: &[u32]) -> Result<Rows> {
+        let keys = self.stored_keys(head, units)?;
+        let Some(table) = self.rotation else {
+            return Ok(keys);
+        };
+        let at = |unit: &u32| match self.picked {
+            None => *unit,
+            Some(picked) => picked[head][*unit as usize],
+        };
+        let rows: Vec<u32> = units.iter().map(at).collect();
+        let by = Rotation {
+            table,
+            head_dim: self.layer.head_dim,
+            rows: TableRows::Each(&rows),
+            inverse: false,
+        };
+        self.compute.rotate(keys, &by)
+    }
+
+    /// The same layer as if it held some of its units alone, its new ones among them, and as if these carried other
+    /// numbers (for all units that are not new, or none): for policies around others that are to judge these. What is
+    /// seen of a unit is as it is: its keys are rotated as attention saw them.
+    ///
+    /// # Errors
+    /// [`Error::Setting`] for units that do not ascend, are not there, or lack new ones; [`Error::NotSupported`] for a
+    /// part of a part.
+    pub fn part(&'a self, units: &'a Selection, carried: Vec<Vec<f32>>) -> Result<Part<'a>> {
+        if self.picked.is_some() {
+            return Err(Error::NotSupported {
+                operation: "a part of a part of a layer's units",
+                implementer: "this view".into(),
+            });
+        }
+        let lists = units.heads();
+        let lens = (0..self.kv_heads()).map(|head| self.len(head));
+        stores::check_retain(lists, lens)?;
+        let mut heads = Vec::with_capacity(lists.len());
+        for (head, (list, scores)) in lists.iter().zip(carried).enumerate() {
+            let old = self.len(head) - self.incoming;
+            let new = list.iter().filter(|unit| **unit as usize >= old).count();
+            if new != self.incoming {
+                let expected = format!("all {} new units", self.incoming);
+                return Err(Error::setting("part of a layer's units", expected, new));
+            }
+            let positions = list.iter().map(|u| self.positions(head)[*u as usize]);
+            heads.push(HeadMeta {
+                positions: positions.collect(),
+                scores,
+            });
+        }
+        let observed = self.observed.map(|all| {
+            let group = all.per_head.len() / lists.len().max(1);
+            let pick = |(head, paid): (usize, &Vec<f32>)| {
+                let list = &lists[head / group.max(1)];
+                list.iter().map(|unit| paid[*unit as usize]).collect()
+            };
+            Observed {
+                per_head: all.per_head.iter().enumerate().map(pick).collect(),
+                ..*all
+            }
+        });
+        Ok(Part {
+            of: self,
+            units,
+            heads,
+            observed,
+        })
+    }
+
+    /// The new tokens' queries as they meet units that are seen `distance` away
+    /// ([`Views::far_at`](crate::Views::far_at)), `[tokens, heads * head_dim]`; keys are then taken as they lie in
+    /// the store. Only for [`before`](crate::KvCachePolicy::before), where [`Needs::far`](crate::Needs::far) is
+    /// asked for.
+    ///
+    /// # Errors
+    /// [`Error::NotSupported`] elsewhere, [`Error::Device`].
+    pub fn queries_at(&self, distance: usize) -> Result<Rows> {
+        let (rope, queries) = self.plain.ok_or_else(|| Error::NotSupported {
+            operation: "queries at one distance (`Needs::far`, before attention)",
+            implementer: "this view".into(),
+        })?;
+        let head_dim = self.layer.head_dim;
+        rope.at_distance(queries.clone(), distance, head_dim, self.compute)
+    }
+
     /// The values of `head`, `[units, head_dim]`.
     ///
     /// # Errors
     /// If the store cannot hand them out.
     pub fn values(&self, head: usize) -> Result<Rows> {
-        self.store.values(head)
+        let values = self.store.values(head)?;
+        match self.picked {
+            None => Ok(values),
+            Some(picked) => stores::picked(&values, &picked[head]),
+        }
     }
 
     /// The new tokens' queries, keys and values before rotation, if [`Needs::qkv`] asked for them.
@@ -322,9 +471,14 @@ impl<'a> LayerUnits<'a> {
     }
 }
 
-/// One score per unit of each KV head; larger means keep.
+/// One score per unit of each KV head; larger means keep. Or several numbers per unit, for policies that keep
+/// more than that.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Scores(Vec<Vec<f32>>);
+pub struct Scores {
+    lists: Vec<Vec<f32>>,
+    width: usize,
+    first: usize,
+}
 
 impl Scores {
     /// From one list per KV head.
@@ -332,15 +486,46 @@ impl Scores {
     /// # Errors
     /// [`Error::NotFinite`] for a NaN: it has no rank. Infinities are allowed.
     pub fn per_head(scores: Vec<Vec<f32>>) -> Result<Self> {
-        for (head, list) in scores.iter().enumerate() {
-            if let Some(unit) = list.iter().position(|s| s.is_nan()) {
+        Self::wide(1, scores)
+    }
+
+    /// `width` numbers for each unit, from one list per KV head, unit by unit.
+    ///
+    /// # Errors
+    /// [`Error::Setting`] for a width of 0, [`Error::Shape`] for a list of another length than whole units have,
+    /// [`Error::NotFinite`] for a NaN.
+    pub fn wide(width: usize, lists: Vec<Vec<f32>>) -> Result<Self> {
+        if width == 0 {
+            return Err(Error::setting("numbers of a unit", "at least 1", 0));
+        }
+        for (head, list) in lists.iter().enumerate() {
+            if !list.len().is_multiple_of(width) {
+                let expected = format!("a multiple of {width}");
+                return Err(Error::shape("numbers of a KV head", expected, list.len()));
+            }
+            if let Some(at) = list.iter().position(|s| s.is_nan()) {
                 return Err(Error::NotFinite {
                     what: "a score",
-                    at: format!("KV head {head}, unit {unit}"),
+                    at: format!("KV head {head}, unit {}", at / width),
                 });
             }
         }
-        Ok(Self(scores))
+        Ok(Self {
+            lists,
+            width,
+            first: 0,
+        })
+    }
+
+    /// Says that the lists begin with unit `first` of each head: those before it keep what they carry. So a long
+    /// cache's numbers need not be gone through for every token.
+    pub fn after(self, first: usize) -> Self {
+        Self { first, ..self }
+    }
+
+    /// The unit that the lists begin with.
+    pub fn first(&self) -> usize {
+        self.first
     }
 
     /// The same list for every KV head.
@@ -351,19 +536,24 @@ impl Scores {
         Self::per_head(vec![scores; kv_heads])
     }
 
-    /// The scores of one KV head.
+    /// Numbers of a unit.
+    pub fn width(&self) -> usize {
+        self.width
+    }
+
+    /// The scores of one KV head, unit by unit.
     pub fn head(&self, head: usize) -> &[f32] {
-        &self.0[head]
+        &self.lists[head]
     }
 
     /// All scores, by KV head.
     pub fn heads(&self) -> &[Vec<f32>] {
-        &self.0
+        &self.lists
     }
 
     /// The lists themselves.
     pub fn into_inner(self) -> Vec<Vec<f32>> {
-        self.0
+        self.lists
     }
 }
 

@@ -237,7 +237,7 @@ impl SequenceCache {
         }
         if let Some(kind) = policy.carries()
             && self.units() > 0
-            && self.scored_by.as_ref() != Some(&kind)
+            && (self.scored_by.as_ref() != Some(&kind) || !self.scored_for(&*policy))
         {
             return Err(Error::setting(
                 "policy of a cache that holds units",
@@ -252,6 +252,15 @@ impl SequenceCache {
         self.policy = policy;
         self.passed_on |= !self.is_empty();
         Ok(())
+    }
+
+    /// Whether all units that carry anything carry as much as this policy says.
+    pub(super) fn scored_for(&self, policy: &dyn KvCachePolicy) -> bool {
+        self.layers.iter().enumerate().all(|(index, layer)| {
+            let width = policy.carried_width(&self.spec.layer(index));
+            let mut heads = layer.heads.iter().filter(|head| !head.scores.is_empty());
+            heads.all(|head| head.positions.len().checked_mul(width) == Some(head.scores.len()))
+        })
     }
 
     /// Tokens that the sequence has, evicted ones included.
@@ -277,7 +286,8 @@ impl SequenceCache {
         &self.layers[layer].heads[head].positions
     }
 
-    /// Scores that are carried with the units of a KV head of a layer; empty if there are none.
+    /// Scores that are carried with the units of a KV head of a layer, as many for each as the policy says
+    /// ([`KvCachePolicy::carried_width`]), unit by unit; empty if there are none.
     pub fn scores(&self, layer: usize, head: usize) -> &[f32] {
         &self.layers[layer].heads[head].scores
     }
@@ -287,9 +297,15 @@ impl SequenceCache {
         &*self.layers[layer].store
     }
 
-    /// Bytes of keys and values now.
+    /// Bytes of keys and values now, of those that are resident where a store has a second tier
+    /// ([`Spilled`](crate::Spilled)).
     pub fn bytes(&self) -> usize {
         self.layers.iter().map(|l| l.bytes).sum()
+    }
+
+    /// Bytes of all keys and values now, those that are put away among them.
+    pub fn total_bytes(&self) -> usize {
+        self.layers.iter().map(|l| l.store.total_bytes()).sum()
     }
 
     /// Bytes of positions and scores now.
@@ -355,7 +371,8 @@ impl SequenceCache {
 
     /// Carries out a verdict on one layer.
     pub(super) fn apply(&mut self, layer: usize, verdict: Verdict) -> Result<()> {
-        let Verdict { keep, scores } = verdict;
+        let Verdict { keep, scores, away } = verdict;
+        let everything = matches!(keep, Keep::All);
         let (kept, folds) = match keep {
             Keep::All => (None, Vec::new()),
             Keep::Slots(kept) => (Some(kept), Vec::new()),
@@ -364,7 +381,8 @@ impl SequenceCache {
         let this = &mut self.layers[layer];
         let policy = &self.policy;
         let broken = |message| Error::policy(policy.name(), message);
-        this.set_scores(scores).map_err(broken)?;
+        let width = policy.carried_width(&self.spec.layer(layer));
+        this.set_scores(scores, width).map_err(broken)?;
         let heads = this.heads.len();
         if !folds.is_empty() && folds.len() != heads {
             let found = format!("folds for {} KV heads of {heads}", folds.len());
@@ -381,6 +399,14 @@ impl SequenceCache {
             this.retain(kept, &mut self.rope, head_dim, &*self.place.compute)?;
         }
         this.store.settle()?;
+        if !away.is_empty() {
+            if !everything {
+                return Err(broken("units are put away while others are dropped".into()));
+            }
+            let lens: Vec<usize> = this.heads.iter().map(|h| h.positions.len()).collect();
+            stores::check_away(&away, &lens).map_err(broken)?;
+            this.store.put_away(&away)?;
+        }
         this.count();
         Ok(())
     }
@@ -489,18 +515,39 @@ impl LayerCache {
     }
 
     /// Scores of all heads' units, or of none.
-    fn set_scores(&mut self, scores: Option<Scores>) -> Result<(), String> {
+    fn set_scores(&mut self, scores: Option<Scores>, width: usize) -> Result<(), String> {
         let heads = self.heads.len();
+        if let Some(found) = scores.as_ref().map(Scores::width).filter(|w| *w != width) {
+            return Err(format!("{found} numbers for a unit, {width} are due"));
+        }
+        let first = scores.as_ref().map_or(0, Scores::first);
         let scores = scores.map_or_else(|| vec![Vec::new(); heads], Scores::into_inner);
         if scores.len() != heads {
             return Err(format!("scores for {} KV heads of {heads}", scores.len()));
         }
         for (head, mut scores) in self.heads.iter_mut().zip(scores) {
-            give_back(&mut scores);
-            head.scores = scores;
-            let (found, expected) = (head.scores.len(), head.positions.len());
-            if found != 0 && found != expected {
-                return Err(format!("{found} scores for {expected} units"));
+            if first > 0 {
+                let old = first.saturating_mul(width);
+                if head.scores.len() < old {
+                    let found = head.scores.len() / width.max(1);
+                    return Err(format!(
+                        "scores after {first} units, of which {found} have any"
+                    ));
+                }
+                head.scores.truncate(old);
+                if head.scores.capacity() - old < scores.len() {
+                    // As for positions: exactly these, or a few more of single tokens.
+                    let reserve = scores.len().max(stores::RESERVE * width);
+                    head.scores.reserve_exact(reserve);
+                }
+                head.scores.extend_from_slice(&scores);
+            } else {
+                give_back(&mut scores);
+                head.scores = scores;
+            }
+            let (found, units) = (head.scores.len(), head.positions.len());
+            if found != 0 && found != units * width {
+                return Err(format!("{} scores for {units} units", found / width.max(1)));
             }
         }
         Ok(())
@@ -526,8 +573,9 @@ impl LayerCache {
         }
         self.store.retain(kept)?;
         for (head, kept) in self.heads.iter_mut().zip(kept) {
-            gather(&mut head.positions, kept);
-            gather(&mut head.scores, kept);
+            let width = head.scores.len() / head.positions.len().max(1);
+            gather(&mut head.positions, 1, kept);
+            gather(&mut head.scores, width, kept);
         }
         Ok(())
     }
@@ -543,15 +591,16 @@ impl LayerCache {
     }
 }
 
-/// Keeps the listed elements, in place.
-fn gather<T: Copy>(values: &mut Vec<T>, kept: &[u32]) {
+/// Keeps the listed elements of `width` values each, in place.
+fn gather<T: Copy>(values: &mut Vec<T>, width: usize, kept: &[u32]) {
     if values.is_empty() {
         return;
     }
     for (to, from) in kept.iter().enumerate() {
-        values[to] = values[*from as usize];
+        let from = *from as usize * width;
+        values.copy_within(from..from + width, to * width);
     }
-    values.truncate(kept.len());
+    values.truncate(kept.len() * width);
     give_back(values);
 }
 

@@ -20,6 +20,7 @@ pub use pass::{Pass, SequenceStep, forward};
 pub use plan::{Plan, plan};
 pub use prefix::{PrefixCache, PrefixStats};
 pub use probe::{Births, ChunkDone, Decided, OnChunk, Probe};
+pub(crate) use rope::Rope;
 pub use rope::{LongRopeSwitch, RopeConfig, RopeScaling};
 pub use sample::{Sampler, Sampling, argmax};
 pub use session::{Generate, Prefill, Report, Session, TokenScore, Tokens};

@@ -431,6 +431,8 @@ impl<'a> SequenceStep<'a> {
                     input: input.as_ref(),
                     surprisal: None,
                     observed: None,
+                    plain: plain.as_ref().map(|plain| (&cache.rope, plain)),
+                    picked: None,
                 };
                 cache.policy.before(&at, &q, &units)?
             }
@@ -442,7 +444,10 @@ impl<'a> SequenceStep<'a> {
                 let wrong = |found| Error::policy(cache.policy.name(), found);
                 views.check(t, spec.heads, &lens).map_err(wrong)?;
                 match (views.distance(), plain) {
-                    (Some(distance), Some(plain)) => Some(rotated_at(cache, distance, plain)?),
+                    (Some(distance), Some(plain)) => {
+                        let (rope, head_dim) = (&cache.rope, spec.head_dim);
+                        Some(rope.at_distance(plain, distance, head_dim, &*compute)?)
+                    }
                     (Some(_), None) => {
                         return Err(wrong(
                             "far units, and `Needs::far` did not ask for them".into(),
@@ -454,6 +459,17 @@ impl<'a> SequenceStep<'a> {
             Visible::All => None,
         };
         let this = &mut cache.layers[layer];
+        if this.store.tiered() {
+            let lens: Vec<usize> = this.heads.iter().map(|h| h.positions.len()).collect();
+            let seen = match &visible {
+                Visible::All => lens
+                    .iter()
+                    .map(|len| std::iter::once(0..*len).collect())
+                    .collect(),
+                Visible::Chosen(views) => views.seen(t, &lens),
+            };
+            this.store.bring(&seen)?;
+        }
         let over = Attention {
             layer: spec,
             store: &*this.store,
@@ -526,6 +542,8 @@ impl<'a> SequenceStep<'a> {
                     input: pending.input.as_ref(),
                     surprisal,
                     observed: pending.observed.as_ref(),
+                    plain: None,
+                    picked: None,
                 }
             })
             .collect();
@@ -615,27 +633,6 @@ fn rotated(
         true => Ok((q, compute.rotate(k, &by)?, None)),
         false => Ok((q, k, Some(table))),
     }
-}
-
-/// Queries that meet keys which were not rotated, as if the two were `distance` apart.
-fn rotated_at(cache: &SequenceCache, distance: usize, q: Rows) -> Result<Rows> {
-    let (compute, zeros) = (&cache.place.compute, vec![0; q.rows()]);
-    let turn = |q: Rows, position: usize| -> Result<(Rows, f32)> {
-        let table = cache.rope.range(position..position + 1);
-        let by = Rotation {
-            table: &table,
-            head_dim: cache.spec.head_dim,
-            rows: TableRows::Each(&zeros),
-            inverse: false,
-        };
-        Ok((compute.rotate(q, &by)?, table.factor()))
-    };
-    let (q, factor) = turn(q, distance)?;
-    if factor == 1.0 {
-        return Ok(q);
-    }
-    // LongRoPE's factor is on both sides, and the keys do not have it.
-    turn(q, 0).map(|(q, _)| q)
 }
 
 /// Puts `ids`, the new tokens of all steps of a pass, through a model, with what computes for it at its

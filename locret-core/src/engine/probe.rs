@@ -96,7 +96,7 @@ pub struct Births(Vec<Vec<Vec<f32>>>);
 
 impl Births {
     /// `[layer][KV head][token]`, of the tokens that were watched; nothing of policies that carry no
-    /// scores.
+    /// scores, or several numbers for each unit.
     pub fn scores(&self) -> &[Vec<Vec<f32>>] {
         &self.0
     }
@@ -107,7 +107,8 @@ impl Probe for Births {
         let (layer, new) = (at.step.layer, at.step.incoming);
         self.0
             .resize(layer.layers, vec![Vec::new(); layer.kv_heads]);
-        if let Some(scores) = &at.verdict.scores {
+        // Several numbers for each unit are no score.
+        if let Some(scores) = at.verdict.scores.as_ref().filter(|s| s.width() == 1) {
             for (born, scores) in self.0[layer.index].iter_mut().zip(scores.heads()) {
                 born.extend_from_slice(&scores[scores.len().saturating_sub(new)..]);
             }

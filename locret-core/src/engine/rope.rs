@@ -4,7 +4,7 @@
 //! ([`Positions`](crate::Positions)). All variants rotate halves (dimension `i` with
 //! `i + rotary_dim / 2`), as the published safetensors of Llama and Phi-3 expect.
 
-use crate::{Error, Result, RopeTable};
+use crate::{Compute, Error, Result, RopeTable, Rotation, Rows, TableRows};
 use serde::{Deserialize, Serialize};
 use std::{ops::Range, sync::Arc};
 
@@ -275,6 +275,33 @@ impl Rope {
     /// Gives back what can be made again.
     pub(crate) fn forget(&mut self) {
         self.contiguous = Arc::new(RopeTable::new(&self.inv_freq, self.factor, 0..0));
+    }
+
+    /// Queries, not rotated before, that meet keys which were not rotated, as if the two were `distance` apart.
+    pub(crate) fn at_distance(
+        &self,
+        q: Rows,
+        distance: usize,
+        head_dim: usize,
+        compute: &dyn Compute,
+    ) -> Result<Rows> {
+        let zeros = vec![0; q.rows()];
+        let turn = |q: Rows, position: usize| -> Result<(Rows, f32)> {
+            let table = self.range(position..position + 1);
+            let by = Rotation {
+                table: &table,
+                head_dim,
+                rows: TableRows::Each(&zeros),
+                inverse: false,
+            };
+            Ok((compute.rotate(q, &by)?, table.factor()))
+        };
+        let (q, factor) = turn(q, distance)?;
+        if factor == 1.0 {
+            return Ok(q);
+        }
+        // LongRoPE's factor is on both sides, and the keys do not have it.
+        turn(q, 0).map(|(q, _)| q)
     }
 
     /// A table whose row 0 is position `range.start`.

@@ -68,8 +68,10 @@ pub struct Report {
     pub prefill_peak: Peak,
     /// The most that the cache held at any moment.
     pub peak: Peak,
-    /// Bytes of keys and values now.
+    /// Bytes of keys and values now; those that are resident.
     pub kv_bytes: usize,
+    /// Bytes of all keys and values, those that are put away among them.
+    pub total_bytes: usize,
     /// Bytes of positions and scores now.
     pub metadata_bytes: usize,
     /// Bytes that a full cache of 32-bit values would take for all tokens seen.
@@ -235,6 +237,7 @@ impl Session {
             prefill_peak: self.cache.prefill_peak(),
             peak: self.cache.peak(),
             kv_bytes: self.cache.bytes(),
+            total_bytes: self.cache.total_bytes(),
             metadata_bytes: self.cache.metadata_bytes(),
             full_bytes: self.cache.spec().full_cache_bytes(self.cache.seen(), 4),
             ..self.times

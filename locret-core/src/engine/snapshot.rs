@@ -183,6 +183,10 @@ impl Session {
             );
             return Err(SnapshotError::NotSaved(found).into());
         }
+        if !cache.scored_for(&**cache.policy()) {
+            let found = "a cache whose units carry other numbers than its policy's".into();
+            return Err(SnapshotError::NotSaved(found).into());
+        }
         let own = cache
             .policy()
             .store(&cache.spec().layer(0), &cache.place)?
@@ -351,7 +355,10 @@ impl Session {
 
     /// Reads all tensors but the last one.
     fn read_parts(&mut self, from: &mut Hashed<'_>, parts: &[Part]) -> Result<()> {
-        let vocab = self.cache.spec().vocab;
+        let spec = self.cache.spec();
+        let policy = self.cache.policy();
+        let layers = (0..spec.layers).map(|layer| policy.carried_width(&spec.layer(layer)));
+        let (vocab, widths): (_, Vec<usize>) = (spec.vocab, layers.collect());
         for part in parts {
             match part.slot {
                 Slot::Tokens => {
@@ -378,7 +385,8 @@ impl Session {
                 Slot::Scores(layer, head) => {
                     let HeadMeta { positions, scores } = &mut self.cache.layers[layer].heads[head];
                     *scores = from.numbers(part.bytes)?;
-                    if scores.is_empty() || scores.len() != positions.len() {
+                    let due = positions.len().checked_mul(widths[layer]);
+                    if scores.is_empty() || due != Some(scores.len()) {
                         let (scores, units) = (scores.len(), positions.len());
                         return Err(damaged(format!("{scores} scores for {units} units")));
                     }
@@ -446,7 +454,8 @@ impl Session {
         if let Some(kind) = cache.policy.carries()
             && cache.units() > 0
             && (scored_by.as_ref() != Some(&kind)
-                || heads().any(|h| h.scores.len() != h.positions.len()))
+                || heads().any(|h| h.scores.is_empty() && !h.positions.is_empty())
+                || !cache.scored_for(&*cache.policy))
         {
             return Err(damaged("units without the scores that their policy needs"));
         }

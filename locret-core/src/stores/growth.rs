@@ -292,3 +292,52 @@ impl Growth for CodedGrowth {
             + self.tail.capacity * self.tail_bytes
     }
 }
+
+/// Of a store of which a part is put away: all bytes, up to the bound. Which blocks are resident depends on the text,
+/// and there are never more than that.
+pub(super) struct SpilledGrowth {
+    inner: Box<dyn Growth>,
+    bound: usize,
+    /// Where single tokens are appended, what is near reserves room of its own.
+    reserve: usize,
+}
+
+impl SpilledGrowth {
+    /// Of a store of which `inner` would have all units, with so many bytes for each new one.
+    pub(super) fn new(inner: Box<dyn Growth>, bound: usize, unit: usize) -> Self {
+        Self {
+            inner,
+            bound,
+            reserve: RESERVE * unit,
+        }
+    }
+}
+
+impl Growth for SpilledGrowth {
+    fn append(&mut self, units: usize) {
+        self.inner.append(units);
+    }
+
+    fn retain(&mut self, units: usize, newest: bool) {
+        self.inner.retain(units, newest);
+    }
+
+    fn settle(&mut self) {
+        self.inner.settle();
+    }
+
+    fn units(&self) -> usize {
+        self.inner.units()
+    }
+
+    fn bytes(&self) -> usize {
+        match self.inner.units() {
+            0 => 0,
+            _ => (self.inner.bytes() + self.reserve).min(self.bound.max(self.reserve)),
+        }
+    }
+
+    fn bound(&mut self) {
+        self.inner.bound();
+    }
+}

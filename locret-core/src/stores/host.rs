@@ -1,9 +1,9 @@
 //! Dense units in host memory.
 
 use super::{
-    Fold, Growth, KvStore, TurnKeys, check_append, check_folds, check_retain, folded,
+    Fold, Growth, KvStore, TurnKeys, check_append, check_folds, check_retain, check_units, folded,
     growth::{self, DenseGrowth},
-    saved,
+    left, saved,
 };
 use crate::{DType, LayerSpec, Result, Rows};
 use burn::tensor::Device;
@@ -119,6 +119,14 @@ impl<T: Number> KvStore for HostStore<T> {
         self.rows(&self.heads[head].1)
     }
 
+    fn keys_at(&self, head: usize, units: &[u32]) -> Result<Rows> {
+        let (keys, d) = (&self.heads[head].0, self.dim);
+        check_units(units, keys.len() / d)?;
+        let rows = units.iter().map(|unit| &keys[*unit as usize * d..][..d]);
+        let rows: Vec<f32> = rows.flatten().map(|x| x.to_f32()).collect();
+        Rows::new(rows, d, &self.device)
+    }
+
     fn tiles(&self, head: usize) -> Option<Box<dyn KvTiles + '_>> {
         let (k, v) = &self.heads[head];
         let (k, v) = (T::floats(k), T::floats(v));
@@ -141,6 +149,28 @@ impl<T: Number> KvStore for HostStore<T> {
             }
         }
         Ok(())
+    }
+
+    fn take(&mut self, taken: &[Vec<u32>]) -> Result<Box<dyn KvStore>> {
+        let d = self.dim;
+        let lens: Vec<usize> = self.heads.iter().map(|(k, _)| k.len() / d).collect();
+        check_retain(taken, lens.iter().copied())?;
+        let rows = |buffer: &[T], list: &[u32]| {
+            let rows = list.iter().map(|unit| &buffer[*unit as usize * d..][..d]);
+            let mut out = Vec::with_capacity(list.len() * d);
+            rows.for_each(|row| out.extend_from_slice(row));
+            out
+        };
+        let heads = self.heads.iter().zip(taken);
+        let other = Self {
+            heads: heads
+                .map(|((k, v), list)| (rows(k, list), rows(v, list)))
+                .collect(),
+            dim: d,
+            device: self.device.clone(),
+        };
+        self.retain(&left(taken, lens.into_iter()))?;
+        Ok(Box::new(other))
     }
 
     fn fold_values(&mut self, head: usize, folds: &[Fold]) -> Result<()> {

@@ -6,13 +6,18 @@
 mod coded;
 mod growth;
 mod host;
+mod pieces;
 mod saved;
+mod scratch;
+mod spilled;
 mod tensor;
 
 pub use coded::{QuantLayout, Quantization, QuantizedStore};
 pub use growth::Growth;
 pub(crate) use growth::RESERVE;
 pub(crate) use host::HostStore;
+pub use scratch::{Scratch, Tier};
+pub use spilled::Spilled;
 pub(crate) use tensor::TensorStore;
 
 use crate::{Compute, DType, Error, LayerSpec, Result, Rows, SnapshotError};
@@ -20,6 +25,7 @@ use locret_kernels::tiles::KvTiles;
 use std::{
     fmt::Debug,
     io::{Read, Take, Write},
+    ops::Range,
     sync::Arc,
 };
 
@@ -58,8 +64,14 @@ pub trait KvStore: Debug + Send + Sync {
     /// Whether no head holds anything.
     fn is_empty(&self) -> bool;
 
-    /// Bytes that keys and values occupy now, allocated reserve included.
+    /// Bytes that keys and values occupy now, allocated reserve included; those that are resident, of a store with a
+    /// second tier.
     fn bytes(&self) -> usize;
+
+    /// Bytes that all keys and values take, those that are put away among them.
+    fn total_bytes(&self) -> usize {
+        self.bytes()
+    }
 
     /// How these bytes will grow and shrink, for plans.
     fn growth(&self) -> Box<dyn Growth>;
@@ -75,6 +87,14 @@ pub trait KvStore: Debug + Send + Sync {
     /// # Errors
     /// [`Error::Device`].
     fn values(&self, head: usize) -> Result<Rows>;
+
+    /// The keys of some units of one head, `[units, head_dim]`, as [`keys`](Self::keys).
+    ///
+    /// # Errors
+    /// As `keys`; [`Error::Shape`] for units that are not there.
+    fn keys_at(&self, head: usize, units: &[u32]) -> Result<Rows> {
+        picked(&self.keys(head)?, units)
+    }
 
     /// One head's units in host memory, so that the CPU kernels read them where they lie; `None` if
     /// they lie elsewhere.
@@ -96,6 +116,51 @@ pub trait KvStore: Debug + Send + Sync {
     /// ([`turns_keys`](Self::turns_keys)); those of `turn`, [`Error::Device`].
     fn turn_keys(&mut self, _turn: &TurnKeys<'_>) -> Result<()> {
         Err(no_turn(&self.name()))
+    }
+
+    /// Whether there is a second tier, so that attention reads what was [brought](Self::bring) before.
+    fn tiered(&self) -> bool {
+        false
+    }
+
+    /// Makes resident what attention is about to read: by KV head, ranges of units in any order, which may overlap.
+    /// What was brought before may be put away again.
+    ///
+    /// # Errors
+    /// [`Error::Memory`] if all of it together is more than may be resident, [`Error::Tier`].
+    fn bring(&mut self, _seen: &[Vec<Range<usize>>]) -> Result<()> {
+        Ok(())
+    }
+
+    /// Whether these units are resident.
+    fn brought(&self, _seen: &[Vec<Range<usize>>]) -> bool {
+        true
+    }
+
+    /// As [`tiles`](Self::tiles), of what is resident; other units read as zeros.
+    fn brought_tiles(&self, head: usize) -> Option<Box<dyn KvTiles + '_>> {
+        self.tiles(head)
+    }
+
+    /// Told of units that attention will seldom read: blocks, for each its units by KV head
+    /// ([`Verdict::away`](crate::Verdict::away)). A store with a second tier may put them away; their numbers stay.
+    ///
+    /// # Errors
+    /// [`Error::Setting`] for units that are in a block already, [`Error::Tier`].
+    fn put_away(&mut self, _blocks: &[Vec<Vec<u32>>]) -> Result<()> {
+        Ok(())
+    }
+
+    /// Takes units out of each head, as [`retain`](Self::retain) would keep them, into a store of their own.
+    ///
+    /// # Errors
+    /// As `retain`.
+    fn take(&mut self, taken: &[Vec<u32>]) -> Result<Box<dyn KvStore>> {
+        let mut other = self.fork();
+        other.retain(taken)?;
+        let lens: Vec<usize> = (0..taken.len()).map(|head| self.len(head)).collect();
+        self.retain(&left(taken, lens.into_iter()))?;
+        Ok(other)
     }
 
     /// Called when the step of this layer is over: attention is done, and what the policy dropped
@@ -191,6 +256,43 @@ pub(crate) fn check_append(keys: &Rows, values: &Rows, heads: usize, dim: usize)
     Ok(t)
 }
 
+/// What is left of units when some, ascending ones, are taken.
+pub(crate) fn left(taken: &[Vec<u32>], lens: impl Iterator<Item = usize>) -> Vec<Vec<u32>> {
+    let of_head = |(taken, len): (&Vec<u32>, usize)| {
+        let mut taken = taken.iter().peekable();
+        let all = 0..len as u32;
+        all.filter(|unit| taken.next_if(|next| *next == unit).is_none())
+            .collect()
+    };
+    taken.iter().zip(lens).map(of_head).collect()
+}
+
+/// Some rows of all of a head's.
+pub(crate) fn picked(rows: &Rows, units: &[u32]) -> Result<Rows> {
+    check_units(units, rows.rows())?;
+    if units.is_empty() {
+        return rows.slice(0..0);
+    }
+    // Neighbours together.
+    let runs = units.chunk_by(|a, b| a + 1 == *b);
+    let run = |run: &[u32]| {
+        let first = run[0] as usize;
+        rows.slice(first..first + run.len())
+    };
+    Rows::below(runs.map(run).collect::<Result<_>>()?)
+}
+
+/// Checks that units are there.
+pub(crate) fn check_units(units: &[u32], len: usize) -> Result<()> {
+    match units.iter().find(|unit| **unit as usize >= len) {
+        None => Ok(()),
+        Some(unit) => {
+            let expected = format!("below {len}");
+            Err(Error::shape("a unit of a KV head", expected, unit))
+        }
+    }
+}
+
 /// Checks what is to be kept against what is there.
 pub(crate) fn check_retain(kept: &[Vec<u32>], lens: impl Iterator<Item = usize>) -> Result<()> {
     let lens: Vec<usize> = lens.collect();
@@ -213,6 +315,28 @@ pub(crate) fn check_retain(kept: &[Vec<u32>], lens: impl Iterator<Item = usize>)
                 format!("unit numbers below {len} in KV head {head}"),
                 unit,
             ));
+        }
+    }
+    Ok(())
+}
+
+/// What is wrong with blocks of units of heads that have so many.
+pub(crate) fn check_away(blocks: &[Vec<Vec<u32>>], lens: &[usize]) -> Result<(), String> {
+    for block in blocks {
+        if block.len() != lens.len() {
+            let found = block.len();
+            return Err(format!(
+                "a block of units of {found} KV heads of {}",
+                lens.len()
+            ));
+        }
+        for (head, (units, len)) in block.iter().zip(lens).enumerate() {
+            let ascend = units.windows(2).all(|pair| pair[0] < pair[1]);
+            if !ascend || units.last().is_some_and(|unit| *unit as usize >= *len) {
+                return Err(format!(
+                    "units of KV head {head} are put away that do not ascend below {len}"
+                ));
+            }
         }
     }
     Ok(())

@@ -484,14 +484,14 @@ fn mixed(folds: Vec<Vec<Fold>>) -> Result<Verdict> {
             kept: Selection::new(vec![vec![0]; 2])?,
             folds,
         },
-        scores: None,
+        ..Verdict::keep_all()
     })
 }
 
 #[test]
 fn verdicts_that_do_not_fit_are_refused_and_end_the_sequence() {
     type Answer = fn() -> Result<Verdict>;
-    let answers: [(&str, Answer); 8] = [
+    let answers: [(&str, Answer); 9] = [
         ("a head too few", || Verdict::keep(vec![vec![0]])),
         ("a head too many", || Verdict::keep(vec![vec![0]; 3])),
         ("a unit that is not there", || {
@@ -511,6 +511,9 @@ fn verdicts_that_do_not_fit_are_refused_and_end_the_sequence() {
         }),
         ("a score too few", || {
             Ok(Verdict::keep_all().carrying(Scores::shared(vec![0.0; 19], 2)?))
+        }),
+        ("two scores for each unit", || {
+            Ok(Verdict::keep_all().carrying(Scores::wide(2, vec![vec![0.0; 40]; 2])?))
         }),
         ("a score that is none", || {
             Ok(Verdict::keep_all().carrying(Scores::shared(vec![f32::NAN; 20], 2)?))

@@ -15,6 +15,7 @@ mod prefix;
 mod saved;
 mod snapshot;
 mod suite;
+mod tiers;
 mod visible;
 
 use burn::tensor::Device;

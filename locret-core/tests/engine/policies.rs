@@ -26,6 +26,10 @@ impl<P: KvCachePolicy> KvCachePolicy for Coded<P> {
         self.0.carries()
     }
 
+    fn carried_width(&self, layer: &LayerSpec) -> usize {
+        self.0.carried_width(layer)
+    }
+
     fn store(&self, layer: &LayerSpec, place: &Placement) -> Result<Box<dyn KvStore>> {
         QuantizedStore::boxed(layer, place, self.1)
     }
@@ -205,6 +209,68 @@ impl Scorer for Attended {
     }
 }
 
+/// Several numbers go with each unit: one that it was born with, and what each query head of the group has paid to it
+/// where it stood. All of them say what is kept.
+#[derive(Debug)]
+pub(crate) struct Several {
+    pub(crate) limit: usize,
+    pub(crate) positions: Positions,
+}
+
+impl KvCachePolicy for Several {
+    fn name(&self) -> String {
+        "several".into()
+    }
+
+    fn needs(&self) -> Needs {
+        Needs::NOTHING.observe(Queries::All, Observation::NearWeights)
+    }
+
+    fn positions(&self) -> Positions {
+        self.positions
+    }
+
+    fn carries(&self) -> Option<String> {
+        Some("several numbers".into())
+    }
+
+    fn carried_width(&self, layer: &LayerSpec) -> usize {
+        1 + layer.group()
+    }
+
+    fn limit(&self, _layer: &LayerSpec, _total: usize) -> Option<usize> {
+        Some(self.limit)
+    }
+
+    fn step(&self, at: &Step, units: &LayerUnits<'_>) -> Result<Verdict> {
+        let width = self.carried_width(&at.layer);
+        let (mut lists, mut kept) = (Vec::new(), Vec::new());
+        for head in 0..units.kv_heads() {
+            let mut numbers = units.carried(head).to_vec();
+            assert_eq!(numbers.len(), width * (units.len(head) - units.incoming()));
+            for position in &units.positions(head)[units.len(head) - units.incoming()..] {
+                numbers.push((position * 37 % 101) as f32 / 1000.0);
+                numbers.resize(numbers.len() + width - 1, 0.0);
+            }
+            if let Some(observed) = units.observed() {
+                for index in 1..width {
+                    let paid = observed.weights(head * at.layer.group() + index - 1)?;
+                    let own = numbers.iter_mut().skip(index).step_by(width);
+                    own.zip(paid).for_each(|(own, paid)| *own += paid);
+                }
+            }
+            let scores: Vec<f32> = numbers.chunks(width).map(|x| x.iter().sum()).collect();
+            let most = match at.phase.evicts() {
+                true => self.limit.min(scores.len()),
+                false => scores.len(),
+            };
+            kept.push(units.compute().select(&scores, most, &[])?);
+            lists.push(numbers);
+        }
+        Ok(Verdict::keep(kept)?.carrying(Scores::wide(width, lists)?))
+    }
+}
+
 /// The largest logits of the last queries; nothing is carried.
 #[derive(Debug)]
 pub(crate) struct Logits;
@@ -344,7 +410,7 @@ impl KvCachePolicy for Mixing {
                 kept,
                 folds: heads.map(folds).collect(),
             },
-            scores: None,
+            ..Verdict::keep_all()
         })
     }
 }

@@ -2,7 +2,9 @@
 
 use crate::{
     device, model, model_of,
-    policies::{Attended, Birth, Coded, Everything, KeyNorm, Mixing, Newest, Ragged, Surprise},
+    policies::{
+        Attended, Birth, Coded, Everything, KeyNorm, Mixing, Newest, Ragged, Several, Surprise,
+    },
     spec, text,
 };
 use locret_core::{
@@ -37,6 +39,7 @@ fn policies(positions: Positions) -> Vec<Arc<dyn KvCachePolicy>> {
         evict(Attended, positions),
         Arc::new(Ragged { limit, positions }),
         Arc::new(Mixing { limit, positions }),
+        Arc::new(Several { limit, positions }),
         Arc::new(Everything {
             positions,
             needs: Needs::NOTHING,

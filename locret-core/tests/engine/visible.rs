@@ -2,7 +2,7 @@
 
 use crate::{
     device, model, model_of,
-    policies::{Attended, Birth, Everything, KeyNorm, Logits},
+    policies::{Attended, Birth, Everything, KeyNorm, Logits, Several},
     spec, text,
 };
 use locret_core::{
@@ -55,6 +55,10 @@ impl<P: KvCachePolicy> KvCachePolicy for Choosing<P> {
 
     fn carries(&self) -> Option<String> {
         self.inner.carries()
+    }
+
+    fn carried_width(&self, layer: &LayerSpec) -> usize {
+        self.inner.carried_width(layer)
     }
 
     fn store(&self, layer: &LayerSpec, place: &Placement) -> Result<Box<dyn KvStore>> {
@@ -149,6 +153,22 @@ fn what_is_observed_is_attention_to_what_is_seen() {
     .unwrap();
     check_policy(&device(), &PolicyCheck::default(), |case| {
         Arc::new(Choosing::new(case, evict(case, Logits).recent(2)))
+    })
+    .unwrap();
+}
+
+#[test]
+fn several_numbers_of_a_unit_are_those_of_where_it_stands() {
+    let check = PolicyCheck {
+        seeds: 0..40,
+        ..PolicyCheck::default()
+    };
+    check_policy(&device(), &check, |case| {
+        let several = Several {
+            limit: case.budget,
+            positions: case.positions,
+        };
+        Arc::new(Choosing::new(case, several))
     })
     .unwrap();
 }

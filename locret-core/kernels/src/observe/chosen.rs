@@ -30,6 +30,27 @@ pub fn observe_weights_chosen(
     call.run(Isa::best(), true)
 }
 
+/// The same of units that a query sees where they stand: what is seen at the one distance takes its part of the
+/// softmax, and counts nothing.
+///
+/// # Panics
+/// As [`observe_weights_chosen`].
+pub fn observe_near_weights_chosen(
+    q: &[f32],
+    heads: &[&dyn KvTiles],
+    shape: AttnShape,
+    key_rotation: Option<&RopeTable>,
+    seeing: Seeing<'_>,
+    chosen: &[usize],
+) -> Vec<Vec<f32>> {
+    let call = Call::new(q, heads, shape, key_rotation, seeing, chosen);
+    Call {
+        near_only: true,
+        ..call
+    }
+    .run(Isa::best(), true)
+}
+
 /// As [`observe_max_logits`](super::observe_max_logits), over the queries that see a unit.
 ///
 /// # Panics
@@ -55,6 +76,8 @@ struct Call<'a> {
     rotation: Option<&'a RopeTable>,
     seeing: Seeing<'a>,
     chosen: &'a [usize],
+    /// Whether what is seen at the one distance counts nothing.
+    near_only: bool,
 }
 
 impl<'a> Call<'a> {
@@ -77,6 +100,7 @@ impl<'a> Call<'a> {
             rotation,
             seeing,
             chosen,
+            near_only: false,
         }
     }
 
@@ -152,6 +176,7 @@ struct Tile {
     at: usize,
     units: usize,
     bounds: Option<Vec<Range<usize>>>,
+    far: bool,
 }
 
 /// At most `N` vectors of queries, a query a lane.
@@ -231,6 +256,7 @@ fn panel<S: Simd, const N: usize>(
                 at,
                 units,
                 bounds,
+                far,
             });
             at += units;
         }
@@ -239,7 +265,7 @@ fn panel<S: Simd, const N: usize>(
     if weights {
         softmax::<S, N>(s, p, &mut share);
     }
-    for tile in &done {
+    for tile in done.iter().filter(|tile| !(tile.far && call.near_only)) {
         let p = &p[tile.at * width..(tile.at + tile.units) * width];
         let units = tile.pieces.iter().cloned().flatten();
         for ((k, p), unit) in p.chunks_exact(width).enumerate().zip(units) {

@@ -5,7 +5,7 @@
 
 mod chosen;
 
-pub use chosen::{observe_max_logits_chosen, observe_weights_chosen};
+pub use chosen::{observe_max_logits_chosen, observe_near_weights_chosen, observe_weights_chosen};
 
 use super::{
     attention::{

@@ -133,10 +133,13 @@ pub(super) fn footprint(
         false => 0,
     };
     let units = plan.peak.units.saturating_add(heads * RESERVE);
+    // A position, and what is carried.
+    let widths = (0..spec.layers).map(|index| policy.carried_width(&spec.layer(index)));
+    let metadata = 4 + 4 * widths.max().unwrap_or(1);
     let longest = plan.peak.units_per_head.max(before);
     let parts = [
         reserves,
-        units.saturating_mul(8),
+        units.saturating_mul(metadata),
         fixed(spec, policy, longest, request.tokens()),
     ];
     let all = parts
