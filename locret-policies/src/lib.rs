@@ -14,18 +14,21 @@
 //! | [`SnapKv`] | what the last queries look at | attention of the last queries | 2404.14469 |
 //! | [`Tova`] | what the last query looks at | attention of the last query | 2401.06104 |
 //! | [`MInference`] | everything; prompts see a part of it | attention of a chunk's last queries | 2407.02490 |
+//! | [`InfLlm`] | everything; distant blocks are retrieved | attention of every query | 2402.04617 |
 //!
-//! All but [`Full`] and [`MInference`] are a [`Scorer`](locret_core::Scorer) inside an [`Evict`](locret_core::Evict),
+//! All but [`Full`], [`MInference`] and [`InfLlm`] are a [`Scorer`](locret_core::Scorer) inside an [`Evict`](locret_core::Evict),
 //! so that budgets, protected units, positions and eviction while decoding are the same for all, and
 //! any of them can share its budget out over layers ([`Evict::pyramid`](locret_core::Evict::pyramid))
-//! and heads ([`Evict::ada`](locret_core::Evict::ada)). Two wrappers go around any policy:
-//! [`Quantized`] keeps units as small integers, [`Merge`] folds dropped values into kept ones.
+//! and heads ([`Evict::ada`](locret_core::Evict::ada)). Wrappers go around any policy:
+//! [`Quantized`] keeps units as small integers, [`Merge`] folds dropped values into kept ones, [`PutAway`] retrieves
+//! what was dropped, and [`Tiered`] puts units away that are not needed at the moment.
 //! [`PolicyConfig`] is all of that as configuration.
 #![deny(missing_docs)]
 
 mod config;
 mod error;
 mod full;
+mod infllm;
 pub mod locret;
 pub mod minference;
 mod published;
@@ -34,10 +37,11 @@ mod scorers;
 pub mod training;
 mod wrappers;
 
-pub use config::{Method, PolicyConfig};
+pub use config::{Method, PolicyConfig, TierConfig};
 pub use error::{PolicyError, Result};
 pub use full::Full;
-pub use locret::{HeadAdvice, HeadWeights, LayerHead, Locret, RetainingHeads};
+pub use infllm::InfLlm;
+pub use locret::{HeadAdvice, HeadWeights, LayerHead, Locret, RetainingHeads, query_first};
 pub use minference::MInference;
 pub use scorers::{H2o, KeyDiff, KeyNorm, Random, SirLlm, SnapKv, Tova, Window};
-pub use wrappers::{Merge, Quantized};
+pub use wrappers::{Merge, PutAway, Quantized, Tiered};

@@ -102,6 +102,9 @@ fn any_case() -> impl Strategy<Value = Case> {
             } else {
                 Positions::Original
             });
+            if method == Method::InfLlm {
+                config.positions = None;
+            }
             if method.evicts() {
                 config.budget = Some(Budget::Units(budget));
                 config.pool = Some(pool);
@@ -174,7 +177,8 @@ fn run(case: &Case) {
                     assert!(positions.iter().all(|p| (*p as usize) < cache.seen()));
                     assert_eq!(cache.store(layer).len(head), expected);
                     let scores = cache.scores(layer, head).len();
-                    assert!(scores == 0 || scores == expected);
+                    let width = cache.policy().carried_width(&spec.layer(layer));
+                    assert!(scores == 0 || scores == expected * width);
                 }
             }
             assert_eq!(cache.peak().units_per_head, peak);

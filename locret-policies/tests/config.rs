@@ -7,7 +7,7 @@ use common::{Numbers, cache, drive, spec, steps};
 use locret_core::{Budget, DType, DecodeEviction, Error, KvCachePolicy, Positions, compute};
 use locret_policies::{
     H2o, HeadAdvice, HeadWeights, KeyDiff, KeyNorm, LayerHead, Method, PolicyConfig, PolicyError,
-    Random, SirLlm, SnapKv, Tova, Window,
+    Random, SirLlm, SnapKv, TierConfig, Tova, Window,
 };
 use std::path::PathBuf;
 
@@ -346,4 +346,76 @@ fn errors_keep_their_meaning_on_the_way_to_the_engine() {
     assert!(matches!(setting, Error::EmptyPrompt));
     let config: Error = PolicyError::Config("x".into()).into();
     assert!(config.to_string().contains('x'));
+}
+
+#[test]
+fn second_tiers_and_what_is_put_away() {
+    let spec = spec(2, 2, 3, 8);
+    let compute = compute(&Device::default());
+    let built = |text: &str| {
+        let config = PolicyConfig::from_toml(text).unwrap();
+        let json = serde_json::to_string(&config).unwrap();
+        assert_eq!(PolicyConfig::from_json(&json).unwrap(), config);
+        config.build(&spec, &*compute)
+    };
+    let name = |text: &str| built(text).unwrap().name();
+    assert_eq!(name("policy = 'infllm'"), "infllm");
+    assert_eq!(
+        name("policy = 'infllm'\nbudget = 300"),
+        "infllm in two tiers"
+    );
+    assert_eq!(
+        name("policy = 'infllm'\nn_local = 40\ntier = 'disk'\nresident = '1MiB'"),
+        "infllm in two tiers"
+    );
+    assert_eq!(
+        name("policy = 'window'\nbudget = 40\nput_away = true"),
+        "window put away"
+    );
+    assert_eq!(
+        name("policy = 'h2o'\nbudget = 40\nput_away = true\ntier = 'memory'\nquantize = 8"),
+        "h2o put away+8bit in two tiers"
+    );
+    for (text, message) in [
+        ("policy = 'infllm'\nbudget = '50%'", "units or bytes"),
+        ("policy = 'infllm'\npositions = 'original'", "compact"),
+        ("policy = 'infllm'\nbudget = 300\nn_local = 290", "budget"),
+        ("policy = 'infllm'\nput_away = true", "put_away"),
+        ("policy = 'infllm'\ntier = 'disk'", "resident"),
+        ("policy = 'infllm'\nresident = 10", "resident"),
+        ("policy = 'window'\nbudget = 40\ntier = 'disk'", "tier"),
+        ("policy = 'window'\nbudget = 40\ntopk = 3", "topk"),
+        (
+            "policy = 'window'\nbudget = 40\nput_away = true\nn_init = 3",
+            "n_init",
+        ),
+        (
+            "policy = 'window'\nbudget = '10%'\nput_away = true\ntier = 'disk'",
+            "resident",
+        ),
+        (
+            "policy = 'window'\nbudget = 40\nput_away = true\nmerge = 0.5",
+            "put_away",
+        ),
+        (
+            "policy = 'window'\nbudget = 40\nput_away = true\nrepr_topk = 33",
+            "1 to 32",
+        ),
+    ] {
+        let error = built(text).unwrap_err().to_string();
+        assert!(error.contains(message), "{text}: {error}");
+    }
+    let unknown = PolicyConfig::from_toml("policy = 'infllm'\ntier = 'cloud'").unwrap_err();
+    assert!(unknown.to_string().contains("disk:FOLDER"), "{unknown}");
+    // A folder counts from the file's.
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("p.toml");
+    std::fs::write(
+        &file,
+        "policy = 'infllm'\nbudget = 90\ntier = 'disk:scratch'",
+    )
+    .unwrap();
+    let config = PolicyConfig::load(&file).unwrap();
+    let due = TierConfig::Disk(Some(folder.path().join("scratch")));
+    assert_eq!(config.tier, Some(due));
 }

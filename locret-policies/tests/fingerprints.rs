@@ -63,7 +63,27 @@ fn changed(method: Method) -> Vec<(String, PolicyConfig)> {
         _ => Positions::Original,
     };
     change("as published", &|_| ());
-    change("positions", &|c| c.positions = Some(others));
+    if method == Method::InfLlm {
+        for (index, what) in ["init", "local", "block", "topk", "keys", "chunk"]
+            .iter()
+            .enumerate()
+        {
+            change(what, &|c| {
+                let settings = [
+                    &mut c.n_init,
+                    &mut c.n_local,
+                    &mut c.block_size,
+                    &mut c.topk,
+                    &mut c.repr_topk,
+                    &mut c.exec_block,
+                ];
+                *settings.into_iter().nth(index).unwrap() = Some(3 + 7 * (index % 4 / 2) * index);
+            });
+        }
+        change("budget", &|c| c.budget = Some(Budget::Units(200)));
+    } else {
+        change("positions", &|c| c.positions = Some(others));
+    }
     let plain = Quantization::default();
     let kivi = QuantLayout::Kivi;
     for (what, quantize) in [
@@ -129,6 +149,17 @@ fn changed(method: Method) -> Vec<(String, PolicyConfig)> {
     }
     for floor in [0.2, 0.25, 1.0] {
         change(&format!("ada {floor}"), &|c| c.ada = Some(floor));
+    }
+    for (what, settings) in [
+        ("put away", [None; 3]),
+        ("in larger blocks", [Some(33), None, None]),
+        ("more of them", [None, Some(9), None]),
+        ("by more keys", [None, None, Some(5)]),
+    ] {
+        change(what, &|c| {
+            c.put_away = true;
+            [c.block_size, c.topk, c.repr_topk] = settings;
+        });
     }
     for threshold in [0.5, 0.500_001] {
         let what = format!("merge {threshold}");

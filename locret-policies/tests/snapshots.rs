@@ -6,7 +6,7 @@ use locret_core::{
     Positions, Prefill, QuantLayout, Quantization, Result, Rows, Sampling, Session, SnapshotError,
     conformance::{RandomModel, small_spec},
 };
-use locret_policies::{HeadWeights, LayerHead, Method, PolicyConfig, RetainingHeads};
+use locret_policies::{HeadWeights, LayerHead, Method, PolicyConfig, RetainingHeads, TierConfig};
 use std::sync::Arc;
 
 const PREFILL: Prefill = Prefill::new(16, 4);
@@ -157,6 +157,23 @@ fn every_policy_goes_on_bit_for_bit_over_every_store() {
                 for kernels in [Kernels::Auto, Kernels::Operations] {
                     let mut config = PolicyConfig::new(method).positions(positions);
                     config.quantize = quantize;
+                    if method == Method::InfLlm {
+                        if positions == Positions::Original {
+                            continue;
+                        }
+                        (config.n_init, config.n_local) = (Some(3), Some(11));
+                        (config.block_size, config.repr_topk, config.topk) =
+                            (Some(5), Some(2), Some(2));
+                        config.tier =
+                            [None, Some(TierConfig::Memory), Some(TierConfig::Disk(None))]
+                                [cases % 3]
+                                .clone();
+                        config.resident = config.tier.as_ref().map(|_| match quantize {
+                            None => Budget::Units(100),
+                            // A chunk is numbers until it is codes.
+                            Some(_) => Budget::Bytes(1 << 18),
+                        });
+                    }
                     if method.evicts() {
                         config.budget = Some(Budget::Units(20));
                         // Half of them drop units while text is generated, share budgets, merge.
@@ -178,7 +195,8 @@ fn every_policy_goes_on_bit_for_bit_over_every_store() {
             }
         }
     }
-    assert_eq!(cases, 9 * Method::ALL.len() * 2 * 2);
+    // InfLLM has compact positions only.
+    assert_eq!(cases, 9 * (Method::ALL.len() * 2 - 1) * 2);
 }
 
 #[test]

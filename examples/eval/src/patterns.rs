@@ -153,6 +153,10 @@ impl<P: KvCachePolicy> KvCachePolicy for Recalling<P> {
         self.inner.carries()
     }
 
+    fn carried_width(&self, layer: &LayerSpec) -> usize {
+        self.inner.carried_width(layer)
+    }
+
     fn validate(&self, model: &ModelSpec, prefill: &Prefill) -> locret_core::Result<()> {
         self.inner.validate(model, prefill)
     }

@@ -1,13 +1,14 @@
 //! From a configuration to a policy.
 
-use super::{Method, PolicyConfig};
+use super::{Method, PolicyConfig, TierConfig};
 use crate::{
-    Full, H2o, HeadAdvice, HeadWeights, KeyDiff, KeyNorm, Locret, MInference, Merge, PolicyError,
-    Quantized, Random, Result, RetainingHeads, SirLlm, SnapKv, Tova, Window,
+    Full, H2o, HeadAdvice, HeadWeights, InfLlm, KeyDiff, KeyNorm, Locret, MInference, Merge,
+    PolicyError, PutAway, Quantized, Random, Result, RetainingHeads, SirLlm, SnapKv, Tiered, Tova,
+    Window,
     minference::{Pattern, Patterns},
     published::Published,
 };
-use locret_core::{CausalLm, Compute, KvCachePolicy, ModelSpec};
+use locret_core::{Budget, CausalLm, Compute, KvCachePolicy, ModelSpec, Positions, Prefill};
 use std::sync::Arc;
 
 impl PolicyConfig {
@@ -46,8 +47,9 @@ impl PolicyConfig {
         let policy: Arc<dyn KvCachePolicy> = match self.policy {
             Method::Full => {
                 let positions = self.positions.unwrap_or_default();
-                self.wrap(Full::new().with_positions(positions))
+                self.wrap(Full::new().with_positions(positions), None)?
             }
+            Method::InfLlm => self.infllm(model)?,
             Method::Window => self.evict(Window)?,
             Method::Random => self.evict(Random::new(self.seed.unwrap_or(0)))?,
             Method::KeyNorm => self.evict(KeyNorm)?,
@@ -58,7 +60,8 @@ impl PolicyConfig {
             Method::Tova => self.evict(Tova)?,
             Method::MInference => {
                 let positions = self.positions.unwrap_or_default();
-                self.wrap(MInference::new(self.patterns()?).with_positions(positions))
+                let policy = MInference::new(self.patterns()?).with_positions(positions);
+                self.wrap(policy, None)?
             }
             Method::Locret => {
                 let file = self.heads.as_ref().ok_or_else(|| {
@@ -72,7 +75,20 @@ impl PolicyConfig {
                 self.advised(&advice).evict(Locret::new(heads))?
             }
         };
-        policy.validate(model, &Default::default())?;
+        self.validated(policy, model)
+    }
+
+    /// The policy, if it fits the model; prompts' chunks are no matter of it yet.
+    fn validated(
+        &self,
+        policy: Arc<dyn KvCachePolicy>,
+        model: &ModelSpec,
+    ) -> Result<Arc<dyn KvCachePolicy>> {
+        let mut prefill = Prefill::default();
+        if let Some(most) = self.exec_block {
+            prefill.chunk = prefill.chunk.min(most.max(1));
+        }
+        policy.validate(model, &prefill)?;
         Ok(policy)
     }
 
@@ -90,8 +106,70 @@ impl PolicyConfig {
             return Err(PolicyError::setting(self.policy, "has no retaining heads"));
         }
         let policy = self.evict(Locret::new(heads))?;
-        policy.validate(model, &Default::default())?;
-        Ok(policy)
+        self.validated(policy, model)
+    }
+
+    /// With sizes as published, or such that a budget is what is resident between two chunks.
+    fn infllm(&self, model: &ModelSpec) -> Result<Arc<dyn KvCachePolicy>> {
+        let mut policy = InfLlm::new();
+        let units = match self.budget {
+            None => None,
+            Some(Budget::Units(_) | Budget::Bytes(_)) => {
+                self.budget.map(|budget| budget.units(&model.layer(0), 0))
+            }
+            Some(other) => {
+                let found = format!("needs a `budget` of units or bytes, not {other}");
+                return Err(PolicyError::setting(self.policy, found));
+            }
+        };
+        if let Some(units) = units {
+            policy = InfLlm::within(units);
+        }
+        if let Some(units) = self.n_init {
+            policy = policy.init(units);
+        }
+        if let Some(units) = self.n_local {
+            policy = policy.local(units);
+        }
+        if let Some(units) = self.block_size {
+            policy = policy.block(units);
+        }
+        if let Some(blocks) = self.topk {
+            policy = policy.topk(blocks);
+        }
+        if let Some(keys) = self.repr_topk {
+            policy = policy.representatives(keys);
+        }
+        if let Some(tokens) = self.exec_block {
+            policy = policy.exec_block(tokens);
+        }
+        if let Some(units) = units.filter(|units| policy.seen() > *units) {
+            let found = format!(
+                "sees {} units at once with these sizes, more than its `budget` of {units}",
+                policy.seen()
+            );
+            return Err(PolicyError::setting(self.policy, found));
+        }
+        let room = units.map(|units| Room {
+            units,
+            step: policy.longest_chunk(),
+        });
+        self.wrap(policy, room)
+    }
+
+    /// With the settings of blocks that are given.
+    fn putting_away(&self, policy: Arc<dyn KvCachePolicy>) -> PutAway<Arc<dyn KvCachePolicy>> {
+        let mut policy = PutAway::new(policy);
+        if let Some(units) = self.block_size {
+            policy = policy.block(units);
+        }
+        if let Some(blocks) = self.topk {
+            policy = policy.topk(blocks);
+        }
+        if let Some(keys) = self.repr_topk {
+            policy = policy.representatives(keys);
+        }
+        policy
     }
 
     /// From a file, or the same for all heads.
@@ -133,9 +211,21 @@ impl PolicyConfig {
     /// Refuses settings that the method would ignore.
     fn check(&self) -> Result<()> {
         let evicts = self.policy.evicts();
+        let infllm = self.policy == Method::InfLlm;
+        if infllm && self.positions == Some(Positions::Original) {
+            return Err(PolicyError::setting(
+                self.policy,
+                "has compact positions only: distant units are seen at one distance",
+            ));
+        }
+        if self.resident.is_some() && self.tier.is_none() && !(infllm && self.budget.is_some()) {
+            let found = "has a setting `resident` only with a `tier`";
+            return Err(PolicyError::setting(self.policy, found));
+        }
+        let blocks = infllm || (evicts && self.put_away);
         let only = |methods: &[Method]| methods.contains(&self.policy);
         let settings = [
-            ("budget", self.budget.is_some(), evicts),
+            ("budget", self.budget.is_some(), self.policy.takes_budget()),
             ("sinks", self.sinks.is_some(), evicts),
             ("recent", self.recent.is_some(), evicts),
             ("stabilizers", self.stabilizers.is_some(), evicts),
@@ -160,6 +250,14 @@ impl PolicyConfig {
                 only(&[Method::MInference]),
             ),
             ("slash", self.slash.is_some(), only(&[Method::MInference])),
+            ("n_init", self.n_init.is_some(), infllm),
+            ("n_local", self.n_local.is_some(), infllm),
+            ("exec_block", self.exec_block.is_some(), infllm),
+            ("block_size", self.block_size.is_some(), blocks),
+            ("topk", self.topk.is_some(), blocks),
+            ("repr_topk", self.repr_topk.is_some(), blocks),
+            ("put_away", self.put_away, evicts && self.merge.is_none()),
+            ("tier", self.tier.is_some(), infllm || self.put_away),
         ];
         match settings.into_iter().find(|(_, set, has)| *set && !has) {
             Some((name, ..)) => Err(PolicyError::setting(
@@ -194,16 +292,60 @@ impl PolicyConfig {
         if let Some(floor) = self.ada {
             policy = policy.ada(floor);
         }
-        Ok(match self.merge {
-            Some(threshold) => self.wrap(Merge::new(policy, threshold)),
-            None => self.wrap(policy),
-        })
-    }
-
-    fn wrap(&self, policy: impl KvCachePolicy + 'static) -> Arc<dyn KvCachePolicy> {
-        match self.quantize {
-            Some(config) => Arc::new(Quantized::new(policy, config)),
-            None => Arc::new(policy),
+        let room = match budget {
+            Budget::Units(units) => Some(Room { units, step: STEP }),
+            _ => None,
+        };
+        match self.merge {
+            Some(threshold) => self.wrap(Merge::new(policy, threshold), room),
+            None => self.wrap(policy, room),
         }
     }
+
+    /// What goes around the method. `room` is what has to be resident where nothing else is said, but for retrieved
+    /// blocks of what is put away.
+    fn wrap(
+        &self,
+        policy: impl KvCachePolicy + 'static,
+        mut room: Option<Room>,
+    ) -> Result<Arc<dyn KvCachePolicy>> {
+        let mut policy: Arc<dyn KvCachePolicy> = Arc::new(policy);
+        if self.put_away {
+            let putting = self.putting_away(policy);
+            room = room.map(|room| Room {
+                units: room.units.saturating_add(putting.seen()),
+                ..room
+            });
+            policy = Arc::new(putting);
+        }
+        if let Some(config) = self.quantize {
+            policy = Arc::new(Quantized::new(policy, config));
+        }
+        let tier = match (&self.tier, self.policy, self.budget) {
+            (Some(tier), ..) => tier,
+            (None, Method::InfLlm, Some(_)) => &TierConfig::Memory,
+            _ => return Ok(policy),
+        };
+        let tiered = match (self.resident, room) {
+            (Some(resident), _) => Tiered::new(policy, tier.tier(), resident),
+            (None, Some(Room { units, step })) => {
+                Tiered::new(policy, tier.tier(), Budget::Units(units)).step(step)
+            }
+            (None, None) => {
+                let found = "needs `resident`, what is not put away, or a budget of units";
+                return Err(PolicyError::setting(self.policy, found));
+            }
+        };
+        Ok(Arc::new(tiered))
+    }
+}
+
+/// Units of a step, where no method says how many it may have.
+const STEP: usize = 512;
+
+/// Units of each KV head that are resident: between two steps, and new ones.
+#[derive(Debug, Clone, Copy)]
+struct Room {
+    units: usize,
+    step: usize,
 }

@@ -39,11 +39,14 @@ pub enum Method {
     /// [`MInference`](crate::MInference)
     #[serde(rename = "minference")]
     MInference,
+    /// [`InfLlm`](crate::InfLlm)
+    #[serde(rename = "infllm")]
+    InfLlm,
 }
 
 impl Method {
     /// All of them.
-    pub const ALL: [Self; 11] = [
+    pub const ALL: [Self; 12] = [
         Self::Full,
         Self::Window,
         Self::Random,
@@ -55,6 +58,7 @@ impl Method {
         Self::SnapKv,
         Self::Tova,
         Self::MInference,
+        Self::InfLlm,
     ];
 
     /// The name in files and on command lines.
@@ -71,18 +75,25 @@ impl Method {
             Self::SnapKv => "snapkv",
             Self::Tova => "tova",
             Self::MInference => "minference",
+            Self::InfLlm => "infllm",
         }
     }
 
     /// Whether the method drops units, so that it has a budget. The others keep everything.
     pub fn evicts(self) -> bool {
-        !matches!(self, Self::Full | Self::MInference)
+        !matches!(self, Self::Full | Self::MInference | Self::InfLlm)
+    }
+
+    /// Whether the method can have a budget: what it keeps, or what of everything is resident.
+    pub fn takes_budget(self) -> bool {
+        self.evicts() || self == Self::InfLlm
     }
 
     /// The positions that the method was published with, where nothing else is asked for.
     pub fn default_positions(self) -> Positions {
         match self {
             Self::Full | Self::MInference => Positions::Original,
+            Self::InfLlm => Positions::Compact,
             Self::Window => Window::POSITIONS,
             Self::Random => Random::POSITIONS,
             Self::KeyNorm => KeyNorm::POSITIONS,

@@ -2,8 +2,10 @@
 
 mod build;
 mod method;
+mod tier;
 
 pub use method::Method;
+pub use tier::TierConfig;
 
 use crate::{PolicyError, Result};
 use locret_core::{Budget, DecodeEviction, Positions, Quantization};
@@ -40,7 +42,8 @@ pub struct PolicyConfig {
     /// Which method.
     pub policy: Method,
     /// How many units each KV head of each layer keeps, in any of the forms of a [`Budget`]. Every
-    /// method but `full` and `minference` needs it.
+    /// method but `full` and `minference` needs it. Of `infllm` these are the units that are resident, and it
+    /// can do without: all of them are then.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub budget: Option<Budget>,
     /// First units that stay. By default 4 for `window` and `sirllm`, else 0.
@@ -113,6 +116,36 @@ pub struct PolicyConfig {
     /// `minference`: diagonals of all heads.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub slash: Option<usize>,
+    /// `infllm`: first units, which are always seen. As published (128) without a budget, else of
+    /// [`InfLlm::within`](crate::InfLlm::within); and so below.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub n_init: Option<usize>,
+    /// `infllm`: newest units, which are seen where they stand (4096).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub n_local: Option<usize>,
+    /// `infllm` (128), and with `put_away` (32): units of a block.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub block_size: Option<usize>,
+    /// `infllm` (16), and with `put_away` (8): blocks that are retrieved.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub topk: Option<usize>,
+    /// `infllm`, and with `put_away`: keys in a block's representative (4).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub repr_topk: Option<usize>,
+    /// `infllm`: the most tokens of a chunk (512).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub exec_block: Option<usize>,
+    /// What the method drops is put away, and retrieved by blocks ([`PutAway`](crate::PutAway)).
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub put_away: bool,
+    /// Where units lie that are not resident: `memory`, `disk` or `disk:FOLDER` ([`Tiered`](crate::Tiered)). By
+    /// default `memory` for `infllm` with a budget, else there is none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tier: Option<TierConfig>,
+    /// What is resident where there is a tier: units of each KV head, or bytes of all layers. By default the budget
+    /// and, for `infllm`, an execution block; with `put_away`, retrieved blocks and 512 units of a step.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub resident: Option<Budget>,
 }
 
 /// A quantisation, or a plain number of bits.
@@ -174,6 +207,15 @@ impl PolicyConfig {
             patterns: None,
             vertical: None,
             slash: None,
+            n_init: None,
+            n_local: None,
+            block_size: None,
+            topk: None,
+            repr_topk: None,
+            exec_block: None,
+            put_away: false,
+            tier: None,
+            resident: None,
         }
     }
 
@@ -205,8 +247,8 @@ impl PolicyConfig {
         serde_json::from_str(text).map_err(|e| PolicyError::Config(e.to_string()))
     }
 
-    /// From a file: JSON if its name ends so, else TOML. Relative paths of heads and of patterns
-    /// count from the file's folder.
+    /// From a file: JSON if its name ends so, else TOML. Relative paths of heads, of patterns and of a
+    /// tier's folder count from the file's folder.
     ///
     /// # Errors
     /// [`PolicyError::Io`], and as [`from_toml`](Self::from_toml).
@@ -226,10 +268,12 @@ impl PolicyConfig {
             other => other,
         })?;
         if let Some(folder) = path.parent() {
-            for file in [&mut config.heads, &mut config.patterns]
-                .into_iter()
-                .flatten()
-            {
+            let tier = match &mut config.tier {
+                Some(TierConfig::Disk(folder)) => folder.as_mut(),
+                _ => None,
+            };
+            let files = [config.heads.as_mut(), config.patterns.as_mut(), tier];
+            for file in files.into_iter().flatten() {
                 *file = folder.join(&*file);
             }
         }

@@ -31,10 +31,19 @@ use std::sync::Arc;
 /// As the authors do it: [`Locret::authors`]. Going past that, selection can look at the maximum
 /// over neighbouring units ([`Evict::pool`]) and keep the beginning of the text
 /// ([`Evict::sinks`]). *Locret-Q* (§5) is the same policy on a prompt with the question at its
-/// start, and heads that were trained so.
+/// start ([`query_first`]), and heads that were trained so.
 #[derive(Debug, Clone)]
 pub struct Locret {
     heads: Arc<RetainingHeads>,
+}
+
+/// A prompt of *Locret-Q* (arXiv 2410.01805 §5): the last `tokens` tokens of a query stand before it, too, after
+/// its first `after` tokens (a beginning-of-text token, where there is one). So whatever is evicted, it is evicted
+/// knowing the question. Heads have to be trained on such prompts.
+pub fn query_first(prompt: &[u32], query: &[u32], tokens: usize, after: usize) -> Vec<u32> {
+    let (begin, rest) = prompt.split_at(after.min(prompt.len()));
+    let query = &query[query.len() - tokens.min(query.len())..];
+    [begin, query, rest].concat()
 }
 
 impl Locret {

@@ -1,6 +1,6 @@
 //! What heads are trained on.
 
-use crate::{PolicyError, Result};
+use crate::{PolicyError, Result, locret::query_first};
 use serde::{Deserialize, Serialize};
 
 /// A text, and what the model should go on with after it.
@@ -36,7 +36,6 @@ impl Sample {
     /// token, where there is one). Answers without a query stay together in one sample with the prompt
     /// unchanged.
     pub fn query_aware(&self, tokens: usize, after: usize) -> Vec<Self> {
-        let after = after.min(self.prompt.len());
         let (plain, asked): (Vec<&Answer>, Vec<&Answer>) =
             self.answers.iter().partition(|a| a.query.is_empty());
         let mut all = Vec::with_capacity(asked.len() + 1);
@@ -47,12 +46,8 @@ impl Sample {
             });
         }
         for answer in asked {
-            let from = answer.query.len() - tokens.min(answer.query.len());
-            let mut prompt = self.prompt[..after].to_vec();
-            prompt.extend_from_slice(&answer.query[from..]);
-            prompt.extend_from_slice(&self.prompt[after..]);
             all.push(Self {
-                prompt,
+                prompt: query_first(&self.prompt, &answer.query, tokens, after),
                 answers: vec![answer.clone()],
             });
         }

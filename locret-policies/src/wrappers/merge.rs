@@ -112,6 +112,10 @@ impl<P: KvCachePolicy> KvCachePolicy for Merge<P> {
         self.inner.carries()
     }
 
+    fn carried_width(&self, layer: &LayerSpec) -> usize {
+        self.inner.carried_width(layer)
+    }
+
     fn validate(&self, model: &ModelSpec, prefill: &Prefill) -> Result<()> {
         if !(-1.0..=1.0).contains(&self.threshold) {
             return Err(Error::setting(

@@ -51,6 +51,10 @@ impl<P: KvCachePolicy> KvCachePolicy for Quantized<P> {
         self.inner.carries()
     }
 
+    fn carried_width(&self, layer: &LayerSpec) -> usize {
+        self.inner.carried_width(layer)
+    }
+
     fn validate(&self, model: &ModelSpec, prefill: &Prefill) -> Result<()> {
         self.config.validate()?;
         self.inner.validate(model, prefill)

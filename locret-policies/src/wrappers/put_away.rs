@@ -1,0 +1,505 @@
+//! What a policy evicts is put away, and comes back when queries ask for it.
+
+use locret_core::{
+    Error, Held, Keep, KvCachePolicy, KvStore, LayerSpec, LayerUnits, ModelSpec, Needs,
+    Observation, Observe, Placement, Positions, Prefill, Queries, Result, Rows, Scores, Selection,
+    Step, Verdict, View, Views, Visible,
+};
+use std::ops::Range;
+
+/// Any policy that evicts, of whose units none is lost: what it would drop becomes blocks of `block` units of a KV
+/// head, in the order in which they go, and each step's queries see, beside what the policy keeps, the `topk` blocks of
+/// their head that are most like them, where these units stood. The lookup is [`InfLlm`](crate::InfLlm)'s: a block's
+/// representative is, for each query head, the mean of its `representatives` keys that got most attention while they
+/// were near; its score is the inner product with the mean of the step's queries, summed over the query heads.
+///
+/// The policy inside is shown what is near and nothing else, and judges as if the rest were gone. In a
+/// [`Tiered`](crate::Tiered) store the rest lies in the second tier.
+///
+/// **Cost:** memory and files grow with the text, as [`Full`](crate::Full)'s do; attention is to what the policy
+/// keeps, up to `topk + 1` blocks, and a step's own units, and one more pass over these for the sums of attention. With
+/// each unit go those of the policy inside and one more than there are query heads in a group, or what the
+/// representatives take; each step goes through those of all units.
+///
+/// **Positions:** nothing is dropped, so a unit stands where it stood in the text, whichever positions the policy inside
+/// has: a text should not be longer than what the model was trained for. With all blocks retrieved it is the full cache.
+///
+/// Policies that merge, or that choose themselves what queries see, cannot be inside.
+#[derive(Debug, Clone)]
+pub struct PutAway<P> {
+    inner: P,
+    block: usize,
+    topk: usize,
+    representatives: usize,
+}
+
+/// A unit that is near.
+const NEAR: f32 = 0.0;
+
+/// A unit that the policy has let go of, and that waits for a block to be full; still near.
+const WAITS: f32 = -1.0;
+
+impl<P: KvCachePolicy> PutAway<P> {
+    /// `inner`, with blocks of 32 units, of which 8 are retrieved by 4 keys each.
+    pub fn new(inner: P) -> Self {
+        Self {
+            inner,
+            block: 32,
+            topk: 8,
+            representatives: 4,
+        }
+    }
+
+    /// Units of a block.
+    pub fn block(self, block: usize) -> Self {
+        Self { block, ..self }
+    }
+
+    /// Blocks of each KV head that are retrieved.
+    pub fn topk(self, topk: usize) -> Self {
+        Self { topk, ..self }
+    }
+
+    /// Keys of a block that its representative is the mean of.
+    pub fn representatives(self, representatives: usize) -> Self {
+        Self {
+            representatives,
+            ..self
+        }
+    }
+
+    /// The most units of a KV head that are seen beside a step's own tokens and what the policy inside keeps.
+    pub fn seen(&self) -> usize {
+        self.topk.saturating_add(1).saturating_mul(self.block)
+    }
+
+    /// Where a unit's numbers are.
+    fn layout(&self, layer: &LayerSpec) -> Layout {
+        let inner = match self.inner.carries() {
+            Some(_) => self.inner.carried_width(layer),
+            None => 0,
+        };
+        let representative = layer.group() * layer.head_dim;
+        let own = representative
+            .div_ceil(self.block.max(1))
+            .max(layer.group());
+        Layout { inner, own }
+    }
+
+    fn check(&self, at: &Step, units: &LayerUnits<'_>) -> Result<()> {
+        let n = at.seen + at.incoming;
+        match (0..units.kv_heads()).find(|head| units.len(*head) != n) {
+            None => Ok(()),
+            Some(head) => {
+                let found = format!("{} units of {n} tokens are held", units.len(head));
+                let found = format!("is for caches that keep everything: {found}");
+                Err(Error::policy(self.name(), found))
+            }
+        }
+    }
+
+    /// What a KV head's queries see.
+    fn view(
+        &self,
+        at: &Step,
+        queries: &[f32],
+        units: &LayerUnits<'_>,
+        head: usize,
+    ) -> Result<Option<View>> {
+        let layout = self.layout(&at.layer);
+        let marks = layout.marks(units.carried(head));
+        let (near, blocks) = parts(&marks, at.incoming);
+        if blocks.is_empty() {
+            return Ok(None);
+        }
+        let each = at.layer.group() * at.layer.head_dim;
+        let mean = &queries[head * each..(head + 1) * each];
+        let score = |block: &Vec<u32>| {
+            let own = layout.representative(units.carried(head), block, each);
+            own.zip(mean).map(|(k, q)| k * q).sum()
+        };
+        let scores: Vec<f32> = blocks.iter().map(score).collect();
+        let topk = self.topk.min(blocks.len());
+        let chosen = units.compute().select(&scores, topk, &[])?;
+        let mut ranges = near;
+        for block in chosen {
+            ranges.extend(runs(&blocks[block as usize]));
+        }
+        Ok(Some(View {
+            ranges,
+            ..View::default()
+        }))
+    }
+
+    /// The verdict, from what the policy inside says of what is near.
+    fn answer(
+        &self,
+        at: &Step,
+        units: &LayerUnits<'_>,
+        near: &Selection,
+        verdict: Verdict,
+    ) -> Result<Verdict> {
+        let (layout, heads) = (self.layout(&at.layer), units.kv_heads());
+        let Verdict { keep, scores, .. } = verdict;
+        let broken = |found: &str| Error::policy(self.name(), found);
+        let kept = match keep {
+            Keep::All => None,
+            Keep::Slots(kept) => Some(kept),
+            _ => return Err(broken("the policy inside merges units")),
+        };
+        if scores
+            .as_ref()
+            .is_some_and(|scores| scores.heads().len() != heads)
+            || kept
+                .as_ref()
+                .is_some_and(|kept| kept.heads().len() != heads)
+        {
+            return Err(broken("the policy inside answers for other KV heads"));
+        }
+        let (mut lists, mut away) = (Vec::with_capacity(heads), Vec::new());
+        for head in 0..heads {
+            let near = near.head(head);
+            let mut numbers = units.carried(head).to_vec();
+            numbers.resize(units.len(head) * layout.width(), 0.0);
+            self.pay(at, units, head, near, &mut numbers)?;
+            if let Some(scores) = &scores {
+                let (first, list) = (scores.first(), scores.head(head));
+                if layout.inner != scores.width()
+                    || list.len() != near.len().saturating_sub(first) * layout.inner
+                {
+                    return Err(broken("the policy inside scores other units"));
+                }
+                let new = list.chunks_exact(layout.inner.max(1));
+                for (unit, new) in near.iter().skip(first).zip(new) {
+                    layout.of(&mut numbers, *unit)[..layout.inner].copy_from_slice(new);
+                }
+            }
+            if let Some(kept) = &kept {
+                let mut kept = kept.head(head).iter().peekable();
+                for (slot, unit) in near.iter().enumerate() {
+                    if kept.next_if(|kept| **kept as usize == slot).is_none() {
+                        layout.of(&mut numbers, *unit)[layout.inner] = WAITS;
+                    }
+                }
+                if kept.next().is_some() {
+                    return Err(broken("the policy inside keeps units that are not there"));
+                }
+            }
+            for block in self.blocks(at, units, head, &mut numbers)? {
+                let mut of_all = vec![Vec::new(); heads];
+                of_all[head] = block;
+                away.push(of_all);
+            }
+            lists.push(numbers);
+        }
+        let numbers = Scores::wide(layout.width(), lists)?;
+        Ok(Verdict::keep_all().carrying(numbers).putting_away(away))
+    }
+
+    /// Adds up what the query heads of a KV head have paid to what is near.
+    fn pay(
+        &self,
+        at: &Step,
+        units: &LayerUnits<'_>,
+        head: usize,
+        near: &[u32],
+        numbers: &mut [f32],
+    ) -> Result<()> {
+        let (layout, group) = (self.layout(&at.layer), at.layer.group());
+        let Some(observed) = units.observed() else {
+            return Ok(());
+        };
+        let waits = layout.marks(numbers).into_iter().enumerate();
+        let waits = waits.filter(|(_, mark)| *mark == WAITS);
+        let all: Vec<u32> = (near.iter().copied())
+            .chain(waits.map(|(unit, _)| unit as u32))
+            .collect();
+        for query in 0..group {
+            let paid = observed.weights(head * group + query)?;
+            for unit in &all {
+                let own = layout.of(numbers, *unit);
+                own[layout.inner + 1 + query] += paid[*unit as usize];
+            }
+        }
+        Ok(())
+    }
+
+    /// Makes blocks of what waits, and writes their representatives.
+    fn blocks(
+        &self,
+        at: &Step,
+        units: &LayerUnits<'_>,
+        head: usize,
+        numbers: &mut [f32],
+    ) -> Result<Vec<Vec<u32>>> {
+        let (layout, d) = (self.layout(&at.layer), at.layer.head_dim);
+        let marks = layout.marks(numbers);
+        let made = marks.iter().copied().fold(0.0, f32::max);
+        let waits = |unit: &u32| marks[*unit as usize] == WAITS;
+        let waiting: Vec<u32> = (0..marks.len() as u32).filter(waits).collect();
+        let mut blocks = Vec::new();
+        for (index, block) in waiting.chunks_exact(self.block).enumerate() {
+            let keys = units.keys_at(head, block)?;
+            let keys = keys.values()?;
+            let mut means = Vec::with_capacity(at.layer.group() * d);
+            for query in 0..at.layer.group() {
+                let own = layout.inner + 1 + query;
+                let paid: Vec<f32> = (block.iter())
+                    .map(|unit| layout.of(numbers, *unit)[own])
+                    .collect();
+                let best = units.compute().select(&paid, self.representatives, &[])?;
+                let mut mean = vec![0.0; d];
+                for row in &best {
+                    let key = &keys[*row as usize * d..][..d];
+                    mean.iter_mut().zip(key).for_each(|(sum, x)| *sum += x);
+                }
+                means.extend(mean.iter().map(|x| x / best.len() as f32));
+            }
+            let mut parts = means.chunks(layout.own);
+            for unit in block {
+                let own = layout.of(numbers, *unit);
+                own[layout.inner] = made + 1.0 + index as f32;
+                let (part, rest) = (
+                    parts.next().unwrap_or_default(),
+                    &mut own[layout.inner + 1..],
+                );
+                rest.fill(0.0);
+                rest[..part.len()].copy_from_slice(part);
+            }
+            blocks.push(block.to_vec());
+        }
+        Ok(blocks)
+    }
+
+    /// What is near of each KV head, and what it carries of the policy inside.
+    fn near(&self, at: &Step, units: &LayerUnits<'_>) -> Result<(Selection, Vec<Vec<f32>>)> {
+        self.check(at, units)?;
+        let layout = self.layout(&at.layer);
+        let (mut near, mut carried) = (Vec::new(), Vec::new());
+        for head in 0..units.kv_heads() {
+            let all = units.carried(head);
+            let (old, n) = (units.len(head) - units.incoming(), units.len(head));
+            let marks = layout.marks(all);
+            let kept = |unit: &u32| marks.get(*unit as usize).is_none_or(|mark| *mark == NEAR);
+            let list: Vec<u32> = (0..n as u32).filter(kept).collect();
+            let own = list.iter().filter(|unit| (**unit as usize) < old);
+            let own = own.flat_map(|unit| {
+                let first = *unit as usize * layout.width();
+                &all[first..first + layout.inner]
+            });
+            carried.push(own.copied().collect());
+            near.push(list);
+        }
+        Ok((Selection::new(near)?, carried))
+    }
+}
+
+/// How a unit's numbers lie: those of the policy inside, which block it is in, and what was paid to it or a part of its
+/// block's representative.
+#[derive(Debug, Clone, Copy)]
+struct Layout {
+    inner: usize,
+    own: usize,
+}
+
+impl Layout {
+    fn width(self) -> usize {
+        self.inner + 1 + self.own
+    }
+
+    fn of(self, numbers: &mut [f32], unit: u32) -> &mut [f32] {
+        let width = self.width();
+        &mut numbers[unit as usize * width..][..width]
+    }
+
+    /// By unit: [`NEAR`], [`WAITS`], or the number of its block from 1 on.
+    fn marks(self, numbers: &[f32]) -> Vec<f32> {
+        let units = numbers.chunks_exact(self.width());
+        units.map(|unit| unit[self.inner]).collect()
+    }
+
+    /// The numbers of a block's representative, of which there are `count`.
+    fn representative<'a>(
+        self,
+        numbers: &'a [f32],
+        block: &'a [u32],
+        count: usize,
+    ) -> impl Iterator<Item = &'a f32> {
+        let parts = block.iter().flat_map(move |unit| {
+            let first = *unit as usize * self.width() + self.inner + 1;
+            &numbers[first..first + self.own]
+        });
+        parts.take(count)
+    }
+}
+
+/// Ranges of what is near or waits, new units among them, and the units of each block.
+fn parts(marks: &[f32], incoming: usize) -> (Vec<Range<u32>>, Vec<Vec<u32>>) {
+    let (mut near, mut blocks): (Vec<Range<u32>>, Vec<Vec<u32>>) = Default::default();
+    let new = std::iter::repeat_n(&NEAR, incoming);
+    for (unit, mark) in marks.iter().chain(new).enumerate() {
+        let unit = unit as u32;
+        if *mark > NEAR {
+            let block = *mark as usize - 1;
+            if blocks.len() <= block {
+                blocks.resize(block + 1, Vec::new());
+            }
+            blocks[block].push(unit);
+            continue;
+        }
+        match near.last_mut() {
+            Some(last) if last.end == unit => last.end += 1,
+            _ => near.push(unit..unit + 1),
+        }
+    }
+    (near, blocks)
+}
+
+/// Ascending units as ranges.
+fn runs(units: &[u32]) -> impl Iterator<Item = Range<u32>> + '_ {
+    let runs = units.chunk_by(|a, b| a + 1 == *b);
+    runs.map(|run| run[0]..run[0] + run.len() as u32)
+}
+
+/// The mean of rows.
+fn mean(rows: &Rows) -> Result<Vec<f32>> {
+    let mut sum = vec![0.0; rows.width()];
+    for row in rows.values()?.chunks_exact(rows.width()) {
+        sum.iter_mut().zip(row).for_each(|(sum, x)| *sum += x);
+    }
+    let count = rows.rows().max(1) as f32;
+    sum.iter_mut().for_each(|x| *x /= count);
+    Ok(sum)
+}
+
+#[deny(clippy::missing_trait_methods)]
+impl<P: KvCachePolicy> KvCachePolicy for PutAway<P> {
+    fn name(&self) -> String {
+        format!("{} put away", self.inner.name())
+    }
+
+    fn fingerprint(&self) -> String {
+        let Self {
+            inner,
+            block,
+            topk,
+            representatives,
+        } = self;
+        let inner = inner.fingerprint();
+        format!(
+            "PutAway {{ inner: {inner}, block: {block}, topk: {topk}, representatives: {representatives} }}"
+        )
+    }
+
+    fn needs(&self) -> Needs {
+        let needs = self.inner.needs().before();
+        match needs.observe {
+            // What it looks at is what counts here, too.
+            Some(Observe {
+                what: Observation::Weights,
+                ..
+            }) => needs,
+            _ => needs.observe(Queries::All, Observation::Weights),
+        }
+    }
+
+    fn positions(&self) -> Positions {
+        self.inner.positions()
+    }
+
+    fn carries(&self) -> Option<String> {
+        let inner = self.inner.carries().unwrap_or_else(|| "nothing".into());
+        let Self {
+            block,
+            representatives,
+            ..
+        } = self;
+        Some(format!(
+            "{inner}, and blocks of {block} by {representatives} keys"
+        ))
+    }
+
+    fn carried_width(&self, layer: &LayerSpec) -> usize {
+        self.layout(layer).width()
+    }
+
+    fn validate(&self, model: &ModelSpec, prefill: &Prefill) -> Result<()> {
+        for (what, size) in [
+            ("block", self.block),
+            ("number of retrieved blocks", self.topk),
+        ] {
+            if size == 0 {
+                return Err(Error::setting(what, "at least 1", 0));
+            }
+        }
+        if !(1..=self.block).contains(&self.representatives) {
+            return Err(Error::setting(
+                "number of keys in a representative",
+                format!("1 to {}, a block's units", self.block),
+                self.representatives,
+            ));
+        }
+        let needs = self.inner.needs();
+        let observed = needs.observe.map(|observe| observe.what);
+        if needs.before || observed.is_some_and(|what| what != Observation::Weights) {
+            return Err(Error::setting(
+                "policy whose units are put away",
+                "one that lets queries see everything, and looks at weights if at anything",
+                self.inner.name(),
+            ));
+        }
+        self.inner.validate(model, prefill)
+    }
+
+    fn store(&self, layer: &LayerSpec, place: &Placement) -> Result<Box<dyn KvStore>> {
+        self.inner.store(layer, place)
+    }
+
+    fn limit(&self, _layer: &LayerSpec, _total: usize) -> Option<usize> {
+        None
+    }
+
+    fn held(&self, _layer: &LayerSpec, _total: usize) -> Option<Held> {
+        None
+    }
+
+    fn decode_slack(&self) -> Option<usize> {
+        None
+    }
+
+    fn before(&self, at: &Step, queries: &Rows, units: &LayerUnits<'_>) -> Result<Visible> {
+        self.check(at, units)?;
+        let mean = mean(queries)?;
+        let views = (0..units.kv_heads()).map(|head| self.view(at, &mean, units, head));
+        let views = views.collect::<Result<Vec<_>>>()?;
+        if views.iter().all(Option::is_none) {
+            return Ok(Visible::All);
+        }
+        let lists = views
+            .into_iter()
+            .map(|view| vec![view.unwrap_or_else(View::all)]);
+        Ok(Visible::Chosen(Views::new(at.incoming, lists.collect())))
+    }
+
+    fn step(&self, at: &Step, units: &LayerUnits<'_>) -> Result<Verdict> {
+        let (near, carried) = self.near(at, units)?;
+        let part = units.part(&near, carried)?;
+        let verdict = self.inner.step(at, &part.units())?;
+        self.answer(at, units, &near, verdict)
+    }
+
+    fn steps(&self, at: &[Step], units: &[LayerUnits<'_>]) -> Result<Vec<Verdict>> {
+        let layers = || at.iter().zip(units);
+        let near = layers().map(|(at, units)| self.near(at, units));
+        let (near, carried): (Vec<_>, Vec<_>) =
+            near.collect::<Result<Vec<_>>>()?.into_iter().unzip();
+        let parts = units.iter().zip(&near).zip(carried);
+        let parts = parts.map(|((units, near), carried)| units.part(near, carried));
+        let parts = parts.collect::<Result<Vec<_>>>()?;
+        let shown: Vec<LayerUnits<'_>> = parts.iter().map(|part| part.units()).collect();
+        let verdicts = self.inner.steps(at, &shown)?;
+        let all = layers().zip(&near).zip(verdicts);
+        all.map(|(((at, units), near), verdict)| self.answer(at, units, near, verdict))
+            .collect()
+    }
+}
