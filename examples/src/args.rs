@@ -14,7 +14,7 @@ use locret_eval::{
     tasks::{self, Kind, Recipe, Task},
 };
 use locret_models::{Activations, Date, FetchOptions, LoadOptions, WeightDtype};
-use locret_policies::{Method, PolicyConfig};
+use locret_policies::{Method, PolicyConfig, PolicyError, TierConfig};
 use serde_json::json;
 use std::{fs, path::PathBuf};
 
@@ -89,14 +89,15 @@ impl ModelArgs {
 #[derive(Debug, Clone, Default, Args)]
 #[command(next_help_heading = "Policy")]
 pub struct PolicyArgs {
-    /// full, window, random, key-norm, key-diff, sirllm, locret, h2o, snapkv, tova or minference
+    /// full, window, random, key-norm, key-diff, sirllm, locret, h2o, snapkv, tova, minference or
+    /// infllm
     #[arg(long, value_name = "NAME")]
     pub policy: Option<String>,
     /// The policy from a TOML or JSON file; other flags of this group override it
     #[arg(long, value_name = "FILE")]
     pub policy_file: Option<PathBuf>,
     /// What each KV head keeps: units (256), a share of the prompt (12.5%), or bytes for all
-    /// layers (4MiB)
+    /// layers (4MiB); infllm: what is resident, without a share
     #[arg(long, value_name = "N", value_parser = parse_budget)]
     pub budget: Option<Budget>,
     /// Newest units protected while further chunks follow
@@ -153,6 +154,33 @@ pub struct PolicyArgs {
     /// minference: diagonals of every head
     #[arg(long, value_name = "N", requires = "vertical")]
     pub slash: Option<usize>,
+    /// infllm: first units, which are always seen (128, or a part of the budget)
+    #[arg(long, value_name = "N")]
+    pub n_init: Option<usize>,
+    /// infllm: newest units, which are seen where they stand (4096, or a part of the budget)
+    #[arg(long, value_name = "N")]
+    pub n_local: Option<usize>,
+    /// infllm: the most tokens of a chunk (512)
+    #[arg(long, value_name = "N")]
+    pub exec_block: Option<usize>,
+    /// Put away what the policy drops, and retrieve it by blocks
+    #[arg(long)]
+    pub put_away: bool,
+    /// infllm, --put-away: units of a block
+    #[arg(long, value_name = "N")]
+    pub block_size: Option<usize>,
+    /// infllm, --put-away: how many blocks a step retrieves
+    #[arg(long, value_name = "N")]
+    pub retrieve: Option<usize>,
+    /// infllm, --put-away: keys that a block is remembered by
+    #[arg(long, value_name = "N")]
+    pub repr_topk: Option<usize>,
+    /// infllm, --put-away: where units lie that are not resident: memory, disk or disk:FOLDER
+    #[arg(long, value_name = "WHERE", value_parser = parse_tier)]
+    pub tier: Option<TierConfig>,
+    /// --tier: what is resident, in units of each KV head or bytes for all layers
+    #[arg(long, value_name = "N", value_parser = parse_budget)]
+    pub resident: Option<Budget>,
 }
 
 impl PolicyArgs {
@@ -191,6 +219,15 @@ impl PolicyArgs {
         set(&mut config.patterns, self.patterns.clone());
         set(&mut config.vertical, self.vertical);
         set(&mut config.slash, self.slash);
+        set(&mut config.n_init, self.n_init);
+        set(&mut config.n_local, self.n_local);
+        set(&mut config.exec_block, self.exec_block);
+        set(&mut config.block_size, self.block_size);
+        set(&mut config.topk, self.retrieve);
+        set(&mut config.repr_topk, self.repr_topk);
+        set(&mut config.tier, self.tier.clone());
+        set(&mut config.resident, self.resident);
+        config.put_away |= self.put_away;
         Ok(config)
     }
 }
@@ -423,6 +460,10 @@ pub fn parse_bytes(text: &str) -> Result<usize, String> {
         Ok(Budget::Bytes(bytes)) => Ok(bytes),
         _ => Err("expected bytes, such as 4MiB".into()),
     }
+}
+
+fn parse_tier(text: &str) -> Result<TierConfig, String> {
+    text.parse().map_err(|e: PolicyError| e.to_string())
 }
 
 fn parse_date(text: &str) -> Result<Date, String> {

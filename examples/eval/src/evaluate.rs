@@ -9,6 +9,7 @@ use crate::{
 use locret_core::{
     CacheOptions, CausalLm, ChunkDone, Generate, KvCachePolicy, Prefill, Session, TokenScore,
 };
+use locret_policies::query_first;
 use serde::{Deserialize, Serialize};
 use std::{
     collections::{BTreeMap, HashMap},
@@ -34,6 +35,19 @@ pub struct Reader {
     /// How contexts are read. Their last `local` tokens are not evicted, nor is any token of a
     /// query or an answer.
     pub prefill: Prefill,
+    /// Whether a query stands before its context, too.
+    pub query_aware: Option<QueryAware>,
+}
+
+/// Locret-Q: a context is read for each of its queries, of which the last tokens stand before it
+/// ([`query_first`]).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct QueryAware {
+    /// How many tokens of the query.
+    pub tokens: usize,
+    /// Tokens that every context begins with, which stay in front: those of
+    /// [`Frame::begin`](crate::tasks::Frame::begin).
+    pub after: usize,
 }
 
 /// How one query was answered.
@@ -90,16 +104,28 @@ impl Reader {
     ) -> Result<Case> {
         let started = Instant::now();
         let ids = encode(&task.context)?;
-        let mut session =
-            Session::with_options(self.model.clone(), self.policy.clone(), self.cache)?;
         let mut curve = Vec::new();
-        session.prefill_with(&ids, &self.prefill, &mut |chunk| {
-            curve.push((chunk.done, chunk.cache.bytes()));
-            on_chunk(chunk);
-            Ok(())
-        })?;
-        let kept = session.report().kv_bytes;
-        let mut peak = session.report().peak.bytes;
+        let mut read = |ids: &[u32]| -> Result<Session> {
+            let mut session =
+                Session::with_options(self.model.clone(), self.policy.clone(), self.cache)?;
+            // Of several readings the first is drawn.
+            let first = curve.is_empty();
+            session.prefill_with(ids, &self.prefill, &mut |chunk| {
+                if first {
+                    curve.push((chunk.done, chunk.cache.bytes()));
+                }
+                on_chunk(chunk);
+                Ok(())
+            })?;
+            Ok(session)
+        };
+        // A text that is only continued has no query.
+        let aware = self.query_aware.filter(|_| !task.is_continuation());
+        let mut shared = match aware {
+            None => Some(read(&ids)?),
+            Some(_) => None,
+        };
+        let (mut kept, mut peak) = (0, 0);
         let mut queries = Vec::with_capacity(task.queries.len());
         for (i, query) in task.queries.iter().enumerate() {
             let (asked, answer) = (encode(&query.query)?, encode(&query.answer)?);
@@ -110,6 +136,14 @@ impl Reader {
                     i + 1
                 )));
             }
+            if let Some(QueryAware { tokens, after }) = aware {
+                shared = Some(read(&query_first(&ids, &asked, tokens, after))?);
+            }
+            let Some(session) = &shared else {
+                continue;
+            };
+            kept = kept.max(session.report().kv_bytes);
+            peak = peak.max(session.report().peak.bytes);
             let mut fork = session.fork()?;
             let generate = self.policy.decode_slack().is_some() && !task.is_continuation();
             let exact = if generate {

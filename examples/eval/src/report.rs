@@ -129,7 +129,14 @@ pub fn session(session: &Session) -> Table {
             &grouped(report.peak.units_per_head),
         ])
         .row(["keys and values, at most", &bytes(report.peak.bytes)])
-        .row(["keys and values, now", &bytes(report.kv_bytes)])
+        .row(["keys and values, now", &bytes(report.kv_bytes)]);
+    if report.total_bytes > report.kv_bytes {
+        let (all, beside) = (bytes(report.total_bytes), bytes(report.metadata_bytes));
+        table
+            .row(["with what is put away", &all])
+            .row(["positions and scores, now", &beside]);
+    }
+    table
         .row(["a full 32-bit cache", &bytes(report.full_bytes)])
         .row(["smaller by", &format!("{:.1} x", report.compression())]);
     table

@@ -131,7 +131,7 @@ fn maps(
         let Some(point) = own.get(own.len() / 2).filter(|_| drawn) else {
             continue;
         };
-        let reader = ablation.reader(&point.candidate(&*ablation.model)?);
+        let reader = ablation.reader(&point.candidate(&*ablation.model)?, first);
         let mut session = Session::with_options(reader.model, reader.policy, reader.cache)?;
         let mut bar = Progress::new(
             format!("map: {}", point.label),

@@ -8,7 +8,7 @@ use crate::{
 };
 use clap::Parser;
 use locret_eval::{
-    evaluate::{Reader, Results, run_all},
+    evaluate::{QueryAware, Reader, Results, run_all},
     files::{file_sha256, write_json},
 };
 use serde_json::json;
@@ -24,6 +24,9 @@ pub struct Args {
     json: PathBuf,
     #[command(flatten)]
     policy: PolicyArgs,
+    /// Locret-Q: put the last N tokens of each query before its context, too
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    query_aware: usize,
     #[command(flatten)]
     prefill: PrefillArgs,
     #[command(flatten)]
@@ -43,7 +46,12 @@ pub fn run(args: &Args) -> Result<()> {
     let tasks = args.tasks.tasks(&runtime, &args.model.fetch())?;
     let model = runtime.model();
     let policy = config.build_for(&*model)?;
-    let settings = json!({
+    let begin = runtime.frame(None)?.begin;
+    let aware = QueryAware {
+        tokens: args.query_aware,
+        after: runtime.count(&begin)?,
+    };
+    let mut settings = json!({
         "model": runtime.name,
         "weights": args.model.weights,
         "policy": config,
@@ -53,11 +61,15 @@ pub fn run(args: &Args) -> Result<()> {
         "kv": args.prefill.kv,
         "tasks": args.tasks.settings(&tasks),
     });
+    if aware.tokens > 0 {
+        settings["query_aware"] = aware.tokens.into();
+    }
     let reader = Reader {
         model,
         policy,
         cache: args.prefill.cache(),
         prefill: args.prefill.prefill(),
+        query_aware: (aware.tokens > 0).then_some(aware),
     };
     let partial = args.json.with_added_extension("part");
     let mut bar = Progress::new("tasks", Some(tasks.len() as u64), Unit::Cases);

@@ -8,6 +8,7 @@ use crate::{
 };
 use clap::Parser;
 use locret_core::{Generate, Session};
+use locret_policies::query_first;
 use std::{io::Write, path::Path};
 
 /// Reads a prompt in a bounded cache and goes on with it
@@ -18,6 +19,9 @@ pub struct Args {
     /// At most this many tokens
     #[arg(long, value_name = "N", default_value_t = 128)]
     max_new: usize,
+    /// Locret-Q: put the prompt's last N tokens, its question, before it, too
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    query_aware: usize,
     #[command(flatten)]
     policy: PolicyArgs,
     #[command(flatten)]
@@ -36,7 +40,12 @@ pub fn run(args: &Args, out: &mut dyn Write) -> Result<()> {
     let config = args.policy.config()?;
     let runtime = args.model.load()?;
     let config = with_shipped_heads(config, &runtime);
-    let ids = args.prompt.ids(&runtime)?;
+    let mut ids = args.prompt.ids(&runtime)?;
+    if args.query_aware > 0 {
+        let begin = runtime.frame(None)?.begin;
+        let after = runtime.count(&begin)?;
+        ids = query_first(&ids, &ids, args.query_aware, after);
+    }
     runtime.note_length(ids.len());
     let model = runtime.model();
     let policy = config.build_for(&*model)?;

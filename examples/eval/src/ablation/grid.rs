@@ -183,6 +183,8 @@ pub struct Entry {
     pub budgets: Option<Vec<Budget>>,
     /// Instead of the grid's.
     pub stores: Option<Vec<Store>>,
+    /// Locret-Q: how many of a query's last tokens stand before its context.
+    pub query_aware: usize,
     /// The policy. A budget or positions in it are instead of the grid's, too.
     pub config: PolicyConfig,
 }
@@ -202,11 +204,13 @@ impl TryFrom<toml::Table> for Entry {
         let label = take(&mut table, "label")?;
         let budgets = take(&mut table, "budgets")?;
         let stores = take(&mut table, "stores")?;
+        let query_aware = take(&mut table, "query_aware")?;
         let config: PolicyConfig = table.try_into().map_err(|e| e.to_string())?;
         Ok(Self {
             label: label.unwrap_or_else(|| config.policy.name().to_owned()),
             budgets,
             stores,
+            query_aware: query_aware.unwrap_or(0),
             config,
         })
     }
@@ -225,6 +229,8 @@ pub struct Point {
     pub length: usize,
     /// Seed of the tasks; 0 for tasks of a file.
     pub seed: u64,
+    /// Locret-Q: how many of a query's last tokens stand before its context.
+    pub query_aware: usize,
 }
 
 impl Point {
@@ -237,6 +243,7 @@ impl Point {
         Ok(Candidate {
             label: self.label.clone(),
             store: self.store,
+            query_aware: self.query_aware,
             ..made
         })
     }
@@ -328,6 +335,7 @@ impl Grid {
             return Ok(vec![TaskSet {
                 chat: frame.is_chat,
                 file: Some(file.clone()),
+                begin: count(&frame.begin)?,
                 ..TaskSet::of(tasks::read(file)?)
             }]);
         }
@@ -349,6 +357,7 @@ impl Grid {
                     seed: *seed,
                     chat: frame.is_chat,
                     file: None,
+                    begin: count(&frame.begin)?,
                     tasks: recipe.generate(frame, &essays, count)?,
                 });
             }
@@ -373,6 +382,7 @@ impl Grid {
                             store,
                             length,
                             seed: *seed,
+                            query_aware: entry.query_aware,
                         });
                     }
                 }
@@ -383,7 +393,8 @@ impl Grid {
 
     fn variants(&self, entry: &Entry) -> Vec<(PolicyConfig, Store)> {
         let config = &entry.config;
-        let keeps_all = !config.policy.evicts();
+        let keeps_all = !config.policy.takes_budget();
+        let stay = !config.policy.evicts();
         let budgets: Vec<Option<Budget>> = match (&entry.budgets, config.budget) {
             _ if keeps_all => vec![None],
             (_, Some(budget)) => vec![Some(budget)],
@@ -393,7 +404,7 @@ impl Grid {
         // Positions are the same while nothing is gone.
         let positions: Vec<Option<Positions>> = match config.positions {
             Some(own) => vec![Some(own)],
-            None if keeps_all => vec![None],
+            None if stay => vec![None],
             None => (self.positions.iter())
                 .map(|place| match place {
                     Place::Published => None,

@@ -85,10 +85,17 @@ pub struct Record {
     /// SHA-256 of the retaining heads, where the policy has any.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub heads_sha256: Option<String>,
+    /// Locret-Q: how many of a query's last tokens stood before its context.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub query_aware: usize,
     /// How the task went.
     pub case: Case,
     /// Where it ran.
     pub origin: Origin,
+}
+
+fn is_zero(count: &usize) -> bool {
+    *count == 0
 }
 
 /// What makes two results the same: everything but the label and where they ran.
@@ -108,6 +115,7 @@ impl Record {
             tasks_file,
             task_sha256: task,
             heads_sha256: heads,
+            query_aware: aware,
             case,
             origin,
             ..
@@ -116,6 +124,7 @@ impl Record {
         let id = (&case.task, &case.id);
         let parts = (
             policy, store, length, seed, chunk, local, chat, tasks_file, id, task, model, heads,
+            aware,
         );
         // None of these types can fail to become JSON.
         serde_json::to_string(&parts).unwrap_or_default()
@@ -214,6 +223,7 @@ pub(super) mod tests {
             tasks_file: None,
             task_sha256: Some("a task".into()),
             heads_sha256: None,
+            query_aware: 0,
             case: Case {
                 id: format!("{task}-{exact}"),
                 task: task.into(),

@@ -3,7 +3,7 @@
 use super::{Grid, Journal, Origin, Record, Store};
 use crate::{
     Result,
-    evaluate::{Encode, Event, Reader},
+    evaluate::{Encode, Event, QueryAware, Reader},
     files::file_sha256,
     tasks::Task,
 };
@@ -28,6 +28,8 @@ pub struct Candidate {
     pub store: Store,
     /// SHA-256 of the retaining heads, where the policy has any.
     pub heads_sha256: Option<String>,
+    /// Locret-Q: how many of a query's last tokens stand before its context; 0 for none.
+    pub query_aware: usize,
 }
 
 impl Candidate {
@@ -47,6 +49,7 @@ impl Candidate {
             policy,
             store: Store::F32,
             heads_sha256: None,
+            query_aware: 0,
         }
     }
 
@@ -63,6 +66,7 @@ impl Candidate {
             policy: config.build_for(model)?,
             settings: Settings::Config(config),
             store: Store::F32,
+            query_aware: 0,
         })
     }
 }
@@ -124,6 +128,9 @@ pub struct TaskSet {
     pub chat: bool,
     /// The file that they are from.
     pub file: Option<PathBuf>,
+    /// Tokens that every context begins with, before which nothing can stand: those of
+    /// [`Frame::begin`](crate::tasks::Frame::begin).
+    pub begin: usize,
     /// The tasks.
     pub tasks: Vec<Task>,
 }
@@ -150,13 +157,18 @@ pub struct Ablation {
 }
 
 impl Ablation {
-    /// What reads with a candidate's policy.
-    pub fn reader(&self, candidate: &Candidate) -> Reader {
+    /// What reads the contexts of a set with a candidate's policy.
+    pub fn reader(&self, candidate: &Candidate, set: &TaskSet) -> Reader {
+        let aware = QueryAware {
+            tokens: candidate.query_aware,
+            after: set.begin,
+        };
         Reader {
             model: self.model.clone(),
             policy: candidate.policy.clone(),
             cache: CacheOptions::new().dtype(candidate.store.dtype()),
             prefill: self.prefill,
+            query_aware: (aware.tokens > 0).then_some(aware),
         }
     }
 
@@ -175,7 +187,7 @@ impl Ablation {
     ) -> Result<Vec<Record>> {
         let mut records = Vec::with_capacity(candidates.len() * set.tasks.len());
         for candidate in candidates {
-            let reader = self.reader(candidate);
+            let reader = self.reader(candidate, set);
             let policy = &candidate.label;
             for task in &set.tasks {
                 on_event(Event::Next { policy, task });
@@ -239,6 +251,7 @@ impl Ablation {
             tasks_file: set.file.clone(),
             task_sha256: Some(task.sha256()),
             heads_sha256: candidate.heads_sha256.clone(),
+            query_aware: candidate.query_aware,
             case: task.into(),
             origin: self.origin.clone(),
         }
@@ -334,6 +347,31 @@ mod tests {
             let (_, known, done) = ran(&candidates[..1], &edited);
             assert_eq!((known, done), (1, 1));
         }
+
+        // With the question before its context it is another text, and another result.
+        let aware = |tokens| Candidate {
+            query_aware: tokens,
+            ..candidates[0].clone()
+        };
+        let marked = TaskSet {
+            begin: 1,
+            ..set.clone()
+        };
+        let (found, known, done) = ran(&[aware(2)], &marked);
+        assert_eq!((known, done), (0, 2));
+        let mut by_hand = set.clone();
+        for task in &mut by_hand.tasks {
+            task.context.insert_str(1, "he");
+        }
+        let (due, ..) = ran(&candidates[..1], &by_hand);
+        for (found, due) in found.iter().zip(&due) {
+            assert_eq!(found.case.queries, due.case.queries);
+            assert_eq!(found.case.peak_kv_bytes, due.case.peak_kv_bytes);
+            assert_eq!((found.query_aware, due.query_aware), (2, 0));
+        }
+        assert_ne!(found[0].case.queries, records[0].case.queries);
+        let text = serde_json::to_string(&found[0]).unwrap();
+        assert_eq!(serde_json::from_str::<Record>(&text).unwrap(), found[0]);
 
         let kept: Vec<f64> = rows(&records, 1).iter().map(|r| r.kept).collect();
         assert!(kept[1] < kept[0] / 2.0 && kept[2] == kept[1], "{kept:?}");
