@@ -377,21 +377,21 @@ impl Naive {
         let mut out = vec![vec![0.0; self.heads * d]; t];
         for (h, far) in far.iter().enumerate() {
             let (keys, values) = (&self.keys[h / group], &self.values[h / group]);
-            for i in 0..t {
+            for (i, (row, far)) in q.iter().zip(far).enumerate() {
                 let own = before + i;
-                let query = rotated(&q[i][h * d..(h + 1) * d], own);
+                let query = rotated(&row[h * d..(h + 1) * d], own);
                 let mut logits = Vec::new();
                 for unit in self.remainder.iter().filter(|unit| **unit <= own) {
                     let near = own - unit < local;
                     let logit = match near {
                         true => dot(&query, &rotated(&keys[*unit], *unit)),
-                        false => dot(&far[i], &keys[*unit]),
+                        false => dot(far, &keys[*unit]),
                     };
                     logits.push((*unit, logit, near));
                 }
                 let blocks = chosen.iter().flat_map(|block| &self.blocks[*block]);
                 for unit in self.init.iter().chain(blocks) {
-                    logits.push((*unit, dot(&far[i], &keys[*unit]), false));
+                    logits.push((*unit, dot(far, &keys[*unit]), false));
                 }
                 let weight = |x: f64| (x / (d as f64).sqrt()).exp();
                 let sum: f64 = logits.iter().map(|(_, x, _)| weight(*x)).sum();
