@@ -120,6 +120,8 @@ fn every_option_has_an_influence() {
     let mut all = vec![("", weights("--epochs 4 --learning-rate 0.1"))];
     for flags in [
         "--label mass",
+        "--label kvzip",
+        "--label kvzip-plus",
         "--value-norm",
         "--query-tokens 1",
         "--standardise",
@@ -129,6 +131,8 @@ fn every_option_has_an_influence() {
         "--ranking 1",
         "--query-aware 4",
         "--max-tokens 60",
+        "--repeat",
+        "--repeat --piece 9",
         "--max-rows 70",
     ] {
         let found = weights(&format!("--epochs 4 --learning-rate 0.1 {flags}"));

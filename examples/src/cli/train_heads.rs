@@ -11,7 +11,7 @@ use clap::{Parser, ValueEnum};
 use locret_core::DType;
 use locret_eval::{
     pictures::{Chart, Scale, Series},
-    training_data::{self, Recipe, TrainingCorpus},
+    training_data::{self, Ordinary, Recipe, TrainingCorpus},
 };
 use locret_policies::{
     HeadAdvice,
@@ -30,8 +30,8 @@ use std::{
 /// Trains retaining heads for a model
 #[derive(Debug, Clone, Parser)]
 pub struct Args {
-    /// builtin, plain (nothing planted), or a file: JSON lines or an array, ShareGPT or prompts
-    /// with answers
+    /// builtin, plain (nothing planted), reconstruct (nothing planted or asked, texts are repeated), or a file:
+    /// JSON lines or an array, ShareGPT or prompts with answers
     #[arg(long, value_name = "DATA", default_value = "builtin")]
     pub data: String,
     /// Where the heads go (safetensors); pictures go beside it
@@ -40,9 +40,18 @@ pub struct Args {
     /// Where unfinished work is kept [default: OUT with .work]
     #[arg(long, value_name = "DIR")]
     pub workdir: Option<PathBuf>,
-    /// Built-in texts to make
-    #[arg(long, value_name = "N", default_value_t = 140)]
-    pub samples: usize,
+    /// Built-in texts to make [default: 140; 80 for reconstruct]
+    #[arg(long, value_name = "N")]
+    pub samples: Option<usize>,
+    /// Have every text of a file repeated as a whole, beside its answers, as reconstruct does
+    #[arg(long)]
+    pub repeat: bool,
+    /// Tokens of a piece in which texts are repeated
+    #[arg(long, value_name = "N", default_value_t = 512)]
+    pub piece: usize,
+    /// Share of texts with planted statements among those of reconstruct
+    #[arg(long, value_name = "SHARE", default_value_t = 0.0)]
+    pub planted: f64,
     /// Width of a head, d_R
     #[arg(long, value_name = "N", default_value_t = 256)]
     pub d_r: usize,
@@ -70,24 +79,26 @@ pub struct Args {
     /// Locret-Q: put the last N tokens of each query before its text
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub query_aware: usize,
-    /// What a label is: the largest logit, as published, or the share of attention
-    #[arg(long, value_name = "KIND", default_value = "logit")]
-    pub label: Label,
+    /// What a label is: the largest logit, as published, the share of attention, the largest weight, or what
+    /// that adds to the hidden state [default: logit; kvzip-plus for reconstruct]
+    #[arg(long, value_name = "KIND")]
+    pub label: Option<Label>,
     /// Weigh attention by the norm of the value
     #[arg(long)]
     pub value_norm: bool,
-    /// Labels from the last N tokens of each query, too, not from its answer alone
-    #[arg(long, value_name = "N", default_value_t = 16)]
-    pub query_tokens: usize,
+    /// Labels from the last N tokens of each query, too, not from its answer alone [default: 16; 1 for
+    /// reconstruct, the token that predicts the first one of a piece]
+    #[arg(long, value_name = "N")]
+    pub query_tokens: Option<usize>,
     /// Bring labels of each head and text to one scale
     #[arg(long)]
     pub standardise: bool,
-    /// A label becomes the largest of N around it
-    #[arg(long, value_name = "N", default_value_t = 3)]
-    pub pool_labels: usize,
-    /// The first N units of a text are fitted to its highest label
-    #[arg(long, value_name = "N", default_value_t = 4)]
-    pub sinks: usize,
+    /// A label becomes the largest of N around it [default: 3; 1 for reconstruct]
+    #[arg(long, value_name = "N")]
+    pub pool_labels: Option<usize>,
+    /// The first N units of a text are fitted to its highest label [default: 4; 0 for reconstruct]
+    #[arg(long, value_name = "N")]
+    pub sinks: Option<usize>,
     /// Weight of the smoothing loss, summed over layers
     #[arg(long, value_name = "X", default_value_t = 0.0025)]
     pub alpha: f32,
@@ -118,6 +129,21 @@ pub enum Label {
     Logit,
     /// The share of attention.
     Mass,
+    /// The largest weight.
+    Kvzip,
+    /// The largest weight, times the length of what it adds to the hidden state, beside the layer's input.
+    KvzipPlus,
+}
+
+impl Label {
+    fn kind(self) -> LabelKind {
+        match self {
+            Self::Logit => LabelKind::MaxLogit,
+            Self::Mass => LabelKind::Mass,
+            Self::Kvzip => LabelKind::Kvzip,
+            Self::KvzipPlus => LabelKind::KvzipPlus,
+        }
+    }
 }
 
 /// The example.
@@ -166,8 +192,31 @@ pub fn run(args: &Args) -> Result<()> {
 }
 
 impl Args {
+    /// Whether texts are repeated as a whole.
+    fn repeats(&self) -> bool {
+        self.repeat || self.reconstructs()
+    }
+
+    fn reconstructs(&self) -> bool {
+        let recipe = self.data.parse::<Recipe>();
+        recipe.is_ok_and(|recipe| recipe == Recipe::Reconstruct)
+    }
+
+    /// What is asked for, or the default of the recipe.
+    fn or<T>(&self, asked: Option<T>, usual: T, reconstruct: T) -> T {
+        asked.unwrap_or(match self.reconstructs() {
+            true => reconstruct,
+            false => usual,
+        })
+    }
+
+    fn label(&self) -> LabelKind {
+        self.or(self.label, Label::Logit, Label::KvzipPlus).kind()
+    }
+
     fn training(&self) -> TrainConfig {
         let mut config = TrainConfig::default();
+        config.label = self.label();
         config.d_r = self.d_r;
         config.epochs = self.epochs;
         config.learning_rate = self.learning_rate;
@@ -178,8 +227,8 @@ impl Args {
         } else {
             Target::Raw
         };
-        config.pool = self.pool_labels;
-        config.sinks = self.sinks;
+        config.pool = self.or(self.pool_labels, 3, 1);
+        config.sinks = self.or(self.sinks, 4, 0);
         config.seed = self.seed;
         config.threads = self.threads;
         config
@@ -187,12 +236,9 @@ impl Args {
 
     fn collecting(&self) -> CollectConfig {
         let mut config = CollectConfig::default();
-        config.label = match self.label {
-            Label::Logit => LabelKind::MaxLogit,
-            Label::Mass => LabelKind::Mass,
-        };
+        config.labels = vec![self.label()];
         config.value_norm = self.value_norm;
-        config.query_tokens = self.query_tokens;
+        config.query_tokens = self.or(self.query_tokens, 16, 1);
         config.inputs = InputDtype::Q8;
         config.max_rows = self.max_rows;
         config.seed = self.seed;
@@ -207,16 +253,22 @@ fn samples(args: &Args, runtime: &Runtime) -> Result<Vec<Sample>> {
     let (texts, most) = if let Ok(recipe) = args.data.parse::<Recipe>() {
         let fetch = args.model.fetch();
         let (essays, shown) = (runtime::essays(&fetch)?, Fetching::new());
-        let corpus = TrainingCorpus::fetch(&fetch, &essays, &|p| shown.show(p))?;
+        let mut corpus = TrainingCorpus::fetch(&fetch, &essays, &|p| shown.show(p))?;
+        if recipe == Recipe::Reconstruct {
+            corpus = corpus.with(Ordinary::fetch(&fetch, &|p| shown.show(p))?);
+        }
         let count = |text: &str| runtime.count(text);
+        let (planted, samples) = (args.planted, args.or(args.samples, 140, 80));
         let made =
-            training_data::generate(recipe, args.samples, args.seed, &corpus, &frame, &count)?;
+            training_data::generate(recipe, planted, samples, args.seed, &corpus, &frame, &count)?;
         (made, 0)
     } else {
         let texts = training_data::read(Path::new(&args.data), &frame)?;
         (texts, args.max_tokens)
     };
-    let samples = training_data::tokenise(&texts, most, &encode)?;
+    let repetition = training_data::repetition(&frame, args.piece, &encode)?;
+    let repetition = args.repeats().then_some(&repetition);
+    let samples = training_data::tokenise(&texts, most, repetition, &encode)?;
     if args.query_aware == 0 {
         return Ok(samples);
     }
@@ -323,6 +375,8 @@ fn save(
         "collect": args.collecting(),
         "train": config,
         "query_aware": args.query_aware,
+        "repeated": args.repeats().then_some(args.piece),
+        "planted": args.reconstructs().then_some(args.planted),
     });
     let metadata = &mut trained.heads.metadata;
     metadata.insert("model".into(), runtime.name.clone());

@@ -357,6 +357,7 @@ impl Needs {
     pub const fn observe(self, queries: Queries, what: Observation) -> Self {
         Self {
             observe: Some(Observe { queries, what }),
+            input: self.input || matches!(what, Observation::MaxWeightsByInput),
             ..self
         }
     }
@@ -445,6 +446,12 @@ pub enum Observation {
     Weights,
     /// Per KV head, the maximum over queries and grouped heads of the pre-softmax logit.
     MaxLogits,
+    /// Per query head, the maximum over queries of the softmax weight.
+    MaxWeights,
+    /// The same of weights that are divided by the length (the Euclidean norm) of the layer's input of the
+    /// query's token: how much of it a unit's value may become. [`Needs::observe`] then asks for the
+    /// [input](Needs::input), too.
+    MaxWeightsByInput,
 }
 
 /// Which positions keys and queries are rotated at once units are gone.

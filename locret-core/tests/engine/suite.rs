@@ -3,15 +3,15 @@
 use crate::{
     device, model_of,
     policies::{
-        Attended, Birth, Chance, Coded, Everything, KeyNorm, Logits, Mixing, Newest, Ragged,
-        Surprise,
+        Attended, Birth, Chance, Coded, Everything, KeyNorm, Largest, Logits, Mixing, Newest,
+        Ragged, Surprise,
     },
     text,
 };
 use locret_core::{
     Budget, CacheOptions, DType, Dense, Evict, Kernels, KvCachePolicy, LayerSpec, LayerUnits,
-    Needs, Placement, Positions, QuantLayout, Quantization, QuantizedStore, Result, RopeConfig,
-    RopeScaling, Scorer, Step, Verdict,
+    Needs, Observation, Placement, Positions, QuantLayout, Quantization, QuantizedStore, Result,
+    RopeConfig, RopeScaling, Scorer, Step, Verdict,
     conformance::{
         AdapterCheck, Case, PolicyCheck, StoreCheck, check_adapter, check_compute, check_policy,
         check_store, small_spec,
@@ -71,6 +71,16 @@ fn observed_weights() {
         Arc::new(evict(case, Attended))
     })
     .unwrap();
+}
+
+#[test]
+fn observed_largest_weights() {
+    for what in [Observation::MaxWeights, Observation::MaxWeightsByInput] {
+        check_policy(&device(), &PolicyCheck::default(), |case| {
+            Arc::new(evict(case, Largest(what)))
+        })
+        .unwrap();
+    }
 }
 
 #[test]

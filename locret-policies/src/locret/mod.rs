@@ -4,7 +4,7 @@ mod heads;
 mod weights;
 
 pub use heads::RetainingHeads;
-pub use weights::{HeadAdvice, HeadWeights, LayerHead};
+pub use weights::{HeadAdvice, HeadInput, HeadWeights, LayerHead};
 
 use crate::published::Published;
 use locret_core::{

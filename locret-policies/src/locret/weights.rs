@@ -27,6 +27,37 @@ pub struct HeadWeights {
     pub metadata: BTreeMap<String, String>,
 }
 
+/// What a head reads of a token.
+#[derive(
+    Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Serialize, Deserialize,
+)]
+#[serde(rename_all = "kebab-case")]
+pub enum HeadInput {
+    /// Its query, key and value before rotation, side by side.
+    #[default]
+    Qkv,
+    /// What the layer makes these from: the hidden state behind the layer's first normalisation.
+    Layer,
+}
+
+impl HeadInput {
+    /// Its name in files.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Qkv => "qkv",
+            Self::Layer => "input",
+        }
+    }
+
+    /// How many features that are.
+    pub fn features(self, model: &ModelSpec) -> usize {
+        match self {
+            Self::Qkv => model.layer(0).qkv_features(),
+            Self::Layer => model.hidden,
+        }
+    }
+}
+
 /// How heads are best used, as their file says: settings that won on texts put aside when they were
 /// trained. A file of the authors' says nothing, and so leaves their procedure as it is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]

@@ -1,13 +1,13 @@
 //! Training of all heads, layer by layer, from what was collected.
 
 use super::{
-    FINGERPRINT, HeadTrainer, Loss, Metrics, RECALL_AT, Shard, ShardLayer, Shards, Split, Target,
-    fingerprint,
+    FINGERPRINT, HeadTrainer, LabelKind, Loss, Metrics, RECALL_AT, Shard, ShardLayer, Shards,
+    Split, Target, fingerprint,
     head::{Optimisation, SavedParam},
     metrics,
     shards::{Bytes, save},
 };
-use crate::{HeadWeights, LayerHead, PolicyError, Result};
+use crate::{HeadInput, HeadWeights, LayerHead, PolicyError, Result};
 use burn::tensor::Device;
 use memmap2::Mmap;
 use rand::{SeedableRng, seq::SliceRandom};
@@ -34,6 +34,8 @@ use std::{
 #[serde(default)]
 #[non_exhaustive]
 pub struct TrainConfig {
+    /// Which of the labels that were collected scores are fitted to.
+    pub label: LabelKind,
     /// Intermediate features of a head.
     pub d_r: usize,
     /// How often each sample is seen.
@@ -78,6 +80,7 @@ pub struct TrainConfig {
 impl Default for TrainConfig {
     fn default() -> Self {
         Self {
+            label: LabelKind::MaxLogit,
             d_r: 256,
             epochs: 4,
             span: 512,
@@ -356,7 +359,7 @@ struct Data<'a> {
 impl<'a> Data<'a> {
     fn new(shards: &'a Shards, config: &TrainConfig, layer: usize) -> Result<Self> {
         let load = |shard: &'a Shard| {
-            let rows = shard.layer(layer)?;
+            let rows = shard.layer(layer, HeadInput::Qkv, config.label)?;
             let labels = targets(rows.labels(), rows.kv_heads(), &shard.spans(), config);
             Ok((rows, labels))
         };

@@ -1,5 +1,6 @@
 //! Real texts to train on.
 
+use super::Ordinary;
 use crate::{
     Error, Result,
     corpus::{self, Essays, OnProgress},
@@ -23,6 +24,8 @@ pub struct TrainingCorpus {
     pub(super) articles: Vec<Vec<Passage>>,
     /// Groups of passages of which few answer the question.
     pub(super) puzzles: Vec<Vec<Passage>>,
+    /// Code and other languages; nothing, unless it was fetched as well.
+    pub(super) ordinary: Ordinary,
 }
 
 #[derive(Deserialize)]
@@ -81,6 +84,11 @@ impl TrainingCorpus {
         Self::parse(&essays, &squad, &text(&corpus::HOTPOT)?, evaluation)
     }
 
+    /// The same with code and other languages, which [`Recipe::Reconstruct`](super::Recipe::Reconstruct) needs.
+    pub fn with(self, ordinary: Ordinary) -> Self {
+        Self { ordinary, ..self }
+    }
+
     /// From the JSON of essays (`{"text"}`), SQuAD 2.0 and HotpotQA (distractor setting), without
     /// any sentence of the essays that evaluation uses.
     ///
@@ -135,6 +143,7 @@ impl TrainingCorpus {
             prose,
             articles,
             puzzles,
+            ordinary: Ordinary::default(),
         })
     }
 }
