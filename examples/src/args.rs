@@ -410,7 +410,7 @@ impl SamplingArgs {
     }
 }
 
-fn parse_budget(text: &str) -> Result<Budget, String> {
+pub(crate) fn parse_budget(text: &str) -> Result<Budget, String> {
     text.parse().map_err(|e: CoreError| e.to_string())
 }
 

@@ -300,10 +300,12 @@ fn heads(layers: usize, inputs: usize, outputs: usize) -> HeadWeights {
         d_r: 5,
         fc1: (0..5 * inputs).map(|i| number(i + l)).collect(),
         fc2: (0..5 * outputs).map(|i| number(i + 3 * l)).collect(),
+        ..LayerHead::default()
     };
     HeadWeights {
         layers: (0..layers).map(layer).collect(),
         metadata: Default::default(),
+        ..HeadWeights::default()
     }
 }
 

@@ -37,7 +37,9 @@ mod wrappers;
 pub use config::{Method, PolicyConfig};
 pub use error::{PolicyError, Result};
 pub use full::Full;
-pub use locret::{HeadAdvice, HeadInput, HeadWeights, LayerHead, Locret, RetainingHeads};
+pub use locret::{
+    Gate, HeadAdvice, HeadForm, HeadInput, HeadWeights, LayerHead, Locret, RetainingHeads,
+};
 pub use minference::MInference;
 pub use scorers::{H2o, KeyDiff, KeyNorm, Random, SirLlm, SnapKv, Tova, Window};
 pub use wrappers::{Merge, Quantized};

@@ -17,10 +17,12 @@ fn heads_file(folder: &std::path::Path, spec: &locret_core::ModelSpec) -> PathBu
         d_r: 4,
         fc1: numbers.list(4 * spec.layer(0).qkv_features(), 1.0),
         fc2: numbers.list(4 * spec.kv_heads, 1.0),
+        ..LayerHead::default()
     };
     let heads = HeadWeights {
         layers: (0..spec.layers).map(layer).collect(),
         metadata: Default::default(),
+        ..HeadWeights::default()
     };
     let path = folder.join("heads.safetensors");
     heads.save(&path, DType::F32).unwrap();
@@ -279,6 +281,8 @@ fn advice_of_heads_is_taken_where_nothing_else_is_said() {
     let advice = HeadAdvice {
         pool: Some(3),
         sinks: Some(2),
+        recent: Some(4),
+        ada: Some(0.2),
         positions: Some(Positions::Original),
     };
     heads.advise(&advice);
@@ -290,17 +294,32 @@ fn advice_of_heads_is_taken_where_nothing_else_is_said() {
     assert_eq!(positions(&config).unwrap(), Positions::Original);
     let own = config.clone().positions(Positions::Compact);
     assert_eq!(positions(&own).unwrap(), Positions::Compact);
-    // Sinks and pool arrive, too: more sinks than budget, or an even pool, would be refused.
-    for (pool, sinks) in [(Some(2), None), (None, Some(65))] {
-        heads.advise(&HeadAdvice {
-            pool,
-            sinks,
-            positions: None,
-        });
+    // The others arrive, too: more units than the budget, an even pool, a floor above 1 would be refused.
+    let none = HeadAdvice::default();
+    for wrong in [
+        HeadAdvice {
+            pool: Some(2),
+            ..none
+        },
+        HeadAdvice {
+            sinks: Some(65),
+            ..none
+        },
+        HeadAdvice {
+            recent: Some(65),
+            ..none
+        },
+        HeadAdvice {
+            ada: Some(1.5),
+            ..none
+        },
+    ] {
+        heads.advise(&wrong);
         heads.save(&path, DType::F32).unwrap();
-        assert!(positions(&config).is_err(), "{pool:?} {sinks:?}");
+        assert!(positions(&config).is_err(), "{wrong:?}");
         let mut own = config.clone();
         (own.pool, own.sinks) = (Some(1), Some(0));
+        (own.recent, own.ada) = (Some(0), Some(1.0));
         assert_eq!(positions(&own).unwrap(), Positions::Compact);
     }
     heads

@@ -54,10 +54,12 @@ fn policy(config: &PolicyConfig, case: &Case<'_>, folded: &AtomicUsize) -> Arc<d
         fc2: (0..6 * case.spec.kv_heads)
             .map(|i| weight(i + 3 * l))
             .collect(),
+        ..LayerHead::default()
     };
     let weights = HeadWeights {
         layers: (0..case.spec.layers).map(layer).collect(),
         metadata: Default::default(),
+        ..HeadWeights::default()
     };
     // Every other case asks for heads that read the layer's input. They are folded only where queries,
     // keys and values together are wider than that.

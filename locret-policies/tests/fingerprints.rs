@@ -23,6 +23,7 @@ fn weights(model: &RandomModel, change: impl Fn(usize, &mut LayerHead)) -> HeadW
                 .map(|i| weight(i + l))
                 .collect(),
             fc2: (0..6 * spec.kv_heads).map(|i| weight(i + 3 * l)).collect(),
+            ..LayerHead::default()
         };
         change(l, &mut head);
         head
@@ -30,6 +31,7 @@ fn weights(model: &RandomModel, change: impl Fn(usize, &mut LayerHead)) -> HeadW
     HeadWeights {
         layers: (0..spec.layers).map(layer).collect(),
         metadata: Default::default(),
+        ..HeadWeights::default()
     }
 }
 

@@ -30,10 +30,12 @@ fn heads(spec: &ModelSpec, seed: u64, d_r: usize) -> HeadWeights {
         d_r,
         fc1: numbers.list(d_r * inputs, 0.5),
         fc2: numbers.list(spec.kv_heads * d_r, 1.0),
+        ..LayerHead::default()
     };
     HeadWeights {
         layers: (0..spec.layers).map(layer).collect(),
         metadata: Default::default(),
+        ..HeadWeights::default()
     }
 }
 
@@ -66,10 +68,12 @@ fn policy(spec: &ModelSpec, settings: &Settings) -> Arc<dyn KvCachePolicy> {
                 d_r: fc2.len() / spec.kv_heads,
                 fc1: fc1.clone(),
                 fc2: fc2.clone(),
+                ..LayerHead::default()
             });
             let weights = HeadWeights {
                 layers: layers.collect(),
                 metadata: Default::default(),
+                ..HeadWeights::default()
             };
             let heads = RetainingHeads::new(&weights, spec, &*compute(&Device::default())).unwrap();
             evict(Locret::new(heads), settings)

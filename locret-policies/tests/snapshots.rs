@@ -29,10 +29,12 @@ fn heads(model: &dyn CausalLm, shift: usize) -> HeadWeights {
         d_r: 6,
         fc1: (0..6 * inputs).map(|i| weight(i + l + shift)).collect(),
         fc2: (0..6 * spec.kv_heads).map(|i| weight(i + 3 * l)).collect(),
+        ..LayerHead::default()
     };
     HeadWeights {
         layers: (0..spec.layers).map(layer).collect(),
         metadata: Default::default(),
+        ..HeadWeights::default()
     }
 }
 

@@ -6,6 +6,7 @@ pub mod generate;
 pub mod long_shapes;
 pub mod plan;
 pub mod quickstart;
+pub mod rank_heads;
 pub mod search_patterns;
 pub mod trace;
 pub mod train_heads;

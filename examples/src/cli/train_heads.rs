@@ -14,9 +14,9 @@ use locret_eval::{
     training_data::{self, Ordinary, Recipe, TrainingCorpus},
 };
 use locret_policies::{
-    HeadAdvice,
+    HeadAdvice, HeadForm,
     training::{
-        CollectConfig, InputDtype, LabelKind, RECALL_AT, Sample, Shards, Split, Target,
+        CollectConfig, Distance, InputDtype, LabelKind, RECALL_AT, Sample, Shards, Split, Target,
         TrainConfig, TrainProgress, Trained, collect, epochs_within, train,
     },
 };
@@ -52,12 +52,19 @@ pub struct Args {
     /// Share of texts with planted statements among those of reconstruct
     #[arg(long, value_name = "SHARE", default_value_t = 0.0)]
     pub planted: f64,
-    /// Width of a head, d_R
-    #[arg(long, value_name = "N", default_value_t = 256)]
-    pub d_r: usize,
-    /// How often each text is seen
-    #[arg(long, value_name = "N", default_value_t = 4)]
-    pub epochs: usize,
+    /// What heads are: locret (of queries, keys and values), or of the layer's input linear, mlp, or decay, whose
+    /// scores fall with age [default: locret; mlp for reconstruct]
+    #[arg(long, value_name = "KIND")]
+    pub head: Option<Head>,
+    /// Width of a head, d_R [default: 256; 128 for reconstruct]
+    #[arg(long, value_name = "N")]
+    pub d_r: Option<usize>,
+    /// How often each text is seen [default: 4; 8 for reconstruct]
+    #[arg(long, value_name = "N")]
+    pub epochs: Option<usize>,
+    /// Consecutive tokens of a step [default: 512; 256 for reconstruct]
+    #[arg(long, value_name = "N")]
+    pub span: Option<usize>,
     /// Take fewer texts, then fewer epochs, to be done after this time
     #[arg(long, value_name = "M")]
     pub minutes_limit: Option<f64>,
@@ -99,21 +106,30 @@ pub struct Args {
     /// The first N units of a text are fitted to its highest label [default: 4; 0 for reconstruct]
     #[arg(long, value_name = "N")]
     pub sinks: Option<usize>,
-    /// Weight of the smoothing loss, summed over layers
-    #[arg(long, value_name = "X", default_value_t = 0.0025)]
-    pub alpha: f32,
+    /// Fit by the square of the distance, not by smooth L1
+    #[arg(long)]
+    pub square: bool,
+    /// Weight of the smoothing loss, summed over layers [default: 0.0025; 0 for reconstruct]
+    #[arg(long, value_name = "X")]
+    pub alpha: Option<f32>,
     /// Weight of a ranking loss at the cut
     #[arg(long, value_name = "X", default_value_t = 0.0)]
     pub ranking: f32,
     /// Advise, in the file, that the first N units of a text stay
     #[arg(long, value_name = "N")]
     pub advise_sinks: Option<usize>,
+    /// Advise, in the file, that the newest N units stay
+    #[arg(long, value_name = "N")]
+    pub advise_recent: Option<usize>,
+    /// Advise, in the file, that heads share a layer's budget, with this floor
+    #[arg(long, value_name = "FLOOR")]
+    pub advise_ada: Option<f64>,
     /// Advise, in the file, selection on scores max-pooled over N neighbours (odd)
     #[arg(long, value_name = "N")]
     pub advise_pool: Option<usize>,
-    /// Highest learning rate
-    #[arg(long, value_name = "X", default_value_t = 5e-4)]
-    pub learning_rate: f64,
+    /// Highest learning rate [default: 5e-4; 3e-3 for reconstruct]
+    #[arg(long, value_name = "X")]
+    pub learning_rate: Option<f64>,
     /// Keep what was collected in the work folder, for another training on it
     #[arg(long)]
     pub keep_work: bool,
@@ -136,12 +152,58 @@ pub enum Label {
 }
 
 impl Label {
-    fn kind(self) -> LabelKind {
+    pub(super) fn kind(self) -> LabelKind {
         match self {
             Self::Logit => LabelKind::MaxLogit,
             Self::Mass => LabelKind::Mass,
             Self::Kvzip => LabelKind::Kvzip,
             Self::KvzipPlus => LabelKind::KvzipPlus,
+        }
+    }
+}
+
+/// What a head is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Head {
+    /// Of queries, keys and values, as published.
+    Locret,
+    /// Linear, of the layer's input.
+    Linear,
+    /// Two layers, of the layer's input.
+    Mlp,
+    /// Two layers, of the layer's input, with scores that fall with age.
+    Decay,
+}
+
+impl Label {
+    /// Its name on the command line.
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Self::Logit => "logit",
+            Self::Mass => "mass",
+            Self::Kvzip => "kvzip",
+            Self::KvzipPlus => "kvzip-plus",
+        }
+    }
+}
+
+impl Head {
+    /// Its name on the command line.
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Self::Locret => "locret",
+            Self::Linear => "linear",
+            Self::Mlp => "mlp",
+            Self::Decay => "decay",
+        }
+    }
+
+    pub(super) fn form(self) -> HeadForm {
+        match self {
+            Self::Locret => HeadForm::Locret,
+            Self::Linear => HeadForm::Linear,
+            Self::Mlp => HeadForm::Mlp,
+            Self::Decay => HeadForm::Decay,
         }
     }
 }
@@ -167,14 +229,15 @@ pub fn run(args: &Args) -> Result<()> {
     }
     let runtime = args.model.load()?;
     let samples = samples(args, &runtime)?;
-    let work = match &args.workdir {
-        Some(dir) => dir.clone(),
-        None => args.out.with_added_extension("work"),
-    };
+    let work = args.work();
     // Reading takes most of the time; a quarter is left for training.
-    let shards = gather(args, &runtime, &samples, &work.join("samples"), &|| {
-        left(0.75)
-    })?;
+    let shards = gather(
+        &args.collecting(),
+        &runtime,
+        &samples,
+        &work.join("samples"),
+        &|| left(0.75),
+    )?;
     let mut config = args.training();
     let device = runtime.device.clone().autodiff();
     if let Some(seconds) = left(1.0) {
@@ -192,6 +255,14 @@ pub fn run(args: &Args) -> Result<()> {
 }
 
 impl Args {
+    /// Where unfinished work is kept.
+    pub(super) fn work(&self) -> PathBuf {
+        match &self.workdir {
+            Some(dir) => dir.clone(),
+            None => self.out.with_added_extension("work"),
+        }
+    }
+
     /// Whether texts are repeated as a whole.
     fn repeats(&self) -> bool {
         self.repeat || self.reconstructs()
@@ -210,17 +281,26 @@ impl Args {
         })
     }
 
+    fn form(&self) -> HeadForm {
+        self.or(self.head, Head::Locret, Head::Mlp).form()
+    }
+
     fn label(&self) -> LabelKind {
         self.or(self.label, Label::Logit, Label::KvzipPlus).kind()
     }
 
-    fn training(&self) -> TrainConfig {
+    pub(super) fn training(&self) -> TrainConfig {
         let mut config = TrainConfig::default();
         config.label = self.label();
-        config.d_r = self.d_r;
-        config.epochs = self.epochs;
-        config.learning_rate = self.learning_rate;
-        config.alpha = self.alpha;
+        config.form = self.form();
+        config.d_r = self.or(self.d_r, 256, 128);
+        config.epochs = self.or(self.epochs, 4, 8);
+        config.span = self.or(self.span, 512, 256);
+        config.learning_rate = self.or(self.learning_rate, 5e-4, 3e-3);
+        config.alpha = self.or(self.alpha, 0.0025, 0.0);
+        if self.square {
+            config.distance = Distance::Square;
+        }
         config.ranking = self.ranking;
         config.target = if self.standardise {
             Target::Standardised
@@ -234,9 +314,10 @@ impl Args {
         config
     }
 
-    fn collecting(&self) -> CollectConfig {
+    pub(super) fn collecting(&self) -> CollectConfig {
         let mut config = CollectConfig::default();
         config.labels = vec![self.label()];
+        config.reads = vec![self.form().reads()];
         config.value_norm = self.value_norm;
         config.query_tokens = self.or(self.query_tokens, 16, 1);
         config.inputs = InputDtype::Q8;
@@ -247,7 +328,7 @@ impl Args {
 }
 
 /// The texts, tokenised.
-fn samples(args: &Args, runtime: &Runtime) -> Result<Vec<Sample>> {
+pub(super) fn samples(args: &Args, runtime: &Runtime) -> Result<Vec<Sample>> {
     let frame = runtime.frame(None)?;
     let encode = |text: &str| runtime.encode(text);
     let (texts, most) = if let Ok(recipe) = args.data.parse::<Recipe>() {
@@ -280,18 +361,17 @@ fn samples(args: &Args, runtime: &Runtime) -> Result<Vec<Sample>> {
 }
 
 /// Inputs and labels of as many samples as `left` leaves time for.
-fn gather(
-    args: &Args,
+pub(super) fn gather(
+    config: &CollectConfig,
     runtime: &Runtime,
     samples: &[Sample],
     folder: &Path,
     left: &dyn Fn() -> Option<f64>,
 ) -> Result<Shards> {
     let model = runtime.model();
-    let config = args.collecting();
     let mut bar = Progress::new("reading texts", None, Unit::Tokens);
     let mut done = 0;
-    let read = collect(&*model, samples, folder, &config, &mut |at| {
+    let read = collect(&*model, samples, folder, config, &mut |at| {
         bar.set_total(at.of_tokens as u64);
         bar.set(at.tokens as u64);
         done = at.samples;
@@ -307,7 +387,7 @@ fn gather(
         None => {
             bar.note(&format!("time for {done} of {} texts", samples.len()));
             // They are all there, so that nothing is read again.
-            let some = collect(&*model, &samples[..done], folder, &config, &mut |_| {
+            let some = collect(&*model, &samples[..done], folder, config, &mut |_| {
                 ControlFlow::Continue(())
             })?;
             some.ok_or_else(|| Error::Usage("no text was read in time".into()))?
@@ -323,7 +403,7 @@ fn gather(
     Ok(shards)
 }
 
-fn fit(
+pub(super) fn fit(
     shards: &Shards,
     folder: &Path,
     config: &TrainConfig,
@@ -387,6 +467,8 @@ fn save(
     let advice = HeadAdvice {
         pool: args.advise_pool,
         sinks: args.advise_sinks,
+        recent: args.advise_recent,
+        ada: args.advise_ada,
         ..HeadAdvice::default()
     };
     if advice != HeadAdvice::default() {

@@ -115,6 +115,8 @@ impl PolicyConfig {
         let mut config = self.clone();
         config.pool = config.pool.or(advice.pool);
         config.sinks = config.sinks.or(advice.sinks);
+        config.recent = config.recent.or(advice.recent);
+        config.ada = config.ada.or(advice.ada);
         config.positions = config.positions.or(advice.positions);
         config
     }

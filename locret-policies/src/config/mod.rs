@@ -86,7 +86,7 @@ pub struct PolicyConfig {
     )]
     pub quantize: Option<Quantization>,
     /// `locret`: the file of retaining heads, see [`HeadWeights::load`](crate::HeadWeights::load).
-    /// Its [`HeadAdvice`](crate::HeadAdvice) stands in for `pool`, `sinks` and `positions` where they
+    /// Its [`HeadAdvice`](crate::HeadAdvice) stands in for `pool`, `sinks`, `recent`, `ada` and `positions` where they
     /// are not set; `pool = 1, sinks = 0, positions = "compact"` is the authors' procedure with any
     /// heads.
     #[serde(default, skip_serializing_if = "Option::is_none")]

@@ -40,7 +40,7 @@ mod shards;
 
 pub use collect::{CollectConfig, CollectProgress, collect};
 pub use fit::{LayerReport, TrainConfig, TrainProgress, Trained, epochs_within, train};
-pub use head::{HeadTrainer, Loss, Target};
+pub use head::{Distance, HeadTrainer, Loss, Target};
 pub use labels::{LabelKind, LabelOptions, labels};
 pub use metrics::{Metrics, RECALL_AT, pearson, recall_at};
 pub use sample::{Answer, Repetition, Sample};
