@@ -1,10 +1,14 @@
 //! Seeded generators of the built-in tasks.
 
 use super::{
-    Frame, Query, Task,
+    Frame, Query, Ruler, Task, ruler,
     words::{self, Template, Value},
 };
-use crate::{Error, Result, corpus::Essays};
+use crate::{
+    Error, Result,
+    corpus::{Essays, OnProgress},
+};
+use locret_models::FetchOptions;
 use rand::{
     RngExt, SeedableRng,
     seq::{IndexedRandom, SliceRandom},
@@ -43,6 +47,45 @@ pub enum Kind {
     /// How well every token of an essay but the first few is predicted: what a store costs.
     /// Nothing is evicted while an answer is read.
     Text,
+    /// RULER (arXiv 2404.06654): a number in repeated filler.
+    #[serde(rename = "niah_single_1")]
+    NiahSingle1,
+    /// RULER: a number in essays.
+    #[serde(rename = "niah_single_2")]
+    NiahSingle2,
+    /// RULER: a long identifier in essays.
+    #[serde(rename = "niah_single_3")]
+    NiahSingle3,
+    /// RULER: one number of four in essays.
+    #[serde(rename = "niah_multikey_1")]
+    NiahMultikey1,
+    /// RULER: a number among numbers.
+    #[serde(rename = "niah_multikey_2")]
+    NiahMultikey2,
+    /// RULER: an identifier among identifiers.
+    #[serde(rename = "niah_multikey_3")]
+    NiahMultikey3,
+    /// RULER: four numbers of one name in essays.
+    #[serde(rename = "niah_multivalue")]
+    NiahMultivalue,
+    /// RULER: four numbers of four names in essays, asked for at once.
+    #[serde(rename = "niah_multiquery")]
+    NiahMultiquery,
+    /// RULER: all variables that have a value by a chain of assignments.
+    #[serde(rename = "vt")]
+    Vt,
+    /// RULER: the ten words that come most often in a list.
+    #[serde(rename = "cwe")]
+    Cwe,
+    /// RULER: the three that come most often of coded words.
+    #[serde(rename = "fwe")]
+    Fwe,
+    /// RULER: real questions on articles (SQuAD 2.0).
+    #[serde(rename = "qa_1")]
+    Qa1,
+    /// RULER: real questions over several articles (HotpotQA).
+    #[serde(rename = "qa_2")]
+    Qa2,
 }
 
 impl Kind {
@@ -57,7 +100,24 @@ impl Kind {
         Self::Perplexity,
     ];
 
-    /// All of them.
+    /// RULER's thirteen tasks, as `ruler` names them all.
+    pub const RULER: [Self; 13] = [
+        Self::NiahSingle1,
+        Self::NiahSingle2,
+        Self::NiahSingle3,
+        Self::NiahMultikey1,
+        Self::NiahMultikey2,
+        Self::NiahMultikey3,
+        Self::NiahMultivalue,
+        Self::NiahMultiquery,
+        Self::Vt,
+        Self::Cwe,
+        Self::Fwe,
+        Self::Qa1,
+        Self::Qa2,
+    ];
+
+    /// All but RULER's.
     pub const ALL: [Self; 9] = [
         Self::Passkey,
         Self::Number,
@@ -82,7 +142,39 @@ impl Kind {
             Self::Perplexity => "perplexity",
             Self::EssayPasskey => "essay-passkey",
             Self::Text => "text",
+            Self::NiahSingle1 => "niah_single_1",
+            Self::NiahSingle2 => "niah_single_2",
+            Self::NiahSingle3 => "niah_single_3",
+            Self::NiahMultikey1 => "niah_multikey_1",
+            Self::NiahMultikey2 => "niah_multikey_2",
+            Self::NiahMultikey3 => "niah_multikey_3",
+            Self::NiahMultivalue => "niah_multivalue",
+            Self::NiahMultiquery => "niah_multiquery",
+            Self::Vt => "vt",
+            Self::Cwe => "cwe",
+            Self::Fwe => "fwe",
+            Self::Qa1 => "qa_1",
+            Self::Qa2 => "qa_2",
         }
+    }
+}
+
+impl Kind {
+    /// The kinds that a name stands for: one, or all of RULER's.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] for an unknown name.
+    pub fn named(name: &str) -> Result<Vec<Self>> {
+        match name {
+            "ruler" => Ok(Self::RULER.to_vec()),
+            name => Ok(vec![name.parse()?]),
+        }
+    }
+
+    /// RULER's generator of this kind.
+    fn ruler(self) -> Option<ruler::Kind> {
+        let at = Self::RULER.iter().position(|kind| *kind == self)?;
+        Some(ruler::KINDS[at])
     }
 }
 
@@ -96,10 +188,39 @@ impl FromStr for Kind {
     type Err = Error;
 
     fn from_str(s: &str) -> Result<Self> {
-        let found = Self::ALL.into_iter().find(|k| k.name() == s);
-        found.ok_or_else(|| {
-            let names = Self::ALL.map(Self::name).join(", ");
-            Error::Usage(format!("unknown task {s:?}: there are {names}"))
+        let mut all = Self::ALL.into_iter().chain(Self::RULER);
+        all.clone().find(|k| k.name() == s).ok_or_else(|| {
+            let names: Vec<&str> = all.by_ref().map(Self::name).collect();
+            let names = names.join(", ");
+            Error::Usage(format!("unknown task {s:?}: there are {names}, ruler"))
+        })
+    }
+}
+
+/// What tasks are made of.
+#[derive(Debug, Clone)]
+pub struct Texts {
+    /// Essays.
+    pub essays: Essays,
+    /// What RULER's tasks are made of.
+    pub ruler: Option<Ruler>,
+}
+
+impl Texts {
+    /// What these kinds need, fetched unless the cache has it.
+    ///
+    /// # Errors
+    /// As [`Essays::for_evaluation`] and [`Ruler::fetch`].
+    pub fn fetch(kinds: &[Kind], options: &FetchOptions, shown: OnProgress<'_>) -> Result<Self> {
+        let has = |kind: Kind| kinds.contains(&kind);
+        let questions = [has(Kind::Qa1), has(Kind::Qa2)];
+        let ruler = kinds.iter().any(|kind| Kind::RULER.contains(kind));
+        Ok(Self {
+            essays: Essays::for_evaluation(options, shown)?,
+            ruler: match ruler {
+                true => Some(Ruler::fetch(questions, options, shown)?),
+                false => None,
+            },
         })
     }
 }
@@ -122,23 +243,48 @@ impl Recipe {
     /// The tasks, kind by kind.
     ///
     /// # Errors
-    /// [`Error::Usage`] if a kind does not fit into so few tokens, and those of `count`.
+    /// [`Error::Usage`] if a kind does not fit into so few tokens, and for RULER's kinds, which
+    /// [`generate_from`](Self::generate_from) makes; those of `count`.
     pub fn generate(&self, frame: &Frame, essays: &Essays, count: Count<'_>) -> Result<Vec<Task>> {
+        self.make(frame, essays, None, count)
+    }
+
+    /// The tasks, kind by kind.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] if a kind does not fit into so few tokens, or its texts are not there; those of
+    /// `count`.
+    pub fn generate_from(
+        &self,
+        frame: &Frame,
+        texts: &Texts,
+        count: Count<'_>,
+    ) -> Result<Vec<Task>> {
+        self.make(frame, &texts.essays, texts.ruler.as_ref(), count)
+    }
+
+    fn make(
+        &self,
+        frame: &Frame,
+        essays: &Essays,
+        ruler: Option<&Ruler>,
+        count: Count<'_>,
+    ) -> Result<Vec<Task>> {
         let mut tasks = Vec::with_capacity(self.kinds.len() * self.samples);
         for kind in &self.kinds {
             for sample in 0..self.samples {
-                // Distinct streams for every kind and sample, whatever else is generated.
-                let mut rng = ChaCha8Rng::seed_from_u64(self.seed);
-                rng.set_stream(((*kind as u64) << 32) | sample as u64);
-                let mut maker = Maker {
-                    kind: *kind,
-                    tokens: self.tokens,
-                    frame,
-                    essays,
-                    count,
-                    rng,
+                let (context, queries) = match kind.ruler() {
+                    None => self.built_in(*kind, sample, frame, essays, count)?,
+                    Some(own) => {
+                        let ruler = ruler.ok_or_else(|| {
+                            Error::Usage(format!("the texts of RULER, for {kind}, are not there"))
+                        })?;
+                        // Numbers of one seed are apart from those of all others that are likely.
+                        let number = (self.seed as u32).wrapping_mul(100_003);
+                        let number = number.wrapping_add(sample as u32);
+                        own.make(ruler, frame, self.tokens, number, count)?
+                    }
                 };
-                let (context, queries) = maker.make()?;
                 tasks.push(Task {
                     id: format!("{kind}-{}-s{}-{sample:03}", self.tokens, self.seed),
                     task: kind.name().into(),
@@ -148,6 +294,28 @@ impl Recipe {
             }
         }
         Ok(tasks)
+    }
+
+    fn built_in(
+        &self,
+        kind: Kind,
+        sample: usize,
+        frame: &Frame,
+        essays: &Essays,
+        count: Count<'_>,
+    ) -> Result<(String, Vec<Query>)> {
+        // Distinct streams for every kind and sample, whatever else is generated.
+        let mut rng = ChaCha8Rng::seed_from_u64(self.seed);
+        rng.set_stream(((kind as u64) << 32) | sample as u64);
+        let mut maker = Maker {
+            kind,
+            tokens: self.tokens,
+            frame,
+            essays,
+            count,
+            rng,
+        };
+        maker.make()
     }
 }
 
@@ -200,6 +368,7 @@ impl Maker<'_> {
             Kind::Perplexity => self.continuation(CONTINUATION.min(self.tokens / 4)),
             Kind::Text => self.continuation(self.tokens.saturating_sub(BEGINNING)),
             Kind::EssayPasskey => self.in_essays(&[&words::PASSKEY]),
+            other => Err(Error::Usage(format!("{other} is one of RULER's"))),
         }
     }
 
@@ -257,10 +426,8 @@ impl Maker<'_> {
     }
 
     fn queries(&self, planted: &[Planted]) -> Vec<Query> {
-        let query = |p: &Planted| Query {
-            query: self.frame.query(&p.question, &p.opening),
-            answer: p.answer.clone(),
-        };
+        let query =
+            |p: &Planted| Query::exact(self.frame.query(&p.question, &p.opening), &p.answer);
         planted.iter().map(query).collect()
     }
 
@@ -327,11 +494,11 @@ impl Maker<'_> {
         let queries = order.into_iter().take(asked).map(|i| {
             let (key, value) = &pairs[i];
             let fill = |text: &str| text.replace("{what}", key);
-            Query {
-                query: (self.frame)
-                    .query(&fill(words::PAIRS_QUESTION), &fill(words::PAIRS_OPENING)),
-                answer: value.clone(),
-            }
+            let opening = fill(words::PAIRS_OPENING);
+            Query::exact(
+                self.frame.query(&fill(words::PAIRS_QUESTION), &opening),
+                value,
+            )
         });
         let queries = queries.collect();
         Ok((context, queries))
@@ -440,11 +607,9 @@ impl Maker<'_> {
                 text += reply;
             }
             if (self.count)(&text)? <= self.tokens {
-                let query = |p: &Planted| Query {
-                    query: [&p.question, &frame.to_answer, &p.opening]
-                        .map(String::as_str)
-                        .concat(),
-                    answer: p.answer.clone(),
+                let query = |p: &Planted| {
+                    let parts = [&p.question, &frame.to_answer, &p.opening];
+                    Query::exact(parts.map(String::as_str).concat(), &p.answer)
                 };
                 return Ok((text, planted.iter().map(query).collect()));
             }
@@ -466,8 +631,7 @@ impl Maker<'_> {
         loop {
             let context = format!("{begin}{}", pieces.concat().trim_start());
             if (self.count)(&context)? + last <= self.tokens {
-                let query = String::new();
-                return Ok((context, vec![Query { query, answer }]));
+                return Ok((context, vec![Query::exact("", answer)]));
             }
             pieces.remove(0);
         }

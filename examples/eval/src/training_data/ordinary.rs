@@ -97,7 +97,7 @@ impl Ordinary {
 
 /// The translated messages of a catalogue, one after the other.
 fn translations(catalogue: &str) -> Vec<String> {
-    let (mut all, mut within) = (Vec::new(), false);
+    let (mut all, mut within) = (Vec::<String>::new(), false);
     for line in catalogue.lines() {
         let (starts, part) = match line.strip_prefix("msgstr") {
             // `msgstr[1]` is the plural.
@@ -235,7 +235,8 @@ impl Maker<'_> {
         let lists = words::lists();
         // A row takes about 25 tokens.
         for _ in 0..self.length / 12 {
-            let item = self.pick(lists[self.rng.random_range(0..lists.len())]);
+            let list = self.rng.random_range(0..lists.len());
+            let item = self.pick(lists[list]);
             let cells = [
                 item.to_owned(),
                 format!("{} {}", self.pick(words::FIRST), self.pick(words::FAMILY)),
