@@ -7,13 +7,15 @@ mod file;
 mod frame;
 mod generate;
 mod judge;
+mod kind;
 mod ruler;
 pub mod words;
 
 pub use file::{read, write};
 pub use frame::Frame;
-pub use generate::{Count, Kind, Recipe, Texts};
+pub use generate::{Count, Recipe, Texts};
 pub use judge::{Judge, Rule};
+pub use kind::Kind;
 pub use ruler::Ruler;
 
 use crate::files::sha256;
