@@ -4,7 +4,7 @@ mod common;
 
 use burn::tensor::Device;
 use common::{Numbers, cache, drive, spec, steps};
-use locret_core::{Budget, DType, DecodeEviction, Error, KvCachePolicy, Positions, compute};
+use locret_core::{Budget, DType, DecodeEviction, Error, KvCachePolicy, Positions, Share, compute};
 use locret_policies::{
     H2o, HeadAdvice, HeadWeights, KeyDiff, KeyNorm, LayerHead, Method, PolicyConfig, PolicyError,
     Random, SirLlm, SnapKv, Tova, Window,
@@ -168,6 +168,65 @@ fn all_settings_are_read() {
 }
 
 #[test]
+fn budgets_are_shared_as_a_file_says() {
+    let folder = tempfile::tempdir().unwrap();
+    let spec = spec(2, 2, 3, 8);
+    let write = |name: &str, text: &str| std::fs::write(folder.path().join(name), text).unwrap();
+    write("table.json", r#"{"shares": [[3.0, 1.0], [1.0, 1.0]]}"#);
+    let text = "policy = \"key-norm\"\nbudget = 7\ntable = \"table.json\"\n";
+    write("policy.toml", text);
+    let build = |config: &PolicyConfig| config.build(&spec, &*compute(&Device::default()));
+    let mut config = PolicyConfig::load(folder.path().join("policy.toml")).unwrap();
+    let policy = build(&config).unwrap();
+    assert_eq!(policy.limit(&spec.layer(0), 90), Some(13));
+    let mut cache = cache(&spec, policy);
+    let mut numbers = Numbers(1);
+    for step in steps(&spec, &mut numbers, 90, 32, 0, 0, true) {
+        drive(&mut cache, &step, 90).unwrap();
+    }
+    let lens = [(0, 0), (0, 1), (1, 0), (1, 1)].map(|(l, h)| cache.len(l, h));
+    assert_eq!(lens, [13, 5, 5, 5]);
+    // Shares and the model's budget are said once, and shares are of this model.
+    config.share = Some(Share::Model);
+    assert!(matches!(
+        build(&config),
+        Err(PolicyError::Core(Error::Setting { .. }))
+    ));
+    config.share = None;
+    write("table.json", r#"{"shares": [[1.0], [1.0], [1.0]]}"#);
+    assert!(matches!(
+        build(&config),
+        Err(PolicyError::Core(Error::Shape { .. }))
+    ));
+    for bad in [
+        r#"{"shares": []}"#,
+        r#"{"shares": [[-1.0], [1.0]]}"#,
+        "{",
+        "{}",
+    ] {
+        write("table.json", bad);
+        let error = build(&config).unwrap_err();
+        assert!(matches!(error, PolicyError::File { .. }), "{bad}: {error}");
+    }
+    config.table = Some(folder.path().join("none.json"));
+    assert!(matches!(build(&config), Err(PolicyError::Io { .. })));
+
+    let shared = |share: &str| {
+        let text = format!("policy = \"h2o\"\nbudget = 8\nshare = {share:?}");
+        PolicyConfig::from_toml(&text)
+    };
+    let model = build(&shared("model").unwrap()).unwrap();
+    assert!(model.needs().all_layers);
+    // 4 heads of 8 units, of which 3 others keep a fifth.
+    assert_eq!(model.limit(&spec.layer(0), 90), Some(32 - 3 * 2));
+    let layer = build(&shared("layer").unwrap()).unwrap();
+    assert!(!layer.needs().all_layers);
+    assert_eq!(layer.limit(&spec.layer(0), 90), Some(16 - 2));
+    let error = shared("modell").unwrap_err().to_string();
+    assert!(error.contains("modell"), "{error}");
+}
+
+#[test]
 fn what_is_unknown_is_named() {
     let error = |text: &str| PolicyConfig::from_toml(text).unwrap_err().to_string();
     let unknown = error("policy = \"lockret\"");
@@ -209,6 +268,8 @@ fn settings_that_do_not_fit_are_errors() {
     setting("policy = \"window\"", "budget");
     setting("policy = \"full\"\nbudget = 3", "budget");
     setting("policy = \"full\"\nsinks = 3", "sinks");
+    setting("policy = \"full\"\nshare = \"model\"", "share");
+    setting("policy = \"full\"\ntable = \"x\"", "table");
     setting("policy = \"window\"\nbudget = 30\nheads = \"x\"", "heads");
     setting("policy = \"window\"\nbudget = 30\nseed = 3", "seed");
     setting("policy = \"tova\"\nbudget = 30\nwindow = 3", "window");
@@ -283,6 +344,7 @@ fn advice_of_heads_is_taken_where_nothing_else_is_said() {
         sinks: Some(2),
         recent: Some(4),
         ada: Some(0.2),
+        share: Some(Share::Model),
         positions: Some(Positions::Original),
     };
     heads.advise(&advice);

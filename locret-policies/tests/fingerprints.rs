@@ -2,7 +2,7 @@
 
 use burn::tensor::Device;
 use locret_core::{
-    Budget, CausalLm, DecodeEviction, KvCachePolicy, Positions, QuantLayout, Quantization,
+    Budget, CausalLm, DecodeEviction, KvCachePolicy, Positions, QuantLayout, Quantization, Share,
     conformance::{RandomModel, small_spec},
 };
 use locret_policies::{HeadWeights, LayerHead, Method, PolicyConfig, RetainingHeads};
@@ -131,6 +131,14 @@ fn changed(method: Method) -> Vec<(String, PolicyConfig)> {
     }
     for floor in [0.2, 0.25, 1.0] {
         change(&format!("ada {floor}"), &|c| c.ada = Some(floor));
+        change(&format!("ada {floor} over the model"), &|c| {
+            (c.ada, c.share) = (Some(floor), Some(Share::Model));
+        });
+    }
+    for share in [Share::Layer, Share::Model] {
+        change(&format!("sharing over the {share}"), &|c| {
+            c.share = Some(share)
+        });
     }
     for threshold in [0.5, 0.500_001] {
         let what = format!("merge {threshold}");

@@ -6,10 +6,10 @@ use crate::{
     cli::train_heads::{self, Head, Label},
     progress::{Progress, Unit},
     report::{self, Table},
-    runtime,
+    runtime::{self, Runtime},
 };
 use clap::Parser;
-use locret_core::{Budget, CacheOptions, Positions, Prefill};
+use locret_core::{Budget, CacheOptions, Positions, Prefill, Share};
 use locret_eval::{
     evaluate::{Reader, run_all},
     tasks::{Kind, Recipe, Task},
@@ -57,7 +57,11 @@ pub struct Args {
 }
 
 /// How a budget is shared out, and its name in the table.
-const SHAPES: [(&str, Option<f64>); 2] = [("uniform", None), ("Ada .2", Some(0.2))];
+const SHAPES: [(&str, Option<Share>); 3] = [
+    ("uniform", None),
+    ("layer", Some(Share::Layer)),
+    ("model", Some(Share::Model)),
+];
 
 /// The example. Heads go where `--out` says, with the kinds of label and of head in the names of their files.
 ///
@@ -131,8 +135,10 @@ pub fn run(args: &Args) -> Result<()> {
             let measured = trained.validation().unwrap_or_default();
             let mut row = row(label, head, &weights, &measured, took);
             for budget in &args.budgets {
-                for (shape, ada) in SHAPES {
-                    let right = ask(&runtime, &weights, *budget, ada, &tasks, &name, shape)?;
+                for (shape, share) in SHAPES {
+                    let config = policy(*budget, share);
+                    let name = format!("{name} {budget} {shape}");
+                    let right = ask(&runtime, &weights, &config, &tasks, name)?;
                     row.push(right.to_string());
                 }
             }
@@ -164,24 +170,27 @@ fn row(
     ]
 }
 
-/// How many questions are answered, token for token: 4 sinks and the newest 32 units protected, compact positions.
-fn ask(
-    runtime: &runtime::Runtime,
-    weights: &HeadWeights,
-    budget: Budget,
-    ada: Option<f64>,
-    tasks: &[Task],
-    name: &str,
-    shape: &str,
-) -> Result<usize> {
-    let model = runtime.model();
+/// 4 sinks and the newest 32 units protected, compact positions.
+fn policy(budget: Budget, share: Option<Share>) -> PolicyConfig {
     let mut config = PolicyConfig::new(Method::Locret)
         .budget(budget)
         .positions(Positions::Compact);
     config.sinks = Some(4);
     config.recent = Some(32);
     config.stabilizers = Some(32);
-    config.ada = ada;
+    config.share = share;
+    config
+}
+
+/// How many questions are answered, token for token.
+fn ask(
+    runtime: &Runtime,
+    weights: &HeadWeights,
+    config: &PolicyConfig,
+    tasks: &[Task],
+    name: String,
+) -> Result<usize> {
+    let model = runtime.model();
     let heads = Arc::new(RetainingHeads::for_model(weights, &*model)?);
     let reader = Reader {
         policy: config.build_with_heads(model.spec(), heads)?,
@@ -189,10 +198,8 @@ fn ask(
         cache: CacheOptions::new(),
         prefill: Prefill::new(256, 32),
     };
-    let what = format!("{name} {budget} {shape}");
-    let mut bar = Progress::new(what, Some(tasks.len() as u64), Unit::Cases);
-    let encode = |text: &str| runtime.encode(text);
-    let cases = run_all(&reader, tasks, &encode, None, &mut |event| {
+    let mut bar = Progress::new(name, Some(tasks.len() as u64), Unit::Cases);
+    let cases = run_all(&reader, tasks, runtime, None, &mut |event| {
         bar.follow(event);
     })?;
     bar.finish();

@@ -2,13 +2,13 @@
 
 use crate::{
     Error, Result,
-    args::{ModelArgs, parse_dtype},
+    args::{ModelArgs, parse_dtype, parse_share},
     progress::{Fetching, Progress, Unit},
     report::{self, Table},
     runtime::{self, Runtime},
 };
 use clap::{Parser, ValueEnum};
-use locret_core::DType;
+use locret_core::{DType, Share};
 use locret_eval::{
     pictures::{Chart, Scale, Series},
     training_data::{self, Ordinary, Recipe, TrainingCorpus},
@@ -121,9 +121,12 @@ pub struct Args {
     /// Advise, in the file, that the newest N units stay
     #[arg(long, value_name = "N")]
     pub advise_recent: Option<usize>,
-    /// Advise, in the file, that heads share a layer's budget, with this floor
+    /// Advise, in the file, that heads share a budget, with this floor
     #[arg(long, value_name = "FLOOR")]
     pub advise_ada: Option<f64>,
+    /// Advise, in the file, over what heads share a budget
+    #[arg(long, value_name = "layer|model", value_parser = parse_share)]
+    pub advise_share: Option<Share>,
     /// Advise, in the file, selection on scores max-pooled over N neighbours (odd)
     #[arg(long, value_name = "N")]
     pub advise_pool: Option<usize>,
@@ -469,6 +472,7 @@ fn save(
         sinks: args.advise_sinks,
         recent: args.advise_recent,
         ada: args.advise_ada,
+        share: args.advise_share,
         ..HeadAdvice::default()
     };
     if advice != HeadAdvice::default() {

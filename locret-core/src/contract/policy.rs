@@ -92,7 +92,8 @@ pub trait KvCachePolicy: Debug + Send + Sync {
     }
 
     /// What all heads of `layer` together keep after a chunk of a prompt, for plans: fewer units than
-    /// `kv_heads` times [`limit`](Self::limit) where heads share a budget.
+    /// `kv_heads` times [`limit`](Self::limit) where heads share a budget. Where layers share one, too
+    /// (and are cut at once, [`Needs::all_layers`]), what they keep on average.
     fn held(&self, layer: &LayerSpec, total: usize) -> Option<Held> {
         Some(Held::scattered(layer.kv_heads * self.limit(layer, total)?))
     }
@@ -196,6 +197,8 @@ pub struct Held {
     /// Whether they are the newest ones (and some at the beginning): stores of codes then free whole
     /// groups.
     pub newest: bool,
+    /// Whether all layers share one budget, so that this is what they keep on average.
+    pub over_layers: bool,
 }
 
 impl Held {
@@ -204,6 +207,7 @@ impl Held {
         Self {
             units,
             newest: false,
+            over_layers: false,
         }
     }
 
@@ -212,6 +216,15 @@ impl Held {
         Self {
             units,
             newest: true,
+            over_layers: false,
+        }
+    }
+
+    /// The same as the mean of layers that share one budget.
+    pub fn of_all_layers(self) -> Self {
+        Self {
+            over_layers: true,
+            ..self
         }
     }
 }

@@ -7,8 +7,8 @@ use crate::{
     minference::{Pattern, Patterns},
     published::Published,
 };
-use locret_core::{CausalLm, Compute, KvCachePolicy, ModelSpec};
-use std::sync::Arc;
+use locret_core::{BudgetTable, CausalLm, Compute, KvCachePolicy, ModelSpec};
+use std::{fs, path::Path, sync::Arc};
 
 impl PolicyConfig {
     /// The policy, for a model that `compute` computes.
@@ -117,6 +117,7 @@ impl PolicyConfig {
         config.sinks = config.sinks.or(advice.sinks);
         config.recent = config.recent.or(advice.recent);
         config.ada = config.ada.or(advice.ada);
+        config.share = config.share.or(advice.share);
         config.positions = config.positions.or(advice.positions);
         config
     }
@@ -145,6 +146,8 @@ impl PolicyConfig {
             ("pool", self.pool.is_some(), evicts),
             ("pyramid", self.pyramid.is_some(), evicts),
             ("ada", self.ada.is_some(), evicts),
+            ("share", self.share.is_some(), evicts),
+            ("table", self.table.is_some(), evicts),
             ("merge", self.merge.is_some(), evicts),
             ("heads", self.heads.is_some(), only(&[Method::Locret])),
             ("seed", self.seed.is_some(), only(&[Method::Random])),
@@ -196,6 +199,12 @@ impl PolicyConfig {
         if let Some(floor) = self.ada {
             policy = policy.ada(floor);
         }
+        if let Some(share) = self.share {
+            policy = policy.share(share);
+        }
+        if let Some(path) = &self.table {
+            policy = policy.table(table(path)?);
+        }
         Ok(match self.merge {
             Some(threshold) => self.wrap(Merge::new(policy, threshold)),
             None => self.wrap(policy),
@@ -208,4 +217,10 @@ impl PolicyConfig {
             None => Arc::new(policy),
         }
     }
+}
+
+/// A file's table of budgets.
+fn table(path: &Path) -> Result<BudgetTable> {
+    let text = fs::read_to_string(path).map_err(PolicyError::io(path))?;
+    serde_json::from_str(&text).map_err(|e| PolicyError::file(path, e.to_string()))
 }

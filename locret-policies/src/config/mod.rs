@@ -6,7 +6,7 @@ mod method;
 pub use method::Method;
 
 use crate::{PolicyError, Result};
-use locret_core::{Budget, DecodeEviction, Positions, Quantization};
+use locret_core::{Budget, DecodeEviction, Positions, Quantization, Share};
 use serde::{Deserialize, Deserializer, Serialize, de};
 use std::{
     fmt,
@@ -69,10 +69,18 @@ pub struct PolicyConfig {
     /// ([`Evict::pyramid`](locret_core::Evict::pyramid)).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pyramid: Option<f64>,
-    /// Shares a layer's budget out over its heads, with this floor
-    /// ([`Evict::ada`](locret_core::Evict::ada)).
+    /// Shares a budget out over heads by their scores, with this floor
+    /// ([`Evict::ada`](locret_core::Evict::ada)). By default [`Share::FLOOR`] where `share` is set.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ada: Option<f64>,
+    /// Over what heads share, if they do: `layer` (the default where `ada` is set) or `model`
+    /// ([`Evict::share`](locret_core::Evict::share)).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub share: Option<Share>,
+    /// Shares the budget out over layers, or layers and heads, as this JSON file says: a
+    /// [`BudgetTable`](locret_core::BudgetTable) ([`Evict::table`](locret_core::Evict::table)).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub table: Option<PathBuf>,
     /// Folds dropped values into kept ones where the cosine of the keys is at least this
     /// ([`Merge`](crate::Merge)).
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -86,7 +94,7 @@ pub struct PolicyConfig {
     )]
     pub quantize: Option<Quantization>,
     /// `locret`: the file of retaining heads, see [`HeadWeights::load`](crate::HeadWeights::load).
-    /// Its [`HeadAdvice`](crate::HeadAdvice) stands in for `pool`, `sinks`, `recent`, `ada` and `positions` where they
+    /// Its [`HeadAdvice`](crate::HeadAdvice) stands in for `pool`, `sinks`, `recent`, `ada`, `share` and `positions` where they
     /// are not set; `pool = 1, sinks = 0, positions = "compact"` is the authors' procedure with any
     /// heads.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -164,6 +172,8 @@ impl PolicyConfig {
             pool: None,
             pyramid: None,
             ada: None,
+            share: None,
+            table: None,
             merge: None,
             quantize: None,
             heads: None,
@@ -189,6 +199,13 @@ impl PolicyConfig {
         self
     }
 
+    /// The files that it names.
+    pub fn files(&mut self) -> impl Iterator<Item = &mut PathBuf> {
+        [&mut self.heads, &mut self.patterns, &mut self.table]
+            .into_iter()
+            .flatten()
+    }
+
     /// From TOML.
     ///
     /// # Errors
@@ -205,8 +222,8 @@ impl PolicyConfig {
         serde_json::from_str(text).map_err(|e| PolicyError::Config(e.to_string()))
     }
 
-    /// From a file: JSON if its name ends so, else TOML. Relative paths of heads and of patterns
-    /// count from the file's folder.
+    /// From a file: JSON if its name ends so, else TOML. Relative paths of heads, of patterns and of
+    /// tables count from the file's folder.
     ///
     /// # Errors
     /// [`PolicyError::Io`], and as [`from_toml`](Self::from_toml).
@@ -226,12 +243,7 @@ impl PolicyConfig {
             other => other,
         })?;
         if let Some(folder) = path.parent() {
-            for file in [&mut config.heads, &mut config.patterns]
-                .into_iter()
-                .flatten()
-            {
-                *file = folder.join(&*file);
-            }
+            config.files().for_each(|file| *file = folder.join(&*file));
         }
         Ok(config)
     }

@@ -5,7 +5,7 @@ use super::{
     layouts::{self, Part, Sizes},
 };
 use crate::error::{PolicyError, Result};
-use locret_core::{DType, ModelSpec, Positions};
+use locret_core::{DType, ModelSpec, Positions, Share};
 use serde::{Deserialize, Serialize};
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -108,10 +108,13 @@ pub struct HeadAdvice {
     /// Newest units that stay.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub recent: Option<usize>,
-    /// The share of a budget that each head of a layer keeps by itself, while the rest goes to the best scores of
-    /// all of them ([`Evict::ada`](locret_core::Evict::ada)).
+    /// The share of a budget that each head keeps by itself, while the rest goes to the best scores of all that
+    /// share it ([`Evict::ada`](locret_core::Evict::ada)).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ada: Option<f64>,
+    /// Which heads share a budget.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub share: Option<Share>,
     /// Which positions attention uses.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub positions: Option<Positions>,

@@ -85,6 +85,9 @@ pub struct Record {
     /// SHA-256 of the retaining heads, where the policy has any.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub heads_sha256: Option<String>,
+    /// SHA-256 of the table of budgets, where the policy has one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub table_sha256: Option<String>,
     /// How the task went.
     pub case: Case,
     /// Where it ran.
@@ -108,6 +111,7 @@ impl Record {
             tasks_file,
             task_sha256: task,
             heads_sha256: heads,
+            table_sha256: table,
             case,
             origin,
             ..
@@ -116,6 +120,7 @@ impl Record {
         let id = (&case.task, &case.id);
         let parts = (
             policy, store, length, seed, chunk, local, chat, tasks_file, id, task, model, heads,
+            table,
         );
         // None of these types can fail to become JSON.
         serde_json::to_string(&parts).unwrap_or_default()
@@ -214,12 +219,14 @@ pub(super) mod tests {
             tasks_file: None,
             task_sha256: Some("a task".into()),
             heads_sha256: None,
+            table_sha256: None,
             case: Case {
                 id: format!("{task}-{exact}"),
                 task: task.into(),
                 continuation: task == "perplexity",
                 context_tokens: 2000,
                 queries: vec![Answered {
+                    score: None,
                     exact,
                     right,
                     tokens: 5,
@@ -275,6 +282,9 @@ pub(super) mod tests {
         renamed.heads_sha256 = Some("other heads".into());
         assert!(journal.get(&renamed.key()).is_none());
         renamed.heads_sha256 = None;
+        renamed.table_sha256 = Some("another table".into());
+        assert!(journal.get(&renamed.key()).is_none());
+        renamed.table_sha256 = None;
         renamed.task_sha256 = Some("another task".into());
         assert!(journal.get(&renamed.key()).is_none());
         journal.add(last).unwrap();

@@ -28,6 +28,8 @@ pub struct Candidate {
     pub store: Store,
     /// SHA-256 of the retaining heads, where the policy has any.
     pub heads_sha256: Option<String>,
+    /// SHA-256 of the table of budgets, where the policy has one.
+    pub table_sha256: Option<String>,
 }
 
 impl Candidate {
@@ -47,6 +49,7 @@ impl Candidate {
             policy,
             store: Store::F32,
             heads_sha256: None,
+            table_sha256: None,
         }
     }
 
@@ -60,6 +63,7 @@ impl Candidate {
             label: config.policy.name().into(),
             // Other heads by the same name are another policy.
             heads_sha256: config.heads.as_deref().map(file_sha256).transpose()?,
+            table_sha256: config.table.as_deref().map(file_sha256).transpose()?,
             policy: config.build_for(model)?,
             settings: Settings::Config(config),
             store: Store::F32,
@@ -226,7 +230,7 @@ impl Ablation {
     }
 
     /// A case that has not been run.
-    fn record(&self, candidate: &Candidate, set: &TaskSet, task: &Task) -> Record {
+    pub(crate) fn record(&self, candidate: &Candidate, set: &TaskSet, task: &Task) -> Record {
         Record {
             label: candidate.label.clone(),
             policy: candidate.settings.clone(),
@@ -239,6 +243,7 @@ impl Ablation {
             tasks_file: set.file.clone(),
             task_sha256: Some(task.sha256()),
             heads_sha256: candidate.heads_sha256.clone(),
+            table_sha256: candidate.table_sha256.clone(),
             case: task.into(),
             origin: self.origin.clone(),
         }
@@ -291,10 +296,7 @@ mod tests {
             id: id.into(),
             task: "letters".into(),
             context: "The quick brown fox jumps over the lazy dog. ".repeat(2),
-            queries: vec![Query {
-                query: "The".into(),
-                answer: " quick".into(),
-            }],
+            queries: vec![Query::exact("The", " quick")],
         };
         let set = TaskSet::of(vec![task("a"), task("b")]);
         let encode = |text: &str| Ok(text.bytes().map(u32::from).collect());

@@ -7,6 +7,7 @@ use crate::{
 };
 use locret_models::FetchOptions;
 use serde::Deserialize;
+use std::collections::HashSet;
 
 /// A passage with questions that were asked about it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -90,7 +91,7 @@ impl TrainingCorpus {
     }
 
     /// From the JSON of essays (`{"text"}`), SQuAD 2.0 and HotpotQA (distractor setting), without
-    /// any sentence of the essays that evaluation uses.
+    /// any sentence of the essays, any article and any passage that evaluation uses.
     ///
     /// # Errors
     /// [`Error::Usage`] for JSON of another form, or if nothing is left.
@@ -107,12 +108,21 @@ impl TrainingCorpus {
                 .filter_map(|q| Some((q.question, q.answers.into_iter().next()?.text)))
                 .collect(),
         };
-        let articles = squad.data.into_iter();
+        let articles = squad.data.into_iter().enumerate();
         let articles: Vec<Vec<Passage>> = articles
-            .map(|a| a.paragraphs.into_iter().map(passage).collect())
+            .filter(|(i, _)| !corpus::evaluates_article(*i))
+            .map(|(_, a)| a.paragraphs.into_iter().map(passage).collect())
             .filter(|a: &Vec<Passage>| !a.is_empty())
             .collect();
-        let puzzles = hotpot.into_iter().map(|h| {
+        let asked = hotpot.iter().enumerate();
+        let asked = asked.filter(|(i, _)| corpus::evaluates_puzzle(*i));
+        let theirs = asked.flat_map(|(_, h)| h.context.iter().map(|(title, _)| title.clone()));
+        let theirs: HashSet<String> = theirs.collect();
+        let own = hotpot.into_iter().enumerate().filter(|(i, h)| {
+            let shared = h.context.iter().any(|(title, _)| theirs.contains(title));
+            !corpus::evaluates_puzzle(*i) && !shared
+        });
+        let puzzles = own.map(|(_, h)| {
             let mut passages: Vec<Passage> = (h.context.into_iter())
                 .map(|(title, sentences)| Passage {
                     text: format!("{title}\n{}", sentences.concat().trim()),
@@ -208,7 +218,8 @@ pub(super) mod tests {
                 "Place7".into()
             )]
         );
-        assert_eq!(corpus.puzzles.len(), 90, "one has no answer in its text");
+        // One has no answer in its text, and every eighth is for evaluation.
+        assert_eq!(corpus.puzzles.len(), 79);
         assert_eq!(
             corpus.puzzles[0][0].text,
             "House 0\nHouse 0 is old. Builder0 built it."
