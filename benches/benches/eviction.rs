@@ -80,6 +80,7 @@ fn scoring(c: &mut Criterion) {
             d_r,
             fc1: numbers(d_r * features, 1, 0.05),
             fc2: numbers(spec.kv_heads * d_r, 2, 0.05),
+            ..LayerHead::default()
         };
         let weights = HeadWeights {
             layers: vec![head],

@@ -7,7 +7,7 @@ use crate::{
 use clap::Args;
 use locret_core::{
     Budget, CacheOptions, DType, DecodeEviction, Error as CoreError, Positions, Prefill,
-    Quantization, Sampling,
+    Quantization, Sampling, Share,
 };
 use locret_eval::{
     files::sha256,
@@ -124,9 +124,15 @@ pub struct PolicyArgs {
     /// Share the budget out over layers, more for lower ones (PyramidKV's beta: 20)
     #[arg(long, value_name = "BETA")]
     pub pyramid: Option<f64>,
-    /// Share a layer's budget out over its heads, with this floor (Ada-KV: 0.2)
+    /// Share a budget out over heads by their scores, with this floor (Ada-KV: 0.2)
     #[arg(long, value_name = "FLOOR")]
     pub ada: Option<f64>,
+    /// Over what heads share: their layer, or the model, which is cut after its last layer
+    #[arg(long, value_name = "layer|model", value_parser = parse_share)]
+    pub share: Option<Share>,
+    /// Share the budget out over layers, or layers and heads, as this JSON file says
+    #[arg(long, value_name = "FILE")]
+    pub table: Option<PathBuf>,
     /// Fold dropped values into kept ones whose keys have at least this cosine
     #[arg(long, value_name = "COSINE")]
     pub merge: Option<f32>,
@@ -210,6 +216,8 @@ impl PolicyArgs {
         set(&mut config.quantize, self.quantize.map(Quantization::bits));
         set(&mut config.pyramid, self.pyramid);
         set(&mut config.ada, self.ada);
+        set(&mut config.share, self.share);
+        set(&mut config.table, self.table.clone());
         set(&mut config.merge, self.merge);
         set(&mut config.decode, decode);
         set(&mut config.decay, self.decay);
@@ -311,7 +319,7 @@ pub struct TaskArgs {
     /// Tasks as JSON lines: {"id", "task", "context", "queries": [{"query", "answer"}]}
     #[arg(long = "tasks", value_name = "FILE.jsonl")]
     pub file: Option<PathBuf>,
-    /// Built-in tasks, separated by commas
+    /// Built-in tasks, separated by commas; `ruler` for all of RULER's
     #[arg(
         long,
         value_name = "NAMES",
@@ -340,24 +348,27 @@ impl TaskArgs {
     /// The tasks: from the file, or generated.
     ///
     /// # Errors
-    /// As [`tasks::read`], [`runtime::essays`] and [`Recipe::generate`].
+    /// As [`tasks::read`], [`runtime::texts`] and [`Recipe::generate_from`].
     pub fn tasks(&self, runtime: &Runtime, fetch: &FetchOptions) -> Result<Vec<Task>> {
         if let Some(file) = &self.file {
             return tasks::read(file);
         }
         let kinds = match &self.kinds[..] {
-            [] => Ok(Kind::DEFAULT.to_vec()),
-            names => names.iter().map(|n| n.parse()).collect::<Result<_>>(),
+            [] => Kind::DEFAULT.to_vec(),
+            names => {
+                let kinds = names.iter().map(|name| Kind::named(name));
+                kinds.collect::<Result<Vec<_>>>()?.concat()
+            }
         };
         let recipe = Recipe {
-            kinds: kinds?,
+            kinds,
             tokens: self.tokens,
             samples: self.samples,
             seed: self.seed,
         };
-        let essays = runtime::essays(fetch)?;
+        let texts = runtime::texts(&recipe.kinds, fetch)?;
         let frame = runtime.frame(self.plain.then_some(false))?;
-        let all = recipe.generate(&frame, &essays, &|text| runtime.count(text))?;
+        let all = recipe.generate_from(&frame, &texts, &|text| runtime.count(text))?;
         if let Some(file) = &self.write_tasks {
             tasks::write(file, &all)?;
         }
@@ -447,7 +458,7 @@ impl SamplingArgs {
     }
 }
 
-fn parse_budget(text: &str) -> Result<Budget, String> {
+pub(crate) fn parse_budget(text: &str) -> Result<Budget, String> {
     text.parse().map_err(|e: CoreError| e.to_string())
 }
 
@@ -482,12 +493,16 @@ fn parse_date(text: &str) -> Result<Date, String> {
     }
 }
 
-fn parse_positions(text: &str) -> Result<Positions, String> {
+pub(crate) fn parse_positions(text: &str) -> Result<Positions, String> {
     match text {
         "original" => Ok(Positions::Original),
         "compact" => Ok(Positions::Compact),
         _ => Err("expected original or compact".into()),
     }
+}
+
+pub(crate) fn parse_share(text: &str) -> Result<Share, String> {
+    text.parse().map_err(|e: CoreError| e.to_string())
 }
 
 fn parse_weights(text: &str) -> Result<WeightDtype, String> {
@@ -551,7 +566,7 @@ mod tests {
         let all = parse(
             "--policy locret --budget 160 --stabilizers 32 --chunk 128 --local 16 --heads h.bin \
              --positions original --sinks 4 --decode-every 8 --kv bf16 \
-             --quantize 4 --pyramid 20 --ada 0.2 --merge 0.5",
+             --quantize 4 --pyramid 20 --ada 0.2 --share model --table t.json --merge 0.5",
         )
         .unwrap();
         let config = all.policy.config().unwrap();
@@ -565,6 +580,8 @@ mod tests {
         expected.quantize = Some(Quantization::bits(4));
         expected.pyramid = Some(20.0);
         expected.ada = Some(0.2);
+        expected.share = Some(Share::Model);
+        expected.table = Some("t.json".into());
         expected.merge = Some(0.5);
         assert_eq!(config, expected);
         let prefill = all.prefill;

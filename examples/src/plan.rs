@@ -198,6 +198,7 @@ fn stand_in(spec: &ModelSpec, compute: &dyn Compute) -> Result<RetainingHeads> {
         d_r: 1,
         fc1: vec![0.0; spec.layer(0).qkv_features()],
         fc2: vec![0.0; spec.kv_heads],
+        ..LayerHead::default()
     };
     let weights = HeadWeights {
         layers: vec![head; spec.layers],

@@ -3,7 +3,12 @@
 use crate::{Error, Result, args::ModelArgs, progress, report};
 use burn::tensor::{Device, Tensor};
 use locret_core::CausalLm;
-use locret_eval::{corpus::Essays, files::file_sha256, tasks::Frame};
+use locret_eval::{
+    corpus::Essays,
+    evaluate::Tokeniser,
+    files::file_sha256,
+    tasks::{Frame, Kind, Texts},
+};
 use locret_models::{
     Date, FetchOptions, LoadedModel, Message, SpecialTokens, Tokenizer, load_model, resolve,
 };
@@ -212,6 +217,29 @@ impl Runtime {
 pub fn essays(options: &FetchOptions) -> Result<Essays> {
     let shown = progress::Fetching::new();
     Essays::for_evaluation(options, &|p| shown.show(p))
+}
+
+/// What tasks of these kinds are made of, fetched if need be.
+///
+/// # Errors
+/// As [`Texts::fetch`].
+pub fn texts(kinds: &[Kind], options: &FetchOptions) -> Result<Texts> {
+    let shown = progress::Fetching::new();
+    Texts::fetch(kinds, options, &|p| shown.show(p))
+}
+
+impl Tokeniser for Runtime {
+    fn encode(&self, text: &str) -> Result<Vec<u32>> {
+        Self::encode(self, text)
+    }
+
+    fn decode(&self, ids: &[u32]) -> Result<String> {
+        Ok(self.pieces(ids)?.concat())
+    }
+
+    fn ends(&self) -> Result<Vec<u32>> {
+        self.end_of_turn()
+    }
 }
 
 fn no_template() -> Error {

@@ -76,10 +76,7 @@ fn evaluate_runs_a_file_and_goes_on_where_it_was() {
         task: task.into(),
         context: context.into(),
         queries: (queries.iter())
-            .map(|(query, answer)| Query {
-                query: (*query).into(),
-                answer: (*answer).into(),
-            })
+            .map(|(query, answer)| Query::exact(*query, *answer))
             .collect(),
     };
     let counting =

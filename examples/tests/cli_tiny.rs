@@ -273,7 +273,13 @@ fn policies_compose_with_integers_shared_budgets_and_merging() {
     let dir = tempfile::tempdir().unwrap();
     let plain = "--policy key-diff --budget 24 --chunk 16 --local 8 --max-new 2";
     let exact = run(dir.path(), &ids(100), plain).unwrap();
-    for flags in ["--quantize 8", "--pyramid 4", "--ada 0.2", "--merge 0.5"] {
+    let shared = [
+        "--pyramid 4",
+        "--ada 0.2",
+        "--share model",
+        "--ada 0 --share model",
+    ];
+    for flags in shared.into_iter().chain(["--quantize 8", "--merge 0.5"]) {
         let trace = run(dir.path(), &ids(100), &format!("{plain} {flags}")).unwrap();
         let units = |t: &Trace| -> Vec<usize> {
             let last = t.kept.last().unwrap();
@@ -281,7 +287,7 @@ fn policies_compose_with_integers_shared_budgets_and_merging() {
         };
         match flags {
             // Shared out over layers or heads: ragged, and no more in all.
-            "--pyramid 4" | "--ada 0.2" => {
+            _ if shared.contains(&flags) => {
                 assert_ne!(units(&trace), units(&exact), "{flags}");
                 let sum = |t: &Trace| units(t).iter().sum::<usize>();
                 assert!(sum(&trace) <= sum(&exact), "{flags}");
@@ -300,10 +306,12 @@ fn heads(layers: usize, inputs: usize, outputs: usize) -> HeadWeights {
         d_r: 5,
         fc1: (0..5 * inputs).map(|i| number(i + l)).collect(),
         fc2: (0..5 * outputs).map(|i| number(i + 3 * l)).collect(),
+        ..LayerHead::default()
     };
     HeadWeights {
         layers: (0..layers).map(layer).collect(),
         metadata: Default::default(),
+        ..HeadWeights::default()
     }
 }
 
@@ -349,6 +357,7 @@ fn published_dimensions_take_what_is_planned() {
         // Of these the plan is an estimate.
         "--policy window --budget 40 --quantize 4",
         "--policy key-norm --budget 40 --ada 0.2",
+        "--policy key-norm --budget 40 --share model",
     ] {
         // The run itself compares its bytes with the plan's.
         let flags = format!("{preset} {policy} --tokens 400");

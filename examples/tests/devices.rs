@@ -113,10 +113,12 @@ fn heads(model: &dyn CausalLm) -> RetainingHeads {
         fc2: (0..d_r * spec.kv_heads)
             .map(|i| weight(i + 3 * l))
             .collect(),
+        ..LayerHead::default()
     };
     let weights = HeadWeights {
         layers: (0..spec.layers).map(layer).collect(),
         metadata: Default::default(),
+        ..HeadWeights::default()
     };
     RetainingHeads::for_model(&weights, model).unwrap()
 }

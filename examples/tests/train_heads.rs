@@ -3,10 +3,10 @@
 use burn::tensor::Device;
 use clap::Parser;
 use locret_core::{Budget, DType, Generate, Prefill, Session};
-use locret_examples::cli::train_heads;
+use locret_examples::cli::{rank_heads, train_heads};
 use locret_models::{LoadOptions, ModelFiles, load_model};
 use locret_policies::{
-    HeadWeights, Method, PolicyConfig,
+    HeadForm, HeadWeights, Method, PolicyConfig,
     training::{Answer, CollectConfig, Sample, TrainConfig, collect, train},
 };
 use serde_json::json;
@@ -113,13 +113,17 @@ fn every_option_has_an_influence() {
     let spec = spec.config().unwrap().spec();
     let weights = |flags: &str| {
         let heads = HeadWeights::load(run(dir.path(), &data, flags).unwrap(), &spec).unwrap();
-        let bits = heads.layers.iter().flat_map(|l| l.fc1.iter().chain(&l.fc2));
+        let bits = (heads.layers.iter())
+            .flat_map(|l| [&l.fc1, &l.fc2, &l.fc1_bias, &l.fc2_bias])
+            .flatten();
         bits.map(|x| x.to_bits()).collect::<Vec<u32>>()
     };
     // Far from its labels the loss is as steep everywhere: rates are high enough to come near them.
     let mut all = vec![("", weights("--epochs 4 --learning-rate 0.1"))];
     for flags in [
         "--label mass",
+        "--label kvzip",
+        "--label kvzip-plus",
         "--value-norm",
         "--query-tokens 1",
         "--standardise",
@@ -129,7 +133,14 @@ fn every_option_has_an_influence() {
         "--ranking 1",
         "--query-aware 4",
         "--max-tokens 60",
+        "--repeat",
+        "--repeat --piece 9",
         "--max-rows 70",
+        "--span 16",
+        "--square",
+        "--label kvzip --head linear",
+        "--label kvzip --head mlp",
+        "--label kvzip --head decay",
     ] {
         let found = weights(&format!("--epochs 4 --learning-rate 0.1 {flags}"));
         for (others, same) in &all {
@@ -140,6 +151,56 @@ fn every_option_has_an_influence() {
         }
         all.push((flags, found));
     }
+}
+
+#[test]
+fn kinds_are_ranked_on_the_same_texts() {
+    let dir = tempfile::tempdir().unwrap();
+    let model = model(dir.path()).display().to_string();
+    let data = data(dir.path()).display().to_string();
+    let out = dir.path().join("heads").display().to_string();
+    let run = |flags: &str| {
+        let mut all = vec![
+            "rank_heads",
+            "--out",
+            &out,
+            "--data",
+            &data,
+            "--model",
+            &model,
+        ];
+        all.extend("--d-r 8 --epochs 2 --contexts 0".split_whitespace());
+        all.extend(flags.split_whitespace());
+        let args = rank_heads::Args::try_parse_from(all).map_err(|e| e.to_string())?;
+        rank_heads::run(&args).map_err(|e| e.chain())
+    };
+    run("--labels logit,kvzip --heads locret,decay,linear --dtype f32").unwrap();
+    let spec = ModelFiles::open(dir.path().join("model")).unwrap();
+    let spec = spec.config().unwrap().spec();
+    for (name, form) in [
+        ("logit-locret", Some(HeadForm::Locret)),
+        ("logit-decay", None),
+        ("logit-linear", Some(HeadForm::Linear)),
+        ("kvzip-locret", Some(HeadForm::Locret)),
+        ("kvzip-decay", Some(HeadForm::Decay)),
+        ("kvzip-linear", Some(HeadForm::Linear)),
+    ] {
+        let file = dir.path().join(format!("heads.{name}.safetensors"));
+        let found = file
+            .exists()
+            .then(|| HeadWeights::load(&file, &spec).unwrap().form);
+        assert_eq!(found, form, "{name}");
+    }
+    // One at a time is the same.
+    let alone = crate::run(
+        dir.path(),
+        &data,
+        "--epochs 2 --dtype f32 --label kvzip --head linear",
+    );
+    let alone = HeadWeights::load(alone.unwrap(), &spec).unwrap();
+    let ranked = dir.path().join("heads.kvzip-linear.safetensors");
+    assert!(HeadWeights::load(ranked, &spec).unwrap().layers == alone.layers);
+    assert!(run("--head linear").unwrap_err().contains("--heads"));
 }
 
 #[test]

@@ -37,10 +37,10 @@ pub use compute::{
     TableRows, Weight, compute,
 };
 pub use contract::{
-    Budget, CausalLm, DecodeEviction, Error, Evict, Guard, Held, Keep, KvCachePolicy, LayerSpec,
-    LayerUnits, ModelSpec, Needs, Observation, Observe, Observed, Part, PastContext, Phase,
-    Positions, Qkv, Queries, Result, Scorer, Scores, Selection, SnapshotError, Step, Survey,
-    Verdict, Visible,
+    Budget, BudgetTable, CausalLm, DecodeEviction, Error, Evict, Guard, Held, Keep, KvCachePolicy,
+    LayerSpec, LayerUnits, ModelSpec, Needs, Observation, Observe, Observed, Part, PastContext,
+    Phase, Positions, Qkv, Queries, Result, Scorer, Scores, Selection, Share, SnapshotError, Step,
+    Survey, Verdict, Visible,
 };
 pub use engine::{
     Batch, Batcher, Births, CacheOptions, ChunkDone, Decided, End, Ended, Event, Folder, Generate,

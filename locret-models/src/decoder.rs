@@ -164,11 +164,7 @@ impl Decoder {
     /// [`ModelSpec`].
     pub fn load(config: &DecoderConfig, loader: &Loader<'_>) -> Result<Self> {
         let extras = Extras::of(loader, config.layout);
-        let mut spec = config.spec.clone();
-        // Queries, keys and values are a product of the input alone.
-        if !(extras.qkv_bias || extras.head_norms) {
-            spec = spec.with_layer_input();
-        }
+        let spec = config.spec.clone().with_layer_input();
         spec.validate()?;
         let (hidden, inner) = (spec.hidden, config.intermediate);
         let (q, kv) = (spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim);
@@ -366,11 +362,8 @@ impl CausalLm for Decoder {
                 q = self.norm_heads(q, of_q)?;
                 k = self.norm_heads(k, of_k)?;
             }
-            let mut qkv = Qkv::new(q, k, v);
-            if spec.layer_input {
-                qkv = qkv.made_from(normed);
-            }
-            let attended = pass.attend(index, qkv)?;
+            let qkv = Qkv::new(q, k, v);
+            let attended = pass.attend(index, qkv.made_from(normed))?;
             let y = through(&*layer.output, attended)?;
             let y = Bias::add_if(layer.output_bias.as_ref(), y)?;
             let inner = compute.add_norm(&mut x, &y, &layer.mlp_norm, epsilon)?;
@@ -391,15 +384,16 @@ impl CausalLm for Decoder {
     }
 
     fn qkv_weight(&self, layer: usize) -> locret_core::Result<Option<Vec<f32>>> {
-        let found = self.layers.get(layer).ok_or_else(|| CoreError::Shape {
-            what: "a layer",
-            expected: format!("below {}", self.layers.len()),
-            found: layer.to_string(),
-        })?;
-        match self.spec.layer_input {
+        let found = self.layer(layer)?;
+        // Otherwise queries and keys are not a product of the input alone.
+        match found.qkv_bias.is_none() && found.head_norms.is_none() {
             true => Ok(Some(found.qkv.values()?)),
             false => Ok(None),
         }
+    }
+
+    fn output_weight(&self, layer: usize) -> locret_core::Result<Option<Vec<f32>>> {
+        Ok(Some(self.layer(layer)?.output.values()?))
     }
 
     /// Takes a while when it is first asked for: all weights are read once.
@@ -413,6 +407,14 @@ impl CausalLm for Decoder {
 }
 
 impl Decoder {
+    fn layer(&self, layer: usize) -> locret_core::Result<&DecoderLayer> {
+        self.layers.get(layer).ok_or_else(|| CoreError::Shape {
+            what: "a layer",
+            expected: format!("below {}", self.layers.len()),
+            found: layer.to_string(),
+        })
+    }
+
     /// Each head of `x`, `[tokens, heads * head_dim]`, normalised for itself.
     fn norm_heads(&self, x: Rows, gain: &Rows) -> locret_core::Result<Rows> {
         let ([tokens, width], head) = (x.shape(), self.spec.head_dim);

@@ -4,7 +4,7 @@ use burn::tensor::Device;
 use half::f16;
 use locret_core::{
     Budget, CacheOptions, CausalLm, DType, DecodeEviction, Kernels, KvCachePolicy, ModelSpec, Pass,
-    Phase, Positions, RopeConfig, SequenceCache, forward,
+    Phase, Positions, RopeConfig, SequenceCache, Share, forward,
 };
 use locret_models::{
     Activations, Decoder, DecoderConfig, Layout, Loader, Result, TensorInfo, WeightDtype, Weights,
@@ -140,7 +140,7 @@ fn model([head_dim, hidden, intermediate]: [usize; 3], dtype: DType) -> Decoder 
 /// Sixteen sequences of all kinds, each with a text of its own in its cache.
 fn caches(model: &Decoder, dtype: DType) -> Vec<SequenceCache> {
     let budget = Budget::Units(24);
-    let policies: [Arc<dyn KvCachePolicy>; 9] = [
+    let policies: [Arc<dyn KvCachePolicy>; 10] = [
         Arc::new(Full::new()),
         Arc::new(Window::policy(budget).while_decoding(DecodeEviction::Every(1))),
         Arc::new(KeyNorm::policy(budget).with_positions(Positions::Compact)),
@@ -148,6 +148,7 @@ fn caches(model: &Decoder, dtype: DType) -> Vec<SequenceCache> {
         Arc::new(H2o::policy(budget).while_decoding(DecodeEviction::Every(1))),
         Arc::new(SnapKv::new().policy(budget)),
         Arc::new(Tova::policy(budget).ada(0.3)),
+        Arc::new(KeyNorm::policy(budget).share(Share::Model)),
         Arc::new(SirLlm::new().policy(budget, 4)),
         Arc::new(Random::policy(3, budget)),
     ];

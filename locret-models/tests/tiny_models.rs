@@ -8,7 +8,9 @@ use common::Everything;
 use locret_core::{
     CacheOptions, Generate, Kernels, Pass, Phase, Prefill, SequenceCache, Session, forward,
 };
-use locret_models::{LoadOptions, LoadedModel, ModelError, WeightDtype, load_model};
+use locret_models::{
+    LoadOptions, LoadedModel, Loader, ModelError, SafetensorsDir, WeightDtype, load_model,
+};
 use locret_policies::Full;
 use std::{collections::BTreeSet, fs, path::Path, sync::Arc};
 
@@ -287,6 +289,35 @@ fn biases_are_those_that_the_settings_speak_of() {
             .to_string()
             .contains("biases")
     );
+}
+
+/// The matrix behind attention is the checkpoint's, and what stands before it is one if nothing is added to it.
+#[test]
+fn matrices_are_those_of_the_checkpoint() {
+    for name in MODELS {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR"))
+            .join("tests/golden")
+            .join(name);
+        let options = LoadOptions::new().weights(WeightDtype::F32);
+        let model = load_model(&folder, &options, &Device::flex())
+            .unwrap()
+            .model;
+        let (spec, weights) = (model.spec(), SafetensorsDir::open(&folder).unwrap());
+        assert!(spec.layer_input);
+        let loader = Loader::new(&weights, WeightDtype::F32, model.compute());
+        for layer in 0..spec.layers {
+            let own = format!("model.layers.{layer}.self_attn");
+            let output = [(format!("{own}.o_proj.weight"), spec.hidden)];
+            let due = loader.matrix(&output, spec.heads * spec.head_dim).unwrap();
+            let found = model.output_weight(layer).unwrap().unwrap();
+            assert_eq!(found, due.values().unwrap(), "{name}");
+            let more = ["q_proj.bias", "qkv_proj.bias", "q_norm.weight"];
+            let more = more.iter().any(|part| loader.has(&format!("{own}.{part}")));
+            let qkv = model.qkv_weight(layer).unwrap();
+            assert_eq!(qkv.is_none(), more, "{name}");
+        }
+        assert!(model.output_weight(spec.layers).is_err());
+    }
 }
 
 /// The same weights are the same model, wherever they are computed with; any other number, any other

@@ -41,7 +41,10 @@ pub use config::{Method, PolicyConfig, TierConfig};
 pub use error::{PolicyError, Result};
 pub use full::Full;
 pub use infllm::InfLlm;
-pub use locret::{HeadAdvice, HeadWeights, LayerHead, Locret, RetainingHeads, query_first};
+pub use locret::{
+    Gate, HeadAdvice, HeadForm, HeadInput, HeadWeights, LayerHead, Locret, RetainingHeads,
+    query_first,
+};
 pub use minference::MInference;
 pub use scorers::{H2o, KeyDiff, KeyNorm, Random, SirLlm, SnapKv, Tova, Window};
 pub use wrappers::{Merge, PutAway, Quantized, Tiered};

@@ -85,10 +85,12 @@ fn heads(spec: &ModelSpec, settings: &Settings, seed: u64) -> HeadWeights {
         d_r: settings.d_r,
         fc1: numbers.list(settings.d_r * inputs, settings.fc1_bound),
         fc2: numbers.list(spec.kv_heads * settings.d_r, settings.fc2_bound),
+        ..LayerHead::default()
     };
     HeadWeights {
         layers: (0..spec.layers).map(layer).collect(),
         metadata: Default::default(),
+        ..HeadWeights::default()
     }
 }
 

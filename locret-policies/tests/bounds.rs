@@ -23,10 +23,12 @@ fn build(config: &PolicyConfig, spec: &ModelSpec) -> Arc<dyn KvCachePolicy> {
         d_r: 8,
         fc1: numbers.list(8 * spec.layer(0).qkv_features(), 0.5),
         fc2: numbers.list(8 * spec.kv_heads, 1.0),
+        ..LayerHead::default()
     };
     let weights = HeadWeights {
         layers: (0..spec.layers).map(layer).collect(),
         metadata: Default::default(),
+        ..HeadWeights::default()
     };
     let heads = RetainingHeads::new(&weights, spec, &*compute(&device)).unwrap();
     config.build_with_heads(spec, heads).unwrap()

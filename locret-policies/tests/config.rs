@@ -4,7 +4,7 @@ mod common;
 
 use burn::tensor::Device;
 use common::{Numbers, cache, drive, spec, steps};
-use locret_core::{Budget, DType, DecodeEviction, Error, KvCachePolicy, Positions, compute};
+use locret_core::{Budget, DType, DecodeEviction, Error, KvCachePolicy, Positions, Share, compute};
 use locret_policies::{
     H2o, HeadAdvice, HeadWeights, KeyDiff, KeyNorm, LayerHead, Method, PolicyConfig, PolicyError,
     Random, SirLlm, SnapKv, TierConfig, Tova, Window,
@@ -17,10 +17,12 @@ fn heads_file(folder: &std::path::Path, spec: &locret_core::ModelSpec) -> PathBu
         d_r: 4,
         fc1: numbers.list(4 * spec.layer(0).qkv_features(), 1.0),
         fc2: numbers.list(4 * spec.kv_heads, 1.0),
+        ..LayerHead::default()
     };
     let heads = HeadWeights {
         layers: (0..spec.layers).map(layer).collect(),
         metadata: Default::default(),
+        ..HeadWeights::default()
     };
     let path = folder.join("heads.safetensors");
     heads.save(&path, DType::F32).unwrap();
@@ -166,6 +168,65 @@ fn all_settings_are_read() {
 }
 
 #[test]
+fn budgets_are_shared_as_a_file_says() {
+    let folder = tempfile::tempdir().unwrap();
+    let spec = spec(2, 2, 3, 8);
+    let write = |name: &str, text: &str| std::fs::write(folder.path().join(name), text).unwrap();
+    write("table.json", r#"{"shares": [[3.0, 1.0], [1.0, 1.0]]}"#);
+    let text = "policy = \"key-norm\"\nbudget = 7\ntable = \"table.json\"\n";
+    write("policy.toml", text);
+    let build = |config: &PolicyConfig| config.build(&spec, &*compute(&Device::default()));
+    let mut config = PolicyConfig::load(folder.path().join("policy.toml")).unwrap();
+    let policy = build(&config).unwrap();
+    assert_eq!(policy.limit(&spec.layer(0), 90), Some(13));
+    let mut cache = cache(&spec, policy);
+    let mut numbers = Numbers(1);
+    for step in steps(&spec, &mut numbers, 90, 32, 0, 0, true) {
+        drive(&mut cache, &step, 90).unwrap();
+    }
+    let lens = [(0, 0), (0, 1), (1, 0), (1, 1)].map(|(l, h)| cache.len(l, h));
+    assert_eq!(lens, [13, 5, 5, 5]);
+    // Shares and the model's budget are said once, and shares are of this model.
+    config.share = Some(Share::Model);
+    assert!(matches!(
+        build(&config),
+        Err(PolicyError::Core(Error::Setting { .. }))
+    ));
+    config.share = None;
+    write("table.json", r#"{"shares": [[1.0], [1.0], [1.0]]}"#);
+    assert!(matches!(
+        build(&config),
+        Err(PolicyError::Core(Error::Shape { .. }))
+    ));
+    for bad in [
+        r#"{"shares": []}"#,
+        r#"{"shares": [[-1.0], [1.0]]}"#,
+        "{",
+        "{}",
+    ] {
+        write("table.json", bad);
+        let error = build(&config).unwrap_err();
+        assert!(matches!(error, PolicyError::File { .. }), "{bad}: {error}");
+    }
+    config.table = Some(folder.path().join("none.json"));
+    assert!(matches!(build(&config), Err(PolicyError::Io { .. })));
+
+    let shared = |share: &str| {
+        let text = format!("policy = \"h2o\"\nbudget = 8\nshare = {share:?}");
+        PolicyConfig::from_toml(&text)
+    };
+    let model = build(&shared("model").unwrap()).unwrap();
+    assert!(model.needs().all_layers);
+    // 4 heads of 8 units, of which 3 others keep a fifth.
+    assert_eq!(model.limit(&spec.layer(0), 90), Some(32 - 3 * 2));
+    let layer = build(&shared("layer").unwrap()).unwrap();
+    assert!(!layer.needs().all_layers);
+    assert_eq!(layer.limit(&spec.layer(0), 90), Some(16 - 2));
+    let error = shared("modell").unwrap_err().to_string();
+    assert!(error.contains("modell"), "{error}");
+}
+
+#[test]
 fn what_is_unknown_is_named() {
     let error = |text: &str| PolicyConfig::from_toml(text).unwrap_err().to_string();
     let unknown = error("policy = \"lockret\"");
@@ -207,6 +268,8 @@ fn settings_that_do_not_fit_are_errors() {
     setting("policy = \"window\"", "budget");
     setting("policy = \"full\"\nbudget = 3", "budget");
     setting("policy = \"full\"\nsinks = 3", "sinks");
+    setting("policy = \"full\"\nshare = \"model\"", "share");
+    setting("policy = \"full\"\ntable = \"x\"", "table");
     setting("policy = \"window\"\nbudget = 30\nheads = \"x\"", "heads");
     setting("policy = \"window\"\nbudget = 30\nseed = 3", "seed");
     setting("policy = \"tova\"\nbudget = 30\nwindow = 3", "window");
@@ -279,6 +342,9 @@ fn advice_of_heads_is_taken_where_nothing_else_is_said() {
     let advice = HeadAdvice {
         pool: Some(3),
         sinks: Some(2),
+        recent: Some(4),
+        ada: Some(0.2),
+        share: Some(Share::Model),
         positions: Some(Positions::Original),
     };
     heads.advise(&advice);
@@ -290,17 +356,32 @@ fn advice_of_heads_is_taken_where_nothing_else_is_said() {
     assert_eq!(positions(&config).unwrap(), Positions::Original);
     let own = config.clone().positions(Positions::Compact);
     assert_eq!(positions(&own).unwrap(), Positions::Compact);
-    // Sinks and pool arrive, too: more sinks than budget, or an even pool, would be refused.
-    for (pool, sinks) in [(Some(2), None), (None, Some(65))] {
-        heads.advise(&HeadAdvice {
-            pool,
-            sinks,
-            positions: None,
-        });
+    // The others arrive, too: more units than the budget, an even pool, a floor above 1 would be refused.
+    let none = HeadAdvice::default();
+    for wrong in [
+        HeadAdvice {
+            pool: Some(2),
+            ..none
+        },
+        HeadAdvice {
+            sinks: Some(65),
+            ..none
+        },
+        HeadAdvice {
+            recent: Some(65),
+            ..none
+        },
+        HeadAdvice {
+            ada: Some(1.5),
+            ..none
+        },
+    ] {
+        heads.advise(&wrong);
         heads.save(&path, DType::F32).unwrap();
-        assert!(positions(&config).is_err(), "{pool:?} {sinks:?}");
+        assert!(positions(&config).is_err(), "{wrong:?}");
         let mut own = config.clone();
         (own.pool, own.sinks) = (Some(1), Some(0));
+        (own.recent, own.ada) = (Some(0), Some(1.0));
         assert_eq!(positions(&own).unwrap(), Positions::Compact);
     }
     heads

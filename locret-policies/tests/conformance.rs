@@ -3,7 +3,7 @@
 
 use burn::tensor::Device;
 use locret_core::{
-    Budget, KvCachePolicy, QuantLayout, Quantization,
+    Budget, KvCachePolicy, QuantLayout, Quantization, Share,
     conformance::{Case, PolicyCheck, check_policy},
 };
 use locret_policies::{HeadWeights, LayerHead, Method, PolicyConfig, RetainingHeads};
@@ -12,12 +12,13 @@ use std::sync::{
     atomic::{AtomicUsize, Ordering::Relaxed},
 };
 
-/// How a budget is shared out: name, pyramid, Ada.
-const SHAPES: [(&str, Option<f64>, Option<f64>); 4] = [
-    ("uniform", None, None),
-    ("pyramid", Some(20.0), None),
-    ("ada", None, Some(0.2)),
-    ("pyramid and ada", Some(3.0), Some(0.5)),
+/// How a budget is shared out: name, pyramid, Ada, over the model.
+const SHAPES: [(&str, Option<f64>, Option<f64>, Option<Share>); 5] = [
+    ("uniform", None, None, None),
+    ("pyramid", Some(20.0), None, None),
+    ("ada", None, Some(0.2), None),
+    ("pyramid and ada", Some(3.0), Some(0.5), None),
+    ("over the model", None, Some(0.1), Some(Share::Model)),
 ];
 
 /// Stores: name, quantisation, how far off a number and a hidden state may be.
@@ -54,10 +55,12 @@ fn policy(config: &PolicyConfig, case: &Case<'_>, folded: &AtomicUsize) -> Arc<d
         fc2: (0..6 * case.spec.kv_heads)
             .map(|i| weight(i + 3 * l))
             .collect(),
+        ..LayerHead::default()
     };
     let weights = HeadWeights {
         layers: (0..case.spec.layers).map(layer).collect(),
         metadata: Default::default(),
+        ..HeadWeights::default()
     };
     // Every other case asks for heads that read the layer's input. They are folded only where queries,
     // keys and values together are wider than that.
@@ -74,7 +77,7 @@ fn every_policy_shape_and_store_conforms() {
     let mut cases = 0;
     let folded = AtomicUsize::new(0);
     for method in Method::ALL {
-        for (shape, pyramid, ada) in SHAPES {
+        for (shape, pyramid, ada, share) in SHAPES {
             for (store, quantize, store_tolerance, tolerance) in stores() {
                 for merge in [None, Some(0.5)] {
                     let full = !method.evicts();
@@ -104,6 +107,7 @@ fn every_policy_shape_and_store_conforms() {
                             config.decode = Some(case.decode);
                             config.pyramid = pyramid;
                             config.ada = ada;
+                            config.share = share;
                             config.merge = merge;
                         }
                         policy(&config, case, &folded)
@@ -115,7 +119,7 @@ fn every_policy_shape_and_store_conforms() {
             }
         }
     }
-    assert!(cases > 400, "{cases}");
+    assert!(cases > 500, "{cases}");
     let folded = folded.into_inner();
     assert!(folded > 40, "{folded} policies with folded heads");
 }

@@ -2,7 +2,7 @@
 
 use burn::tensor::Device;
 use locret_core::{
-    Budget, CausalLm, DecodeEviction, KvCachePolicy, Positions, QuantLayout, Quantization,
+    Budget, CausalLm, DecodeEviction, KvCachePolicy, Positions, QuantLayout, Quantization, Share,
     conformance::{RandomModel, small_spec},
 };
 use locret_policies::{HeadWeights, LayerHead, Method, PolicyConfig, RetainingHeads};
@@ -23,6 +23,7 @@ fn weights(model: &RandomModel, change: impl Fn(usize, &mut LayerHead)) -> HeadW
                 .map(|i| weight(i + l))
                 .collect(),
             fc2: (0..6 * spec.kv_heads).map(|i| weight(i + 3 * l)).collect(),
+            ..LayerHead::default()
         };
         change(l, &mut head);
         head
@@ -30,6 +31,7 @@ fn weights(model: &RandomModel, change: impl Fn(usize, &mut LayerHead)) -> HeadW
     HeadWeights {
         layers: (0..spec.layers).map(layer).collect(),
         metadata: Default::default(),
+        ..HeadWeights::default()
     }
 }
 
@@ -149,6 +151,14 @@ fn changed(method: Method) -> Vec<(String, PolicyConfig)> {
     }
     for floor in [0.2, 0.25, 1.0] {
         change(&format!("ada {floor}"), &|c| c.ada = Some(floor));
+        change(&format!("ada {floor} over the model"), &|c| {
+            (c.ada, c.share) = (Some(floor), Some(Share::Model));
+        });
+    }
+    for share in [Share::Layer, Share::Model] {
+        change(&format!("sharing over the {share}"), &|c| {
+            c.share = Some(share)
+        });
     }
     for (what, settings) in [
         ("put away", [None; 3]),

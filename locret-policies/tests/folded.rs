@@ -65,10 +65,12 @@ fn weights(spec: &ModelSpec) -> HeadWeights {
         d_r: 20,
         fc1: numbers.list(20 * spec.layer(l).qkv_features(), 0.3),
         fc2: numbers.list(20 * spec.kv_heads, 0.3),
+        ..LayerHead::default()
     };
     HeadWeights {
         layers: (0..spec.layers).map(layer).collect(),
         metadata: Default::default(),
+        ..HeadWeights::default()
     }
 }
 

@@ -30,6 +30,7 @@ fn expected() -> Vec<LayerHead> {
             d_r: 4,
             fc1: values(2 * layer, 40),
             fc2: values(2 * layer + 1, 4),
+            ..LayerHead::default()
         })
         .collect()
 }
@@ -41,12 +42,14 @@ fn random_heads(spec: &ModelSpec, d_r: usize) -> HeadWeights {
         d_r,
         fc1: numbers.list(d_r * inputs, 1.0),
         fc2: numbers.list(spec.kv_heads * d_r, 1.0),
+        ..LayerHead::default()
     };
     HeadWeights {
         layers: (0..spec.layers).map(layer).collect(),
         metadata: ["trained on", "by", "with"]
             .map(|key| (key.to_owned(), "nothing".to_owned()))
             .into(),
+        ..HeadWeights::default()
     }
 }
 

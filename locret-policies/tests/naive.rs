@@ -6,7 +6,8 @@ mod common;
 use burn::tensor::Device;
 use common::{Naive, Numbers, Rule, Settings, cache, drive, spec, steps};
 use locret_core::{
-    Budget, DecodeEviction, Evict, Guard, KvCachePolicy, ModelSpec, Positions, Scorer, compute,
+    Budget, BudgetTable, DecodeEviction, Evict, Guard, KvCachePolicy, ModelSpec, Positions, Scorer,
+    Share, compute,
 };
 use locret_policies::{
     Full, H2o, HeadWeights, KeyDiff, KeyNorm, LayerHead, Locret, Merge, Random, RetainingHeads,
@@ -30,10 +31,12 @@ fn heads(spec: &ModelSpec, seed: u64, d_r: usize) -> HeadWeights {
         d_r,
         fc1: numbers.list(d_r * inputs, 0.5),
         fc2: numbers.list(spec.kv_heads * d_r, 1.0),
+        ..LayerHead::default()
     };
     HeadWeights {
         layers: (0..spec.layers).map(layer).collect(),
         metadata: Default::default(),
+        ..HeadWeights::default()
     }
 }
 
@@ -49,6 +52,12 @@ fn policy(spec: &ModelSpec, settings: &Settings) -> Arc<dyn KvCachePolicy> {
         }
         if let Some(floor) = settings.ada {
             policy = policy.ada(floor);
+        }
+        if settings.model {
+            policy = policy.share(Share::Model);
+        }
+        if let Some(table) = &settings.table {
+            policy = policy.table(BudgetTable::new(table.clone()).unwrap());
         }
         match settings.merge {
             Some(threshold) => Arc::new(Merge::new(policy, threshold)),
@@ -66,10 +75,12 @@ fn policy(spec: &ModelSpec, settings: &Settings) -> Arc<dyn KvCachePolicy> {
                 d_r: fc2.len() / spec.kv_heads,
                 fc1: fc1.clone(),
                 fc2: fc2.clone(),
+                ..LayerHead::default()
             });
             let weights = HeadWeights {
                 layers: layers.collect(),
                 metadata: Default::default(),
+                ..HeadWeights::default()
             };
             let heads = RetainingHeads::new(&weights, spec, &*compute(&Device::default())).unwrap();
             evict(Locret::new(heads), settings)
@@ -87,7 +98,7 @@ fn compare(spec: &ModelSpec, settings: &Settings, talk: &Talk, seed: u64) -> usi
     let mut numbers = Numbers(seed);
     let policy = policy(spec, settings);
     policy.validate(spec, &Default::default()).unwrap();
-    let carries = policy.needs() != locret_core::Needs::NOTHING;
+    let carries = policy.carries().is_some();
     let mut real = cache(spec, policy);
     let mut naive = Naive::new(spec, settings.clone());
     let mut evictions = 0;
@@ -214,7 +225,8 @@ fn any_settings() -> impl Strategy<Value = (ModelSpec, Settings, Talk, u64)> {
         0usize..4,
         prop::sample::select(vec![1usize, 3, 5]),
     );
-    let shapes = (0usize..3, 0usize..4, 0usize..3);
+    let cells = prop::collection::vec(0.1f64..3.0, 2 * 3);
+    let shapes = (0usize..3, 0usize..4, 0usize..3, 0usize..5, cells);
     (
         shape,
         budget,
@@ -235,6 +247,18 @@ fn any_settings() -> impl Strategy<Value = (ModelSpec, Settings, Talk, u64)> {
                 seed,
             )| {
                 let spec = spec(2, kv_heads, group, 8);
+                let (pyramid, model, table) = match shape.3 {
+                    0 => (None, true, None),
+                    1 => {
+                        let rows = shape.4.chunks(3).map(|row| row[..kv_heads].to_vec());
+                        (None, false, Some(rows.collect()))
+                    }
+                    2 => {
+                        let rows = shape.4.iter().take(2).map(|share| vec![*share]);
+                        (None, false, Some(rows.collect()))
+                    }
+                    _ => ([None, Some(3.0), Some(20.0)][shape.0], false, None),
+                };
                 let sinks = sinks.min(budget - 2);
                 let mut rules = rules(&spec);
                 let settings = Settings {
@@ -255,8 +279,10 @@ fn any_settings() -> impl Strategy<Value = (ModelSpec, Settings, Talk, u64)> {
                         n => DecodeEviction::Every(n),
                     },
                     pool,
-                    pyramid: [None, Some(3.0), Some(20.0)][shape.0],
+                    pyramid,
                     ada: [None, Some(0.2), Some(0.7), Some(0.0)][shape.1],
+                    model,
+                    table,
                     merge: [None, Some(-1.0), Some(0.5)][shape.2],
                 };
                 (
@@ -326,6 +352,27 @@ fn every_policy_with_every_shape_equals_plain_loops() {
             Settings {
                 pyramid: Some(4.0),
                 ada: Some(0.4),
+                positions: Positions::Compact,
+                ..base.clone()
+            },
+            Settings {
+                model: true,
+                ..base.clone()
+            },
+            Settings {
+                model: true,
+                ada: Some(0.05),
+                positions: Positions::Compact,
+                merge: Some(0.3),
+                ..base.clone()
+            },
+            Settings {
+                table: Some(vec![vec![0.5, 2.0, 1.0], vec![0.2; 3], vec![3.0, 1.0, 0.7]]),
+                ..base.clone()
+            },
+            Settings {
+                table: Some(vec![vec![1.0], vec![0.3], vec![2.5]]),
+                ada: Some(0.2),
                 positions: Positions::Compact,
                 ..base.clone()
             },

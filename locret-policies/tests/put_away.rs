@@ -23,10 +23,11 @@ fn heads(model: &dyn CausalLm) -> RetainingHeads {
             .map(|i| weight(i + l))
             .collect(),
         fc2: (0..6 * spec.kv_heads).map(|i| weight(i + 3 * l)).collect(),
+        ..LayerHead::default()
     };
     let weights = HeadWeights {
         layers: (0..spec.layers).map(layer).collect(),
-        metadata: Default::default(),
+        ..HeadWeights::default()
     };
     RetainingHeads::new(&weights, spec, &**model.compute()).unwrap()
 }

@@ -3,7 +3,8 @@
 use burn::tensor::Device;
 use locret_core::{
     Budget, CacheOptions, CausalLm, DType, DecodeEviction, Error, Generate, Kernels, KvCachePolicy,
-    Positions, Prefill, QuantLayout, Quantization, Result, Rows, Sampling, Session, SnapshotError,
+    Positions, Prefill, QuantLayout, Quantization, Result, Rows, Sampling, Session, Share,
+    SnapshotError,
     conformance::{RandomModel, small_spec},
 };
 use locret_policies::{HeadWeights, LayerHead, Method, PolicyConfig, RetainingHeads, TierConfig};
@@ -29,10 +30,12 @@ fn heads(model: &dyn CausalLm, shift: usize) -> HeadWeights {
         d_r: 6,
         fc1: (0..6 * inputs).map(|i| weight(i + l + shift)).collect(),
         fc2: (0..6 * spec.kv_heads).map(|i| weight(i + 3 * l)).collect(),
+        ..LayerHead::default()
     };
     HeadWeights {
         layers: (0..spec.layers).map(layer).collect(),
         metadata: Default::default(),
+        ..HeadWeights::default()
     }
 }
 
@@ -180,6 +183,7 @@ fn every_policy_goes_on_bit_for_bit_over_every_store() {
                         let even = cases % 2 == 0;
                         config.decode = even.then_some(DecodeEviction::Every(2));
                         config.ada = (cases % 3 == 0).then_some(0.3);
+                        config.share = (cases % 7 == 0).then_some(Share::Model);
                         config.merge = (cases % 5 == 0).then_some(0.2);
                     }
                     let policy = build(&*model, &config, cases % 4 < 2);
@@ -229,6 +233,7 @@ fn other_heads_and_other_settings_are_refused() {
         with(&|c| c.positions = Some(Positions::Original)),
         with(&|c| c.quantize = Some(Quantization::bits(8))),
         with(&|c| c.merge = Some(0.9)),
+        with(&|c| c.share = Some(Share::Model)),
     ] {
         let fingerprint = other.fingerprint();
         match Session::restore(model.clone(), other, options, &path) {

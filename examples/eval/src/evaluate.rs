@@ -20,8 +20,42 @@ use std::{
     time::Instant,
 };
 
-/// Gives the tokens of a text: control tokens in it are control tokens, nothing is added.
-pub type Encode<'a> = &'a dyn Fn(&str) -> Result<Vec<u32>>;
+/// Between texts and tokens. A function from a text to its tokens is one that cannot go back, which is enough
+/// where no answer is judged.
+pub trait Tokeniser {
+    /// The tokens of a text: control tokens in it are control tokens, nothing is added.
+    ///
+    /// # Errors
+    /// The tokenizer's.
+    fn encode(&self, text: &str) -> Result<Vec<u32>>;
+
+    /// The text of generated tokens.
+    ///
+    /// # Errors
+    /// The tokenizer's; [`Error::Usage`] where there is no way back.
+    fn decode(&self, _ids: &[u32]) -> Result<String> {
+        Err(Error::Usage(
+            "answers that are judged need a tokenizer that goes back to a text".into(),
+        ))
+    }
+
+    /// Tokens that end an answer.
+    ///
+    /// # Errors
+    /// The tokenizer's.
+    fn ends(&self) -> Result<Vec<u32>> {
+        Ok(Vec::new())
+    }
+}
+
+impl<F: Fn(&str) -> Result<Vec<u32>>> Tokeniser for F {
+    fn encode(&self, text: &str) -> Result<Vec<u32>> {
+        self(text)
+    }
+}
+
+/// What texts are tokenised with.
+pub type Encode<'a> = &'a dyn Tokeniser;
 
 /// What reads the contexts and answers the queries.
 #[derive(Debug, Clone)]
@@ -53,8 +87,12 @@ pub struct QueryAware {
 /// How one query was answered.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct Answered {
-    /// Whether the greedy continuation is the answer, token for token.
+    /// Whether the greedy continuation is the answer, token for token; of an answer that is judged, whether
+    /// nothing is missing.
     pub exact: bool,
+    /// What the generated answer is worth, where it is judged ([`Judge::score`](crate::tasks::Judge::score)).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub score: Option<f64>,
     /// Tokens of the answer that were the most likely ones after the right tokens before them.
     pub right: usize,
     /// Tokens of the answer.
@@ -92,7 +130,8 @@ impl Reader {
     ///
     /// The greedy answer equals the expected one exactly if every token of it is the most likely
     /// one after the right tokens before it, so that one pass over the answer gives all three
-    /// scores. Only where the policy evicts while it generates are answers generated as well.
+    /// scores. Only where the policy evicts while it generates, or an answer is judged, are answers
+    /// generated as well.
     ///
     /// # Errors
     /// Those of `encode` and of the engine; [`Error::Usage`] for a text without tokens.
@@ -103,7 +142,7 @@ impl Reader {
         on_chunk: &mut (dyn FnMut(&ChunkDone<'_>) + Send),
     ) -> Result<Case> {
         let started = Instant::now();
-        let ids = encode(&task.context)?;
+        let ids = encode.encode(&task.context)?;
         let mut curve = Vec::new();
         let mut read = |ids: &[u32]| -> Result<Session> {
             let mut session =
@@ -119,44 +158,24 @@ impl Reader {
             })?;
             Ok(session)
         };
+        let (mut kept, mut peak, mut queries) = (0, 0, Vec::with_capacity(task.queries.len()));
         // A text that is only continued has no query.
-        let aware = self.query_aware.filter(|_| !task.is_continuation());
-        let mut shared = match aware {
-            None => Some(read(&ids)?),
-            Some(_) => None,
-        };
-        let (mut kept, mut peak) = (0, 0);
-        let mut queries = Vec::with_capacity(task.queries.len());
-        for (i, query) in task.queries.iter().enumerate() {
-            let (asked, answer) = (encode(&query.query)?, encode(&query.answer)?);
-            if answer.is_empty() {
-                let id = &task.id;
-                return Err(Error::Usage(format!(
-                    "task {id}: the answer of query {} has no tokens",
-                    i + 1
-                )));
+        match self.query_aware.filter(|_| !task.is_continuation()) {
+            None => {
+                let session = read(&ids)?;
+                kept = session.report().kv_bytes;
+                (queries, peak) = answers(&session, task, encode)?;
             }
-            if let Some(QueryAware { tokens, after }) = aware {
-                shared = Some(read(&query_first(&ids, &asked, tokens, after))?);
+            Some(QueryAware { tokens, after }) => {
+                for (i, query) in task.queries.iter().enumerate() {
+                    let asked = encode.encode(&query.query)?;
+                    let session = read(&query_first(&ids, &asked, tokens, after))?;
+                    kept = kept.max(session.report().kv_bytes);
+                    let (answered, most) = answer(&session, task, i, encode)?;
+                    peak = peak.max(most);
+                    queries.push(answered);
+                }
             }
-            let Some(session) = &shared else {
-                continue;
-            };
-            kept = kept.max(session.report().kv_bytes);
-            peak = peak.max(session.report().peak.bytes);
-            let mut fork = session.fork()?;
-            let generate = self.policy.decode_slack().is_some() && !task.is_continuation();
-            let exact = if generate {
-                let mut fork = session.fork()?;
-                fork.score(&asked)?;
-                let greedy = fork.generate(Generate::greedy(answer.len()))?;
-                Some(greedy.collect::<Result<Vec<u32>, _>>()? == answer)
-            } else {
-                None
-            };
-            let all = fork.score(&[asked.as_slice(), &answer].concat())?;
-            queries.push(Answered::of(&all[asked.len()..], exact));
-            peak = peak.max(fork.report().peak.bytes);
         }
         Ok(Case {
             context_tokens: ids.len(),
@@ -168,6 +187,67 @@ impl Reader {
             ..Case::from(task)
         })
     }
+}
+
+/// Answers a task's queries, each on a fork of a session that has read its context. Also the most bytes of
+/// keys and values that were held so far.
+///
+/// # Errors
+/// As [`Reader::run`].
+pub fn answers(
+    session: &Session,
+    task: &Task,
+    encode: Encode<'_>,
+) -> Result<(Vec<Answered>, usize)> {
+    let mut all = Vec::with_capacity(task.queries.len());
+    let mut peak = session.report().peak.bytes;
+    for i in 0..task.queries.len() {
+        let (answered, most) = answer(session, task, i, encode)?;
+        peak = peak.max(most);
+        all.push(answered);
+    }
+    Ok((all, peak))
+}
+
+/// The same for one of the queries.
+fn answer(
+    session: &Session,
+    task: &Task,
+    i: usize,
+    encode: Encode<'_>,
+) -> Result<(Answered, usize)> {
+    let evicts = session.cache().policy().decode_slack().is_some();
+    let query = &task.queries[i];
+    let (asked, answer) = (encode.encode(&query.query)?, encode.encode(&query.answer)?);
+    if answer.is_empty() {
+        let (id, number) = (&task.id, i + 1);
+        let found = format!("task {id}: the answer of query {number} has no tokens");
+        return Err(Error::Usage(found));
+    }
+    let mut fork = session.fork()?;
+    let generate = |settings: Generate| -> Result<Vec<u32>> {
+        let mut fork = session.fork()?;
+        fork.score(&asked)?;
+        let greedy = fork.generate(settings)?;
+        Ok(greedy.collect::<Result<_, _>>()?)
+    };
+    let (mut exact, mut score) = (None, None);
+    if let Some(judge) = &query.judge {
+        let ends = encode.ends()?;
+        let settings = Generate::greedy(judge.tokens).stop_at(ends.iter().copied());
+        let mut said = generate(settings)?;
+        said.retain(|id| !ends.contains(id));
+        let worth = judge.score(&encode.decode(&said)?);
+        (exact, score) = (Some(worth >= 1.0), Some(worth));
+    } else if evicts && !task.is_continuation() {
+        exact = Some(generate(Generate::greedy(answer.len()))? == answer);
+    }
+    let all = fork.score(&[asked.as_slice(), &answer].concat())?;
+    let answered = Answered {
+        score,
+        ..Answered::of(&all[asked.len()..], exact)
+    };
+    Ok((answered, fork.report().peak.bytes))
 }
 
 impl From<&Task> for Case {
@@ -188,10 +268,16 @@ impl From<&Task> for Case {
 }
 
 impl Answered {
+    /// From 0 to 1: the score where the answer was judged, else whether it was exact.
+    pub fn points(&self) -> f64 {
+        self.score.unwrap_or(f64::from(u8::from(self.exact)))
+    }
+
     fn of(scores: &[TokenScore], exact: Option<bool>) -> Self {
         let right = scores.iter().filter(|s| s.top).count();
         Self {
             exact: exact.unwrap_or(right == scores.len()),
+            score: None,
             right,
             tokens: scores.len(),
             nll: scores.iter().map(|s| f64::from(s.nll)).sum(),
@@ -314,7 +400,8 @@ impl Log {
 /// Scores of a kind of task.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct Scores {
-    /// Share of queries whose greedy answer is the expected one.
+    /// Share of queries whose greedy answer is the expected one; of answers that are judged, their mean
+    /// score.
     pub exact: f64,
     /// Share of the answers' tokens that were right, teacher-forced.
     pub tokens: f64,
@@ -343,6 +430,9 @@ pub struct Results {
     /// Kinds without questions, which the mean leaves out.
     #[serde(skip)]
     pub continuations: Vec<String>,
+    /// By kind, what the answers of each context were worth.
+    #[serde(skip)]
+    pub contexts: BTreeMap<String, Vec<Vec<f64>>>,
 }
 
 impl Results {
@@ -372,6 +462,12 @@ impl Results {
                 .collect(),
             peak_kv_bytes: cases.iter().map(|c| c.peak_kv_bytes).max().unwrap_or(0),
             seconds: cases.iter().map(|c| c.seconds).sum(),
+            contexts: (kinds.iter())
+                .map(|(kind, cases)| {
+                    let points = |case: &&Case| case.queries.iter().map(Answered::points).collect();
+                    (kind.clone(), cases.iter().map(points).collect())
+                })
+                .collect(),
             continuations: (kinds.iter())
                 .filter(|(_, cases)| continues(cases))
                 .map(|(kind, _)| kind.clone())
@@ -379,26 +475,46 @@ impl Results {
         }
     }
 
-    /// A table with 95 % intervals of the exact matches.
+    /// The 95 % interval of the mean over the kinds with questions, by drawing contexts of each kind anew
+    /// ([`report::bootstrap`]).
+    pub fn mean_interval(&self) -> (f64, f64) {
+        let asked = self.contexts.iter();
+        let asked = asked.filter(|(kind, _)| !self.continuations.contains(kind));
+        report::bootstrap(asked.map(|(_, contexts)| &contexts[..]))
+    }
+
+    /// A table with 95 % intervals of the exact matches: Wilson's, for which each question stands alone, and
+    /// those of contexts drawn anew.
     pub fn table(&self) -> Table {
-        let mut table = Table::new(&["task", ">exact", "95 %", ">tokens", ">nll", ">n"]);
-        let row = |name: &str, s: &Scores| {
+        let columns = [
+            "task",
+            ">exact",
+            "95 %",
+            "by context",
+            ">tokens",
+            ">nll",
+            ">n",
+        ];
+        let mut table = Table::new(&columns);
+        let row = |name: &str, s: &Scores, drawn: (f64, f64)| {
             let right = (s.exact * s.n as f64).round() as usize;
             let (low, high) = report::wilson(right, s.n);
             [
                 name.to_owned(),
                 format!("{:.3}", s.exact),
                 format!("{low:.2}–{high:.2}"),
+                format!("{:.2}–{:.2}", drawn.0, drawn.1),
                 format!("{:.3}", s.tokens),
                 format!("{:.3}", s.nll),
                 s.n.to_string(),
             ]
         };
         for (name, scores) in &self.tasks {
-            table.row(row(name, scores));
+            let contexts = self.contexts.get(name).map_or(&[][..], Vec::as_slice);
+            table.row(row(name, scores, report::bootstrap([contexts])));
         }
         if let Some(mean) = &self.mean {
-            table.row(row("mean of questions", mean));
+            table.row(row("mean of questions", mean, self.mean_interval()));
         }
         table
     }
@@ -410,7 +526,7 @@ impl Scores {
         let n = queries.len();
         let tokens = queries.iter().map(|q| q.tokens).sum::<usize>().max(1) as f64;
         Self {
-            exact: queries.iter().filter(|q| q.exact).count() as f64 / n.max(1) as f64,
+            exact: queries.iter().map(|q| q.points()).sum::<f64>() / n.max(1) as f64,
             tokens: queries.iter().map(|q| q.right).sum::<usize>() as f64 / tokens,
             nll: queries.iter().map(|q| q.nll).sum::<f64>() / tokens,
             n,
@@ -421,6 +537,13 @@ impl Scores {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::{
+        random,
+        tasks::{Judge, Query, Rule},
+    };
+    use burn::tensor::Device;
+    use locret_models::LoadOptions;
+    use locret_policies::Full;
     use serde_json::json;
     use std::io::Read;
 
@@ -433,6 +556,7 @@ mod tests {
             queries: (queries.iter())
                 .map(|(exact, right, tokens)| Answered {
                     exact: *exact,
+                    score: None,
                     right: *right,
                     tokens: *tokens,
                     nll: *tokens as f64 * 0.5,
@@ -443,6 +567,84 @@ mod tests {
             curve: vec![(10, 50)],
             seconds: 1.5,
         }
+    }
+
+    /// Letters, whatever the token; 0 ends an answer.
+    struct Letters;
+
+    fn letter(id: u32) -> char {
+        char::from(b'a' + (id % 26) as u8)
+    }
+
+    impl Tokeniser for Letters {
+        fn encode(&self, text: &str) -> Result<Vec<u32>> {
+            Ok(text.bytes().map(u32::from).collect())
+        }
+
+        fn decode(&self, ids: &[u32]) -> Result<String> {
+            Ok(ids.iter().map(|id| letter(*id)).collect())
+        }
+
+        fn ends(&self) -> Result<Vec<u32>> {
+            Ok(vec![0])
+        }
+    }
+
+    #[test]
+    fn answers_are_generated_where_they_are_judged() {
+        let config = random::tests::config(32, 256);
+        let weights = random::RandomWeights::new(&config, 1);
+        let options = LoadOptions::default();
+        let model = random::decoder(&config, &weights, &options, &Device::flex()).unwrap();
+        let reader = Reader {
+            model: Arc::new(model),
+            policy: Arc::new(Full::new()),
+            cache: CacheOptions::default(),
+            prefill: Prefill::new(16, 4),
+            query_aware: None,
+        };
+        let context = "The quick brown fox jumps over the lazy dog.";
+        let mut session = Session::new(reader.model.clone(), reader.policy.clone()).unwrap();
+        let ids = Letters.encode(context).unwrap();
+        session.prefill(&ids, &reader.prefill).unwrap();
+        session.score(&Letters.encode("Who?").unwrap()).unwrap();
+        let said = session.generate(Generate::greedy(5).stop_at([0])).unwrap();
+        let said: String = said.map(|id| letter(id.unwrap())).collect();
+        let task = |references: &[&str], rule| Task {
+            id: "1".into(),
+            task: "letters".into(),
+            context: context.into(),
+            queries: vec![Query {
+                judge: Some(Judge {
+                    references: references.iter().map(|r| (*r).to_owned()).collect(),
+                    rule,
+                    tokens: 5,
+                }),
+                ..Query::exact("Who?", " fox")
+            }],
+        };
+        let upper = said.to_uppercase();
+        let one_of_two = task(&[&upper, "123"], Rule::All);
+        let case = reader.run(&one_of_two, &Letters, &mut |_| {}).unwrap();
+        let [answered] = case.queries[..] else {
+            panic!("{case:?}");
+        };
+        assert_eq!((answered.score, answered.exact), (Some(0.5), false));
+        let any = task(&[&upper, "123"], Rule::Any);
+        let other = reader.run(&any, &Letters, &mut |_| {}).unwrap();
+        let found = (other.queries[0].score, other.queries[0].exact);
+        assert_eq!(found, (Some(1.0), true));
+        // What is judged changes nothing in how probable the expected answer is.
+        assert_eq!(other.queries[0].nll, answered.nll);
+        let results = Results::of("full", json!({}), &[case, other]);
+        assert_eq!(
+            (results.tasks["letters"].exact, results.mean.unwrap().exact),
+            (0.75, 0.75)
+        );
+        // A function cannot go back.
+        let function = |text: &str| Letters.encode(text);
+        let error = reader.run(&any, &function, &mut |_| {}).unwrap_err();
+        assert!(error.to_string().contains("goes back"), "{error}");
     }
 
     #[test]

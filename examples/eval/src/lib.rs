@@ -5,6 +5,8 @@
 //!   [`training_data`] is what retaining heads are trained on.
 //! - [`evaluate`] runs tasks under one policy, [`ablation`] under many, and [`trace`] writes down what
 //!   a policy kept.
+//! - [`oracle`] runs labels as the scores that they are labels for: what scores could be worth.
+//! - [`budget_table`] measures what layers and heads keep where all share one budget.
 //! - [`patterns`] searches for what heads look at, and measures how much of it a policy shows them.
 //! - [`report`] and [`pictures`] show results. [`golden`], [`random`] and [`memory`] measure adapters,
 //!   models of published dimensions, and the process.
@@ -13,6 +15,7 @@
 #![deny(missing_docs)]
 
 pub mod ablation;
+pub mod budget_table;
 pub mod corpus;
 #[cfg(doctest)]
 mod documents;
@@ -21,6 +24,7 @@ pub mod evaluate;
 pub mod files;
 pub mod golden;
 pub mod memory;
+pub mod oracle;
 pub mod patterns;
 pub mod pictures;
 pub mod random;

@@ -202,10 +202,12 @@ pub fn heads(model: &dyn CausalLm, d_r: usize, seed: u64) -> Result<RetainingHea
         d_r,
         fc1: list(l, 0, d_r * inputs, inputs),
         fc2: list(l, 1, spec.kv_heads * d_r, d_r),
+        ..LayerHead::default()
     };
     let weights = HeadWeights {
         layers: (0..spec.layers).map(layer).collect(),
         metadata: BTreeMap::new(),
+        ..HeadWeights::default()
     };
     Ok(RetainingHeads::for_model(&weights, model)?)
 }

@@ -14,6 +14,7 @@ use locret_eval::{
     ablation::{self, Ablation, Grid, Journal, Origin, Point, Record, TaskSet},
     files::write_text,
     pictures,
+    tasks::Kind,
     trace::{kept_positions, survival},
 };
 use locret_policies::Method;
@@ -49,8 +50,8 @@ pub fn run(args: &Args) -> Result<()> {
     }
     std::fs::create_dir_all(&args.out).map_err(|e| Error::write(&args.out, e))?;
     let frame = runtime.frame(grid.chat)?;
-    let essays = || runtime::essays(&args.model.fetch());
-    let sets = grid.task_sets(&frame, &essays, &|text| runtime.count(text))?;
+    let texts = |kinds: &[Kind]| runtime::texts(kinds, &args.model.fetch());
+    let sets = grid.task_sets(&frame, &texts, &|text| runtime.count(text))?;
     let ablation = Ablation {
         model: runtime.model(),
         prefill: grid.prefill(),
@@ -63,8 +64,7 @@ pub fn run(args: &Args) -> Result<()> {
         .map(|set| set.tasks.len())
         .sum();
     let mut bar = Progress::new("cases", Some(all as u64), Unit::Cases);
-    let encode = |text: &str| runtime.encode(text);
-    let records = ablation.run_grid(&grid, &sets, &encode, &mut journal, &mut |event| {
+    let records = ablation.run_grid(&grid, &sets, &runtime, &mut journal, &mut |event| {
         bar.follow(event);
     })?;
     bar.finish_with_line();

@@ -43,6 +43,7 @@ pub fn run(args: &Args) -> Result<()> {
     let config = with_shipped_heads(config, &runtime);
     // Other heads by the same name are another policy.
     let heads = config.heads.as_deref().map(file_sha256).transpose()?;
+    let table = config.table.as_deref().map(file_sha256).transpose()?;
     let tasks = args.tasks.tasks(&runtime, &args.model.fetch())?;
     let model = runtime.model();
     let policy = config.build_for(&*model)?;
@@ -56,6 +57,7 @@ pub fn run(args: &Args) -> Result<()> {
         "weights": args.model.weights,
         "policy": config,
         "heads_sha256": heads,
+        "table_sha256": table,
         "chunk": args.prefill.chunk,
         "local": args.prefill.local,
         "kv": args.prefill.kv,
@@ -76,7 +78,7 @@ pub fn run(args: &Args) -> Result<()> {
     let cases = run_all(
         &reader,
         &tasks,
-        &|text| runtime.encode(text),
+        &runtime,
         Some((&partial, &settings)),
         &mut |event| bar.follow(event),
     )?;

@@ -82,7 +82,8 @@ pub fn run(args: &Args) -> Result<()> {
         None => policy,
     };
     // What codes and heads of unequal lengths take depends on the text.
-    let exact = config.quantize.is_none() && config.ada.is_none();
+    let shared = config.ada.is_some() || config.share.is_some() || config.table.is_some();
+    let exact = config.quantize.is_none() && !shared;
     let plan = Request {
         shape,
         context: args.tokens,

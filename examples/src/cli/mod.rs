@@ -1,11 +1,14 @@
 //! The examples that are longer than a screen: flags, and what is done with them.
 
 pub mod ablation;
+pub mod budget_table;
 pub mod evaluate;
 pub mod generate;
 pub mod long_shapes;
+pub mod oracle;
 pub mod plan;
 pub mod quickstart;
+pub mod rank_heads;
 pub mod search_patterns;
 pub mod trace;
 pub mod train_heads;

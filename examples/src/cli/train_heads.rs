@@ -2,21 +2,21 @@
 
 use crate::{
     Error, Result,
-    args::{ModelArgs, parse_dtype},
+    args::{ModelArgs, parse_dtype, parse_share},
     progress::{Fetching, Progress, Unit},
     report::{self, Table},
     runtime::{self, Runtime},
 };
 use clap::{Parser, ValueEnum};
-use locret_core::DType;
+use locret_core::{DType, Share};
 use locret_eval::{
     pictures::{Chart, Scale, Series},
-    training_data::{self, Recipe, TrainingCorpus},
+    training_data::{self, Ordinary, Recipe, TrainingCorpus},
 };
 use locret_policies::{
-    HeadAdvice,
+    HeadAdvice, HeadForm,
     training::{
-        CollectConfig, InputDtype, LabelKind, RECALL_AT, Sample, Shards, Split, Target,
+        CollectConfig, Distance, InputDtype, LabelKind, RECALL_AT, Sample, Shards, Split, Target,
         TrainConfig, TrainProgress, Trained, collect, epochs_within, train,
     },
 };
@@ -30,8 +30,8 @@ use std::{
 /// Trains retaining heads for a model
 #[derive(Debug, Clone, Parser)]
 pub struct Args {
-    /// builtin, plain (nothing planted), or a file: JSON lines or an array, ShareGPT or prompts
-    /// with answers
+    /// builtin, plain (nothing planted), reconstruct (nothing planted or asked, texts are repeated), or a file:
+    /// JSON lines or an array, ShareGPT or prompts with answers
     #[arg(long, value_name = "DATA", default_value = "builtin")]
     pub data: String,
     /// Where the heads go (safetensors); pictures go beside it
@@ -40,15 +40,31 @@ pub struct Args {
     /// Where unfinished work is kept [default: OUT with .work]
     #[arg(long, value_name = "DIR")]
     pub workdir: Option<PathBuf>,
-    /// Built-in texts to make
-    #[arg(long, value_name = "N", default_value_t = 140)]
-    pub samples: usize,
-    /// Width of a head, d_R
-    #[arg(long, value_name = "N", default_value_t = 256)]
-    pub d_r: usize,
-    /// How often each text is seen
-    #[arg(long, value_name = "N", default_value_t = 4)]
-    pub epochs: usize,
+    /// Built-in texts to make [default: 140; 80 for reconstruct]
+    #[arg(long, value_name = "N")]
+    pub samples: Option<usize>,
+    /// Have every text of a file repeated as a whole, beside its answers, as reconstruct does
+    #[arg(long)]
+    pub repeat: bool,
+    /// Tokens of a piece in which texts are repeated
+    #[arg(long, value_name = "N", default_value_t = 512)]
+    pub piece: usize,
+    /// Share of texts with planted statements among those of reconstruct
+    #[arg(long, value_name = "SHARE", default_value_t = 0.0)]
+    pub planted: f64,
+    /// What heads are: locret (of queries, keys and values), or of the layer's input linear, mlp, or decay, whose
+    /// scores fall with age [default: locret; mlp for reconstruct]
+    #[arg(long, value_name = "KIND")]
+    pub head: Option<Head>,
+    /// Width of a head, d_R [default: 256; 128 for reconstruct]
+    #[arg(long, value_name = "N")]
+    pub d_r: Option<usize>,
+    /// How often each text is seen [default: 4; 8 for reconstruct]
+    #[arg(long, value_name = "N")]
+    pub epochs: Option<usize>,
+    /// Consecutive tokens of a step [default: 512; 256 for reconstruct]
+    #[arg(long, value_name = "N")]
+    pub span: Option<usize>,
     /// Take fewer texts, then fewer epochs, to be done after this time
     #[arg(long, value_name = "M")]
     pub minutes_limit: Option<f64>,
@@ -70,39 +86,53 @@ pub struct Args {
     /// Locret-Q: put the last N tokens of each query before its text
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub query_aware: usize,
-    /// What a label is: the largest logit, as published, or the share of attention
-    #[arg(long, value_name = "KIND", default_value = "logit")]
-    pub label: Label,
+    /// What a label is: the largest logit, as published, the share of attention, the largest weight, or what
+    /// that adds to the hidden state [default: logit; kvzip-plus for reconstruct]
+    #[arg(long, value_name = "KIND")]
+    pub label: Option<Label>,
     /// Weigh attention by the norm of the value
     #[arg(long)]
     pub value_norm: bool,
-    /// Labels from the last N tokens of each query, too, not from its answer alone
-    #[arg(long, value_name = "N", default_value_t = 16)]
-    pub query_tokens: usize,
+    /// Labels from the last N tokens of each query, too, not from its answer alone [default: 16; 1 for
+    /// reconstruct, the token that predicts the first one of a piece]
+    #[arg(long, value_name = "N")]
+    pub query_tokens: Option<usize>,
     /// Bring labels of each head and text to one scale
     #[arg(long)]
     pub standardise: bool,
-    /// A label becomes the largest of N around it
-    #[arg(long, value_name = "N", default_value_t = 3)]
-    pub pool_labels: usize,
-    /// The first N units of a text are fitted to its highest label
-    #[arg(long, value_name = "N", default_value_t = 4)]
-    pub sinks: usize,
-    /// Weight of the smoothing loss, summed over layers
-    #[arg(long, value_name = "X", default_value_t = 0.0025)]
-    pub alpha: f32,
+    /// A label becomes the largest of N around it [default: 3; 1 for reconstruct]
+    #[arg(long, value_name = "N")]
+    pub pool_labels: Option<usize>,
+    /// The first N units of a text are fitted to its highest label [default: 4; 0 for reconstruct]
+    #[arg(long, value_name = "N")]
+    pub sinks: Option<usize>,
+    /// Fit by the square of the distance, not by smooth L1
+    #[arg(long)]
+    pub square: bool,
+    /// Weight of the smoothing loss, summed over layers [default: 0.0025; 0 for reconstruct]
+    #[arg(long, value_name = "X")]
+    pub alpha: Option<f32>,
     /// Weight of a ranking loss at the cut
     #[arg(long, value_name = "X", default_value_t = 0.0)]
     pub ranking: f32,
     /// Advise, in the file, that the first N units of a text stay
     #[arg(long, value_name = "N")]
     pub advise_sinks: Option<usize>,
+    /// Advise, in the file, that the newest N units stay
+    #[arg(long, value_name = "N")]
+    pub advise_recent: Option<usize>,
+    /// Advise, in the file, that heads share a budget, with this floor
+    #[arg(long, value_name = "FLOOR")]
+    pub advise_ada: Option<f64>,
+    /// Advise, in the file, over what heads share a budget
+    #[arg(long, value_name = "layer|model", value_parser = parse_share)]
+    pub advise_share: Option<Share>,
     /// Advise, in the file, selection on scores max-pooled over N neighbours (odd)
     #[arg(long, value_name = "N")]
     pub advise_pool: Option<usize>,
-    /// Highest learning rate
-    #[arg(long, value_name = "X", default_value_t = 5e-4)]
-    pub learning_rate: f64,
+    /// Highest learning rate [default: 5e-4; 3e-3 for reconstruct]
+    #[arg(long, value_name = "X")]
+    pub learning_rate: Option<f64>,
     /// Keep what was collected in the work folder, for another training on it
     #[arg(long)]
     pub keep_work: bool,
@@ -118,6 +148,67 @@ pub enum Label {
     Logit,
     /// The share of attention.
     Mass,
+    /// The largest weight.
+    Kvzip,
+    /// The largest weight, times the length of what it adds to the hidden state, beside the layer's input.
+    KvzipPlus,
+}
+
+impl Label {
+    pub(super) fn kind(self) -> LabelKind {
+        match self {
+            Self::Logit => LabelKind::MaxLogit,
+            Self::Mass => LabelKind::Mass,
+            Self::Kvzip => LabelKind::Kvzip,
+            Self::KvzipPlus => LabelKind::KvzipPlus,
+        }
+    }
+}
+
+/// What a head is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Head {
+    /// Of queries, keys and values, as published.
+    Locret,
+    /// Linear, of the layer's input.
+    Linear,
+    /// Two layers, of the layer's input.
+    Mlp,
+    /// Two layers, of the layer's input, with scores that fall with age.
+    Decay,
+}
+
+impl Label {
+    /// Its name on the command line.
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Self::Logit => "logit",
+            Self::Mass => "mass",
+            Self::Kvzip => "kvzip",
+            Self::KvzipPlus => "kvzip-plus",
+        }
+    }
+}
+
+impl Head {
+    /// Its name on the command line.
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Self::Locret => "locret",
+            Self::Linear => "linear",
+            Self::Mlp => "mlp",
+            Self::Decay => "decay",
+        }
+    }
+
+    pub(super) fn form(self) -> HeadForm {
+        match self {
+            Self::Locret => HeadForm::Locret,
+            Self::Linear => HeadForm::Linear,
+            Self::Mlp => HeadForm::Mlp,
+            Self::Decay => HeadForm::Decay,
+        }
+    }
 }
 
 /// The example.
@@ -141,14 +232,15 @@ pub fn run(args: &Args) -> Result<()> {
     }
     let runtime = args.model.load()?;
     let samples = samples(args, &runtime)?;
-    let work = match &args.workdir {
-        Some(dir) => dir.clone(),
-        None => args.out.with_added_extension("work"),
-    };
+    let work = args.work();
     // Reading takes most of the time; a quarter is left for training.
-    let shards = gather(args, &runtime, &samples, &work.join("samples"), &|| {
-        left(0.75)
-    })?;
+    let shards = gather(
+        &args.collecting(),
+        &runtime,
+        &samples,
+        &work.join("samples"),
+        &|| left(0.75),
+    )?;
     let mut config = args.training();
     let device = runtime.device.clone().autodiff();
     if let Some(seconds) = left(1.0) {
@@ -166,33 +258,71 @@ pub fn run(args: &Args) -> Result<()> {
 }
 
 impl Args {
-    fn training(&self) -> TrainConfig {
+    /// Where unfinished work is kept.
+    pub(super) fn work(&self) -> PathBuf {
+        match &self.workdir {
+            Some(dir) => dir.clone(),
+            None => self.out.with_added_extension("work"),
+        }
+    }
+
+    /// Whether texts are repeated as a whole.
+    fn repeats(&self) -> bool {
+        self.repeat || self.reconstructs()
+    }
+
+    fn reconstructs(&self) -> bool {
+        let recipe = self.data.parse::<Recipe>();
+        recipe.is_ok_and(|recipe| recipe == Recipe::Reconstruct)
+    }
+
+    /// What is asked for, or the default of the recipe.
+    fn or<T>(&self, asked: Option<T>, usual: T, reconstruct: T) -> T {
+        asked.unwrap_or(match self.reconstructs() {
+            true => reconstruct,
+            false => usual,
+        })
+    }
+
+    fn form(&self) -> HeadForm {
+        self.or(self.head, Head::Locret, Head::Mlp).form()
+    }
+
+    fn label(&self) -> LabelKind {
+        self.or(self.label, Label::Logit, Label::KvzipPlus).kind()
+    }
+
+    pub(super) fn training(&self) -> TrainConfig {
         let mut config = TrainConfig::default();
-        config.d_r = self.d_r;
-        config.epochs = self.epochs;
-        config.learning_rate = self.learning_rate;
-        config.alpha = self.alpha;
+        config.label = self.label();
+        config.form = self.form();
+        config.d_r = self.or(self.d_r, 256, 128);
+        config.epochs = self.or(self.epochs, 4, 8);
+        config.span = self.or(self.span, 512, 256);
+        config.learning_rate = self.or(self.learning_rate, 5e-4, 3e-3);
+        config.alpha = self.or(self.alpha, 0.0025, 0.0);
+        if self.square {
+            config.distance = Distance::Square;
+        }
         config.ranking = self.ranking;
         config.target = if self.standardise {
             Target::Standardised
         } else {
             Target::Raw
         };
-        config.pool = self.pool_labels;
-        config.sinks = self.sinks;
+        config.pool = self.or(self.pool_labels, 3, 1);
+        config.sinks = self.or(self.sinks, 4, 0);
         config.seed = self.seed;
         config.threads = self.threads;
         config
     }
 
-    fn collecting(&self) -> CollectConfig {
+    pub(super) fn collecting(&self) -> CollectConfig {
         let mut config = CollectConfig::default();
-        config.label = match self.label {
-            Label::Logit => LabelKind::MaxLogit,
-            Label::Mass => LabelKind::Mass,
-        };
+        config.labels = vec![self.label()];
+        config.reads = vec![self.form().reads()];
         config.value_norm = self.value_norm;
-        config.query_tokens = self.query_tokens;
+        config.query_tokens = self.or(self.query_tokens, 16, 1);
         config.inputs = InputDtype::Q8;
         config.max_rows = self.max_rows;
         config.seed = self.seed;
@@ -201,22 +331,28 @@ impl Args {
 }
 
 /// The texts, tokenised.
-fn samples(args: &Args, runtime: &Runtime) -> Result<Vec<Sample>> {
+pub(super) fn samples(args: &Args, runtime: &Runtime) -> Result<Vec<Sample>> {
     let frame = runtime.frame(None)?;
     let encode = |text: &str| runtime.encode(text);
     let (texts, most) = if let Ok(recipe) = args.data.parse::<Recipe>() {
         let fetch = args.model.fetch();
         let (essays, shown) = (runtime::essays(&fetch)?, Fetching::new());
-        let corpus = TrainingCorpus::fetch(&fetch, &essays, &|p| shown.show(p))?;
+        let mut corpus = TrainingCorpus::fetch(&fetch, &essays, &|p| shown.show(p))?;
+        if recipe == Recipe::Reconstruct {
+            corpus = corpus.with(Ordinary::fetch(&fetch, &|p| shown.show(p))?);
+        }
         let count = |text: &str| runtime.count(text);
+        let (planted, samples) = (args.planted, args.or(args.samples, 140, 80));
         let made =
-            training_data::generate(recipe, args.samples, args.seed, &corpus, &frame, &count)?;
+            training_data::generate(recipe, planted, samples, args.seed, &corpus, &frame, &count)?;
         (made, 0)
     } else {
         let texts = training_data::read(Path::new(&args.data), &frame)?;
         (texts, args.max_tokens)
     };
-    let samples = training_data::tokenise(&texts, most, &encode)?;
+    let repetition = training_data::repetition(&frame, args.piece, &encode)?;
+    let repetition = args.repeats().then_some(&repetition);
+    let samples = training_data::tokenise(&texts, most, repetition, &encode)?;
     if args.query_aware == 0 {
         return Ok(samples);
     }
@@ -228,18 +364,17 @@ fn samples(args: &Args, runtime: &Runtime) -> Result<Vec<Sample>> {
 }
 
 /// Inputs and labels of as many samples as `left` leaves time for.
-fn gather(
-    args: &Args,
+pub(super) fn gather(
+    config: &CollectConfig,
     runtime: &Runtime,
     samples: &[Sample],
     folder: &Path,
     left: &dyn Fn() -> Option<f64>,
 ) -> Result<Shards> {
     let model = runtime.model();
-    let config = args.collecting();
     let mut bar = Progress::new("reading texts", None, Unit::Tokens);
     let mut done = 0;
-    let read = collect(&*model, samples, folder, &config, &mut |at| {
+    let read = collect(&*model, samples, folder, config, &mut |at| {
         bar.set_total(at.of_tokens as u64);
         bar.set(at.tokens as u64);
         done = at.samples;
@@ -255,7 +390,7 @@ fn gather(
         None => {
             bar.note(&format!("time for {done} of {} texts", samples.len()));
             // They are all there, so that nothing is read again.
-            let some = collect(&*model, &samples[..done], folder, &config, &mut |_| {
+            let some = collect(&*model, &samples[..done], folder, config, &mut |_| {
                 ControlFlow::Continue(())
             })?;
             some.ok_or_else(|| Error::Usage("no text was read in time".into()))?
@@ -271,7 +406,7 @@ fn gather(
     Ok(shards)
 }
 
-fn fit(
+pub(super) fn fit(
     shards: &Shards,
     folder: &Path,
     config: &TrainConfig,
@@ -323,6 +458,8 @@ fn save(
         "collect": args.collecting(),
         "train": config,
         "query_aware": args.query_aware,
+        "repeated": args.repeats().then_some(args.piece),
+        "planted": args.reconstructs().then_some(args.planted),
     });
     let metadata = &mut trained.heads.metadata;
     metadata.insert("model".into(), runtime.name.clone());
@@ -333,6 +470,9 @@ fn save(
     let advice = HeadAdvice {
         pool: args.advise_pool,
         sinks: args.advise_sinks,
+        recent: args.advise_recent,
+        ada: args.advise_ada,
+        share: args.advise_share,
         ..HeadAdvice::default()
     };
     if advice != HeadAdvice::default() {

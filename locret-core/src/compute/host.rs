@@ -205,12 +205,19 @@ impl Compute for Host {
         Ok(self.done(out, q.shape()))
     }
 
-    fn observe(&self, q: &Rows, over: &Attention<'_>, what: Observe) -> Result<Observed> {
+    fn observe(
+        &self,
+        q: &Rows,
+        over: &Attention<'_>,
+        what: Observe,
+        factors: Option<&[f32]>,
+    ) -> Result<Observed> {
         let shape = over.check(q)?;
         let content = Content::of(over)?;
         let heads = content.heads(over)?;
         let heads: Vec<&dyn KvTiles> = heads.iter().map(|head| &**head).collect();
         let queries = what.queries.count(q.rows());
+        super::check_factors(what.what, queries, factors)?;
         let chosen: Vec<usize> = (q.rows() - queries..q.rows()).collect();
         let (q, rotation) = (q.values()?, over.rotation);
         let far = over.sight.and_then(|sight| sight.far).map(Rows::values);
@@ -228,6 +235,14 @@ impl Compute for Host {
             }
             (Observation::Weights, Some(seeing)) => {
                 observe::observe_weights_chosen(&q, &heads, shape, rotation, seeing, &chosen)
+            }
+            (Observation::MaxWeights | Observation::MaxWeightsByInput, None) => {
+                observe::observe_max_weights(&q, &heads, shape, rotation, &chosen, factors)
+            }
+            (Observation::MaxWeights | Observation::MaxWeightsByInput, Some(seeing)) => {
+                observe::observe_max_weights_chosen(
+                    &q, &heads, shape, rotation, seeing, &chosen, factors,
+                )
             }
             (Observation::MaxLogits, None) => {
                 observe::observe_max_logits(&q, &heads, shape, rotation, &chosen)

@@ -2,7 +2,10 @@
 //!
 //! Nothing is saved by what is not seen. It is here so that every policy runs on every device.
 
-use super::{Attention, Ops, Rows, Sight, ops::grouped};
+use super::{
+    Attention, Ops, Rows, Sight,
+    ops::{Gather, grouped},
+};
 use crate::{Observation, Observe, Observed, Result, Survey, View, Views, host};
 use burn::tensor::{Bool, Device, Tensor, TensorData, activation::softmax};
 use std::ops::Range;
@@ -93,6 +96,14 @@ impl Scored {
         let Self { scores, hidden, .. } = self;
         let scores = scores.mask_fill(hidden.clone(), HIDDEN);
         softmax(scores, 2).mask_fill(hidden, 0.0)
+    }
+
+    /// What is observed of them.
+    fn paid(self, what: Observation) -> Tensor<3> {
+        match what {
+            Observation::NearWeights => self.near_weights(),
+            _ => self.weights(),
+        }
     }
 
     /// 0 for what is seen at the one distance, too.
@@ -210,43 +221,28 @@ impl Ops {
         over: &Attention<'_>,
         sight: Sight<'_>,
         what: Observe,
+        gather: &Gather<'_>,
     ) -> Result<Observed> {
-        let (g, t) = (over.layer.group(), q.rows());
+        let t = q.rows();
         let queries = what.queries.count(t);
         let (q, mut per_head) = (q.tensor(), Vec::new());
-        let (rows, nothing) = match what.what {
-            Observation::Weights | Observation::NearWeights => (g, 0.0),
-            Observation::MaxLogits => (1, f32::NEG_INFINITY),
-        };
         for index in 0..over.layer.kv_heads {
             let head = Head::new(self, &q, over, sight, index)?;
             let n = over.store.len(index);
-            let mut found: Option<Tensor<2>> = None;
+            let mut all: Option<Tensor<2>> = None;
             for part in blocks(t - queries, t) {
-                let block = part.len();
+                let first = part.start - (t - queries);
                 let scored = head.scored(part);
-                let part = match what.what {
-                    Observation::Weights => scored.weights().sum_dim(1),
-                    Observation::NearWeights => scored.near_weights().sum_dim(1),
-                    Observation::MaxLogits => {
+                let part = match gather.logits() {
+                    true => {
                         let scores = scored.scores.mask_fill(scored.hidden, f32::NEG_INFINITY);
-                        scores.reshape([1, g * block, n]).max_dim(1)
+                        gather.largest(scores)
                     }
+                    false => gather.weights(scored.paid(what.what), first),
                 };
-                let part = part.reshape([rows, n]);
-                found = Some(match (found, what.what) {
-                    (None, _) => part,
-                    (Some(found), Observation::MaxLogits) => found.max_pair(part),
-                    (Some(found), _) => found + part,
-                });
+                all = Some(gather.and(all, part));
             }
-            match found {
-                None => per_head.extend(vec![vec![nothing; n]; rows]),
-                Some(found) => {
-                    let flat = host::into_f32(found)?;
-                    per_head.extend(flat.chunks(n.max(1)).map(<[f32]>::to_vec));
-                }
-            }
+            per_head.extend(gather.lists(all, n)?);
         }
         Ok(Observed {
             per_head,

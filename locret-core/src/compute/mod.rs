@@ -16,7 +16,7 @@ pub(crate) use ops::full;
 pub use rows::Rows;
 
 use crate::{
-    DType, Error, KvStore, LayerSpec, Observe, Observed, Result, Survey, Views,
+    DType, Error, KvStore, LayerSpec, Observation, Observe, Observed, Result, Survey, Views,
     host::is_host_device,
 };
 use burn::tensor::Device;
@@ -108,9 +108,18 @@ pub trait Compute: Debug + Send + Sync {
 
     /// What the last of the rotated queries `[tokens, heads * head_dim]` pay attention to, of what they see.
     ///
+    /// `factors` are there for [`Observation::MaxWeightsByInput`] alone: for each of these queries a number,
+    /// not negative, that its weights are multiplied with.
+    ///
     /// # Errors
-    /// As [`attend`](Self::attend).
-    fn observe(&self, q: &Rows, over: &Attention<'_>, what: Observe) -> Result<Observed>;
+    /// As [`attend`](Self::attend); [`Error::Shape`] for another number of factors.
+    fn observe(
+        &self,
+        q: &Rows,
+        over: &Attention<'_>,
+        what: Observe,
+        factors: Option<&[f32]>,
+    ) -> Result<Observed>;
 
     /// Where the attention of the last `last` (all, if there are fewer) of the rotated queries `[tokens, heads *
     /// head_dim]` goes, by unit and by distance, if they see everything before them.
@@ -366,6 +375,19 @@ pub struct Sight<'a> {
     /// Queries as they meet units in [`View::far`](crate::View::far), `[tokens, heads * head_dim]`: rotated at
     /// [`Views::distance`]. Needed where there are such units; the store's keys are then not rotated.
     pub far: Option<&'a Rows>,
+}
+
+/// Checks the factors on what `queries` queries pay; they are there for one observation alone.
+fn check_factors(what: Observation, queries: usize, factors: Option<&[f32]>) -> Result<()> {
+    let due = (what == Observation::MaxWeightsByInput).then_some(queries);
+    match factors.map(<[f32]>::len) == due {
+        true => Ok(()),
+        false => Err(Error::shape(
+            "factors on observed weights",
+            format!("{due:?}"),
+            format!("{:?}", factors.map(<[f32]>::len)),
+        )),
+    }
 }
 
 /// `[rows, n]` of rows that are a gate and as much to be gated.

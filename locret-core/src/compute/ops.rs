@@ -214,15 +214,23 @@ impl Compute for Ops {
         Ok(Tensor::cat(out, 1).into())
     }
 
-    fn observe(&self, q: &Rows, over: &Attention<'_>, what: Observe) -> Result<Observed> {
+    fn observe(
+        &self,
+        q: &Rows,
+        over: &Attention<'_>,
+        what: Observe,
+        factors: Option<&[f32]>,
+    ) -> Result<Observed> {
         over.check(q)?;
-        if let Some(sight) = over.sight {
-            return self.observe_masked(q, over, sight, what);
-        }
         let queries = what.queries.count(q.rows());
+        super::check_factors(what.what, queries, factors)?;
+        let gather = Gather::new(what.what, factors, over.layer.group());
+        if let Some(sight) = over.sight {
+            return self.observe_masked(q, over, sight, what, &gather);
+        }
         let (q, mut per_head) = (q.tensor(), Vec::new());
         for head in 0..over.layer.kv_heads {
-            per_head.extend(self.observe_head(&q, over, what.what, queries, head)?);
+            per_head.extend(self.observe_head(&q, over, &gather, queries, head)?);
         }
         Ok(Observed {
             per_head,
@@ -267,7 +275,7 @@ impl Ops {
         &self,
         q: &Tensor<2>,
         over: &Attention<'_>,
-        what: Observation,
+        gather: &Gather<'_>,
         count: usize,
         head: usize,
     ) -> Result<Vec<Vec<f32>>> {
@@ -278,11 +286,7 @@ impl Ops {
         let n = keys.dims()[0];
         let q = grouped(q, head, g, d);
         let keys = keys.transpose().unsqueeze::<3>();
-        let (rows, nothing) = match what {
-            Observation::Weights | Observation::NearWeights => (g, 0.0),
-            Observation::MaxLogits => (1, f32::NEG_INFINITY),
-        };
-        let mut sum: Option<Tensor<2>> = None;
+        let mut all: Option<Tensor<2>> = None;
         for start in (t - count..t).step_by(BLOCK) {
             let block = BLOCK.min(t - start);
             let scores = q
@@ -297,23 +301,82 @@ impl Ops {
             let hidden = TensorData::new(hidden, [1, block, n]);
             let hidden = Tensor::<3, Bool>::from_data(hidden, &scores.device());
             let scores = scores.mask_fill(hidden.expand([g, block, n]), f32::NEG_INFINITY);
-            let part = match what {
-                Observation::MaxLogits => scores.reshape([1, g * block, n]).max_dim(1),
-                // All of it is seen where it stands.
-                _ => softmax(scores, 2).sum_dim(1),
+            let first = start - (t - count);
+            // All of it is seen where it stands.
+            let part = match gather.logits() {
+                true => gather.largest(scores),
+                false => gather.weights(softmax(scores, 2), first),
             };
-            let part = part.reshape([rows, n]);
-            sum = Some(match (sum, what) {
-                (None, _) => part,
-                (Some(sum), Observation::MaxLogits) => sum.max_pair(part),
-                (Some(sum), _) => sum + part,
-            });
+            all = Some(gather.and(all, part));
         }
-        let Some(sum) = sum else {
-            return Ok(vec![vec![nothing; n]; rows]);
+        gather.lists(all, n)
+    }
+}
+
+/// What is gathered of observed scores of a KV head, `[group, queries, units]`.
+pub(super) struct Gather<'a> {
+    what: Observation,
+    factors: Option<&'a [f32]>,
+    group: usize,
+}
+
+impl<'a> Gather<'a> {
+    fn new(what: Observation, factors: Option<&'a [f32]>, group: usize) -> Self {
+        Self {
+            what,
+            factors,
+            group,
+        }
+    }
+
+    /// Whether it is scores before the softmax, and weights otherwise.
+    pub(super) fn logits(&self) -> bool {
+        self.what == Observation::MaxLogits
+    }
+
+    /// Of scores before the softmax, `[1, units]`.
+    pub(super) fn largest(&self, scores: Tensor<3>) -> Tensor<2> {
+        let [g, queries, n] = scores.dims();
+        scores
+            .reshape([1, g * queries, n])
+            .max_dim(1)
+            .reshape([1, n])
+    }
+
+    /// Of weights, `[group, units]`; the first query is number `first` of those that are observed.
+    pub(super) fn weights(&self, weights: Tensor<3>, first: usize) -> Tensor<2> {
+        let [g, queries, n] = weights.dims();
+        let part = match (self.what, self.factors) {
+            (Observation::Weights | Observation::NearWeights, _) => weights.sum_dim(1),
+            (_, None) => weights.max_dim(1),
+            (_, Some(factors)) => {
+                let factors = factors[first..first + queries].to_vec();
+                let factors = host::from_f32::<2>(factors, [queries, 1], &weights.device());
+                (weights * factors.reshape([1, queries, 1])).max_dim(1)
+            }
         };
-        let flat = host::into_f32(sum)?;
-        Ok(flat.chunks(n).map(<[f32]>::to_vec).collect())
+        part.reshape([g, n])
+    }
+
+    /// Two parts together.
+    pub(super) fn and(&self, all: Option<Tensor<2>>, part: Tensor<2>) -> Tensor<2> {
+        match (all, self.what) {
+            (None, _) => part,
+            (Some(all), Observation::Weights | Observation::NearWeights) => all + part,
+            (Some(all), _) => all.max_pair(part),
+        }
+    }
+
+    /// By head, of `n` units.
+    pub(super) fn lists(&self, all: Option<Tensor<2>>, n: usize) -> Result<Vec<Vec<f32>>> {
+        let Some(all) = all else {
+            return Ok(match self.logits() {
+                true => vec![vec![f32::NEG_INFINITY; n]],
+                false => vec![vec![0.0; n]; self.group],
+            });
+        };
+        let flat = host::into_f32(all)?;
+        Ok(flat.chunks(n.max(1)).map(<[f32]>::to_vec).collect())
     }
 }
 

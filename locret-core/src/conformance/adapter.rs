@@ -355,6 +355,16 @@ impl Checking<'_> {
             needs: Needs::NOTHING.qkv().input(),
         };
         let recording = Arc::new(Recording::new(Arc::new(everything)));
+        let outputs = hidden * spec.heads * spec.head_dim;
+        for layer in 0..spec.layers {
+            let case = format!("the matrix behind attention in layer {layer}");
+            let weight = model.output_weight(layer);
+            let weight = weight.map_err(|e| self.failed(&case, e))?;
+            if let Some(found) = weight.map(|w| w.len()).filter(|len| *len != outputs) {
+                let found = format!("{found} numbers, {outputs} are due");
+                return Err(self.broken(Promise::Projection, &case, found));
+            }
+        }
         let case = "a pass that asks for the input of layers";
         if !spec.layer_input {
             let weight = |layer| model.qkv_weight(layer).map_err(|e| self.failed(case, e));

@@ -458,11 +458,14 @@ impl Checking<'_> {
         let q = dice.values(tokens * layer.heads * d);
         let (mut due, mut weights, mut largest) = (Vec::new(), Vec::new(), Vec::new());
         let last = dice.between(0, tokens);
+        let factors: Vec<f32> = dice.values(last).iter().map(|x| x.abs()).collect();
+        let mut most_paid = [Vec::new(), Vec::new()];
         for head in 0..kv_heads {
             let n = rest[head][0].len() / d;
             largest.push(vec![f64::NEG_INFINITY; n]);
             for _ in 0..layer.group() {
                 weights.push(vec![0.0; n]);
+                most_paid.iter_mut().for_each(|m| m.push(vec![0.0f64; n]));
             }
         }
         for token in 0..tokens {
@@ -481,8 +484,13 @@ impl Checking<'_> {
                     due.push(Sum::of(terms));
                 }
                 if token >= tokens - last {
+                    let factor = f64::from(factors[token + last - tokens]);
                     for (unit, x) in logits.iter().enumerate() {
-                        weights[head][unit] += (x - most).exp() / sum;
+                        let weight = (x - most).exp() / sum;
+                        weights[head][unit] += weight;
+                        for (paid, factor) in most_paid.iter_mut().zip([1.0, factor]) {
+                            paid[head][unit] = paid[head][unit].max(factor * weight);
+                        }
                         let largest = &mut largest[head / layer.group()][unit];
                         *largest = largest.max(*x);
                     }
@@ -492,16 +500,24 @@ impl Checking<'_> {
         let rows = self.rows(&q, layer.heads * d)?;
         let found = self.compute.attend(rows.clone(), &over)?;
         self.near("attention", &found.values()?, &due)?;
+        let [plain_most, factored] = most_paid;
         for (what, due) in [
             (Observation::Weights, weights.clone()),
             // All of it is seen where it stands.
             (Observation::NearWeights, weights),
             (Observation::MaxLogits, largest),
+            (Observation::MaxWeights, plain_most),
+            (Observation::MaxWeightsByInput, factored),
         ] {
-            let queries = Queries::Last(last);
-            let found = self
-                .compute
-                .observe(&rows, &over, Observe { queries, what })?;
+            let (queries, by) = (Queries::Last(last), &factors[..]);
+            let factors = (what == Observation::MaxWeightsByInput).then_some(by);
+            let what = Observe { queries, what };
+            self.refused(
+                "a factor too many",
+                (self.compute).observe(&rows, &over, what, Some(&[1.0; 200])),
+            )?;
+            let found = self.compute.observe(&rows, &over, what, factors)?;
+            let what = what.what;
             let due: Vec<Sum> = due.iter().flatten().map(|x| Sum(*x, 4.0)).collect();
             self.near(&format!("{what:?}"), &found.per_head.concat(), &due)?;
         }
@@ -535,10 +551,12 @@ impl Checking<'_> {
         let views = views_of(dice, block, tokens, &layer, &lens);
         let far = dice.values(q.len());
         let last = dice.between(0, tokens);
-        let zeros = |head: usize| vec![0.0; lens[head / layer.group()]];
+        let factors: Vec<f32> = dice.values(last).iter().map(|x| x.abs()).collect();
+        let zeros = |head: usize| vec![0.0f64; lens[head / layer.group()]];
         let sums = || (0..layer.heads).map(zeros).collect::<Vec<_>>();
         let (mut due, mut paid, mut near) = (Vec::new(), sums(), sums());
         let (mut by_unit, mut by_distance) = (sums(), sums());
+        let mut most_paid = [sums(), sums()];
         let mut largest: Vec<_> = lens.iter().map(|n| vec![f64::NEG_INFINITY; *n]).collect();
         for token in 0..tokens {
             for head in 0..layer.heads {
@@ -581,6 +599,10 @@ impl Checking<'_> {
                         if seen(views.of(head, layer.heads, token), own, unit) == Some(false) {
                             near[head][unit] += weight[unit];
                         }
+                        let factor = f64::from(factors[token + last - tokens]);
+                        for (paid, factor) in most_paid.iter_mut().zip([1.0, factor]) {
+                            paid[head][unit] = paid[head][unit].max(factor * weight[unit]);
+                        }
                         let largest = &mut largest[store][unit];
                         *largest = largest.max(logits[unit]);
                     }
@@ -605,8 +627,11 @@ impl Checking<'_> {
             (Observation::Weights, &paid),
             (Observation::NearWeights, &near),
             (Observation::MaxLogits, &largest),
+            (Observation::MaxWeights, &most_paid[0]),
+            (Observation::MaxWeightsByInput, &most_paid[1]),
         ] {
-            let found = self.compute.observe(&q, &over, Observe { queries, what })?;
+            let factors = (what == Observation::MaxWeightsByInput).then_some(&factors[..]);
+            let found = (self.compute).observe(&q, &over, Observe { queries, what }, factors)?;
             self.near(
                 &format!("{what:?} of what is seen"),
                 &found.per_head.concat(),

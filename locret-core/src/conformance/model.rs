@@ -151,6 +151,14 @@ impl CausalLm for RandomModel {
         Ok(Some(rows.copied().collect()))
     }
 
+    fn output_weight(&self, layer: usize) -> Result<Option<Vec<f32>>> {
+        let layers = self.layers.len();
+        let Layer { out, .. } = (self.layers.get(layer))
+            .ok_or_else(|| Error::shape("a layer", format!("below {layers}"), layer))?;
+        let column = |c: usize| out.values.iter().skip(c).step_by(out.columns);
+        Ok(Some((0..out.columns).flat_map(column).copied().collect()))
+    }
+
     fn fingerprint(&self) -> Result<Option<String>> {
         let mut hash = Sha256::new();
         hash.update(format!("{:?}", self.spec));

@@ -136,8 +136,8 @@ impl<'a> Oracle<'a> {
             let inner = normalised(&x);
             let (q, k, v) = (layer.q.of(&inner), layer.k.of(&inner), layer.v.of(&inner));
             let visible = visible.get(index).unwrap_or(&Visible::All);
-            let attended = self.attend(index, [&q[..], &k[..], &v[..]], visible, &mut pass);
             pass.input.push(inner);
+            let attended = self.attend(index, [&q[..], &k[..], &v[..]], visible, &mut pass);
             pass.q.push(q);
             pass.k.push(k);
             pass.v.push(v);
@@ -202,7 +202,7 @@ impl<'a> Oracle<'a> {
                 .collect();
             let mut most = vec![f64::NEG_INFINITY; n];
             for h in g * group..(g + 1) * group {
-                let mut paid = vec![0.0; n];
+                let (mut paid, mut top) = (vec![0.0; n], vec![0.0f64; n]);
                 for i in 0..t {
                     let position = match self.positions {
                         Positions::Original => self.seen + i,
@@ -241,16 +241,26 @@ impl<'a> Oracle<'a> {
                         }
                     }
                     if i >= t - watched {
+                        let input = &pass.input[index][i];
+                        let share = match self.observe.map(|o| o.what) {
+                            Some(Observation::MaxWeightsByInput) => 1.0 / dot(input, input).sqrt(),
+                            _ => 1.0,
+                        };
                         for unit in 0..=own {
                             if !near_only || seen(unit) == Some(false) {
                                 paid[unit] += weights[unit] / sum;
                             }
+                            top[unit] = top[unit].max(share * weights[unit] / sum);
                             most[unit] = most[unit].max(logits[unit]);
                         }
                     }
                 }
-                if matches!(self.observe, Some(o) if o.what != Observation::MaxLogits) {
-                    observed.push(paid);
+                match self.observe.map(|o| o.what) {
+                    Some(Observation::Weights | Observation::NearWeights) => observed.push(paid),
+                    Some(Observation::MaxWeights | Observation::MaxWeightsByInput) => {
+                        observed.push(top);
+                    }
+                    Some(Observation::MaxLogits) | None => {}
                 }
             }
             if matches!(self.observe, Some(o) if o.what == Observation::MaxLogits) {

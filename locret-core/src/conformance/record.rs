@@ -653,6 +653,10 @@ impl CausalLm for Tap {
         self.inner.qkv_weight(layer)
     }
 
+    fn output_weight(&self, layer: usize) -> Result<Option<Vec<f32>>> {
+        self.inner.output_weight(layer)
+    }
+
     fn fingerprint(&self) -> Result<Option<String>> {
         self.inner.fingerprint()
     }

@@ -1,12 +1,15 @@
 //! The policy that most methods are: keep the best-scored units.
 
-use super::budget::pyramid;
-use crate::{
-    Budget, Compute, DecodeEviction, Error, Guard, Held, Keep, KvCachePolicy, LayerSpec,
-    LayerUnits, ModelSpec, Needs, Phase, Positions, Prefill, Result, Scorer, Scores, Selection,
-    Step, Verdict,
+use super::{
+    budget::pyramid,
+    share::{max_pool, share},
 };
-use std::{borrow::Cow, ops::Range};
+use crate::{
+    Budget, BudgetTable, DecodeEviction, Error, Guard, Held, Keep, KvCachePolicy, LayerSpec,
+    LayerUnits, ModelSpec, Needs, Phase, Positions, Prefill, Result, Scorer, Scores, Selection,
+    Share, Step, Verdict,
+};
+use std::{ops::Range, slice};
 
 /// Keeps, in each KV head, the `budget` units that a [`Scorer`] ranks highest, in sequence order.
 ///
@@ -23,6 +26,8 @@ pub struct Evict<S> {
     pool: usize,
     pyramid: Option<f64>,
     ada: Option<f64>,
+    share: Option<Share>,
+    table: Option<BudgetTable>,
 }
 
 /// What is set of a guard, and whether the scorer has a say in the rest.
@@ -47,6 +52,8 @@ impl<S: Scorer> Evict<S> {
             pool: 1,
             pyramid: None,
             ada: None,
+            share: None,
+            table: None,
         }
     }
 
@@ -134,46 +141,96 @@ impl<S: Scorer> Evict<S> {
     /// gives all heads the same.
     ///
     /// Heads then differ in length; memory is that of the units that are there.
+    ///
+    /// Scores have to be comparable between heads: shares of attention are, logits are not (attention
+    /// stays what it is if all logits of a query are shifted), and ranks give all heads the same.
     pub fn ada(mut self, floor: f64) -> Self {
         self.ada = Some(floor);
         self
     }
 
-    /// Units for a head of `layer` (on average, where heads share).
-    fn units(&self, layer: &LayerSpec, total: usize) -> usize {
+    /// Says over what heads share a budget, if not over their layer: with [`Share::Model`] the best
+    /// `layers · kv_heads · b` units of the model stay, of which each head keeps its best
+    /// `floor · b` ([`ada`](Self::ada), else [`Share::FLOOR`]) and what is protected. Of equal scores that
+    /// of the lower layer goes first, then that of the lower head, then that of the earlier unit.
+    ///
+    /// It is known after the last layer what stays, so that all layers hold their part of the budget and a
+    /// chunk at once: the peak is `layers · (b + chunk)` in each KV head on average, a bound all the same.
+    /// [`table`](Self::table) with shares that were measured has the lower peak. Scores have to be
+    /// comparable between layers, too.
+    pub fn share(mut self, share: Share) -> Self {
+        self.share = Some(share);
+        self
+    }
+
+    /// Shares the budget out over layers, or over layers and heads, as a table says. The model has
+    /// `layers · kv_heads · b` units, as without it, and each layer is cut before the next one runs: the
+    /// peak is that and one layer's chunk.
+    ///
+    /// Of heads with less than `b` units as many fewer are protected. With [`ada`](Self::ada) heads share
+    /// what the table gives their layer.
+    pub fn table(mut self, table: BudgetTable) -> Self {
+        self.table = Some(table);
+        self
+    }
+
+    /// Over what the budget is shared, and what each head keeps on its own account.
+    fn shared(&self) -> Option<(Share, f64)> {
+        match (self.share, self.ada) {
+            (None, None) => None,
+            (share, floor) => Some((share.unwrap_or_default(), floor.unwrap_or(Share::FLOOR))),
+        }
+    }
+
+    /// Whether layers share one budget.
+    fn over_layers(&self) -> bool {
+        matches!(self.shared(), Some((Share::Model, _)))
+    }
+
+    /// Units for each head of `layer` (on average, where heads share).
+    fn units(&self, layer: &LayerSpec, total: usize) -> Vec<usize> {
         let budget = self.budget.units(layer, total).max(1);
-        match self.pyramid {
-            Some(beta) => pyramid(budget, beta, layer),
-            None => budget,
+        match (&self.table, self.pyramid) {
+            (Some(table), _) => table.units(layer, budget),
+            (None, Some(beta)) => vec![pyramid(budget, beta, layer); layer.kv_heads],
+            (None, None) => vec![budget; layer.kv_heads],
         }
     }
 
     /// Units that a head keeps on its own account, of `budget`.
     fn own(&self, budget: usize) -> usize {
-        match self.ada {
+        match self.shared() {
             // Less a hair, so that a fifth of 10 units are 2.
-            Some(floor) => ((floor * budget as f64 - 1e-9).ceil() as usize).min(budget),
+            Some((_, floor)) => ((floor * budget as f64 - 1e-9).ceil() as usize).min(budget),
             None => budget,
         }
     }
 
-    fn evicts_now(&self, at: &Step, units: &LayerUnits<'_>, budget: usize) -> bool {
-        let slack = match (at.phase, self.decode) {
+    /// Whether these layers, whose heads have these budgets, are cut.
+    fn evicts_now(&self, phase: Phase, units: &[LayerUnits<'_>], budgets: &[Vec<usize>]) -> bool {
+        let slack = match (phase, self.decode) {
             (Phase::Turn | Phase::Prefill { .. }, _) => 0,
             (Phase::Decode, DecodeEviction::Every(n)) => n.saturating_sub(1),
             (Phase::Tail | Phase::Forced, _) | (Phase::Decode, DecodeEviction::Off) => {
                 return false;
             }
         };
-        let most = budget.saturating_add(slack);
-        if self.ada.is_some() {
-            let held: usize = (0..units.kv_heads()).map(|head| units.len(head)).sum();
-            return held > units.kv_heads().saturating_mul(most);
+        let lens = units
+            .iter()
+            .flat_map(|units| (0..units.kv_heads()).map(|head| units.len(head)));
+        let mut heads = lens.zip(budgets.iter().flatten());
+        if self.shared().is_some() {
+            let (mut held, mut most) = (0usize, 0usize);
+            for (len, budget) in heads {
+                held += len;
+                most = most.saturating_add(budget.saturating_add(slack));
+            }
+            return held > most;
         }
-        units.longest() > most
+        heads.any(|(len, budget)| len > budget.saturating_add(slack))
     }
 
-    /// The first and the newest units that are protected in a layer with `budget` units.
+    /// The first and the newest units that are protected in a head with `budget` units.
     fn ends(&self, at: &Step, budget: usize) -> (usize, usize) {
         let average = self.budget.units(&at.layer, at.total).max(1);
         let Guard {
@@ -189,25 +246,74 @@ impl<S: Scorer> Evict<S> {
         (shrunk(sinks), shrunk(newest))
     }
 
-    fn select(&self, at: &Step, units: &LayerUnits<'_>, scores: &Scores) -> Result<Selection> {
-        let heads = units.kv_heads();
-        let budget = self.units(&at.layer, at.total);
-        let (sinks, newest) = self.ends(at, budget);
+    /// What stays of these layers, which share a budget if there are several.
+    fn select(
+        &self,
+        at: &[Step],
+        units: &[LayerUnits<'_>],
+        scores: &[Scores],
+        budgets: &[Vec<usize>],
+    ) -> Result<Vec<Selection>> {
+        let heads: usize = budgets.iter().map(Vec::len).sum();
         let mut ranked = Vec::with_capacity(heads);
         let mut kept = Vec::with_capacity(heads);
-        for head in 0..heads {
-            let scores = max_pool(scores.head(head), self.pool);
-            let own = self
-                .own(budget)
-                .max(sinks.saturating_add(newest).min(budget));
-            let at = protected_of(&scores, units.len(head), own, sinks, newest)?;
-            kept.push(units.compute().select(&scores, own, &at)?);
-            ranked.push(scores);
+        for (((at, units), scores), budgets) in at.iter().zip(units).zip(scores).zip(budgets) {
+            for (head, budget) in budgets.iter().enumerate() {
+                let (sinks, newest) = self.ends(at, *budget);
+                let scores = max_pool(scores.head(head), self.pool);
+                let own = self
+                    .own(*budget)
+                    .max(sinks.saturating_add(newest).min(*budget));
+                let at = protected_of(&scores, units.len(head), own, sinks, newest)?;
+                kept.push(units.compute().select(&scores, own, &at)?);
+                ranked.push(scores);
+            }
         }
-        if self.ada.is_some() {
-            share(units.compute(), &ranked, &mut kept, heads * budget)?;
+        if let (Some(_), Some(first)) = (self.shared(), units.first()) {
+            let all = budgets.iter().flatten();
+            let total = all.fold(0usize, |sum, units| sum.saturating_add(*units));
+            share(first.compute(), &ranked, &mut kept, total)?;
         }
-        Selection::new(kept)
+        let mut kept = kept.into_iter();
+        let layers = budgets.iter().map(|budgets| budgets.len());
+        layers
+            .map(|heads| Selection::new(kept.by_ref().take(heads).collect()))
+            .collect()
+    }
+
+    /// Verdicts on layers, which share a budget if there are several.
+    fn decide(&self, at: &[Step], units: &[LayerUnits<'_>]) -> Result<Vec<Verdict>> {
+        let Some(first) = at.first() else {
+            return Ok(Vec::new());
+        };
+        let budgets: Vec<Vec<usize>> = at
+            .iter()
+            .map(|at| self.units(&at.layer, at.total))
+            .collect();
+        let evict = self.evicts_now(first.phase, units, &budgets);
+        let mut verdicts = vec![Verdict::keep_all(); at.len()];
+        if !evict && !self.scorer.carries() {
+            return Ok(verdicts);
+        }
+        let scores: Vec<Scores> = (at.iter().zip(units))
+            .map(|(at, units)| self.scorer.score(at, units))
+            .collect::<Result<_>>()?;
+        if let Some(scores) = scores.iter().find(|scores| scores.width() != 1) {
+            let found = format!("{} scores for each unit, one is due", scores.width());
+            return Err(Error::policy(self.scorer.name(), found));
+        }
+        if evict {
+            let kept = self.select(at, units, &scores, &budgets)?;
+            for (verdict, kept) in verdicts.iter_mut().zip(kept) {
+                verdict.keep = Keep::Slots(kept);
+            }
+        }
+        if self.scorer.carries() {
+            for (verdict, scores) in verdicts.iter_mut().zip(scores) {
+                verdict.scores = Some(scores);
+            }
+        }
+        Ok(verdicts)
     }
 }
 
@@ -226,16 +332,23 @@ impl<S: Scorer> KvCachePolicy for Evict<S> {
             pool,
             pyramid,
             ada,
+            share,
+            table,
         } = self;
         let scorer = scorer.fingerprint();
         format!(
             "Evict {{ scorer: {scorer}, budget: {budget:?}, guard: {guard:?}, positions: {positions:?}, \
-             decode: {decode:?}, pool: {pool}, pyramid: {pyramid:?}, ada: {ada:?} }}"
+             decode: {decode:?}, pool: {pool}, pyramid: {pyramid:?}, ada: {ada:?}, share: {share:?}, \
+             table: {table:?} }}"
         )
     }
 
     fn needs(&self) -> Needs {
-        self.scorer.needs()
+        let needs = self.scorer.needs();
+        match self.over_layers() {
+            true => needs.all_layers(),
+            false => needs,
+        }
     }
 
     fn positions(&self) -> Positions {
@@ -290,20 +403,44 @@ impl<S: Scorer> KvCachePolicy for Evict<S> {
         {
             return Err(Error::setting("ada", "a share from 0 to 1", floor));
         }
+        if let Some(table) = &self.table {
+            table.validate(&layer)?;
+        }
+        let of_layers = [
+            ("pyramid", self.pyramid.is_some()),
+            ("a table of budgets", self.table.is_some()),
+            ("sharing over the model", self.over_layers()),
+        ];
+        let mut of_layers = of_layers.into_iter().filter(|(_, set)| *set);
+        if let (Some((one, _)), Some((other, _))) = (of_layers.next(), of_layers.next()) {
+            let found = format!("{one} and {other}");
+            return Err(Error::setting("budgets of layers", "said once", found));
+        }
         self.scorer.validate(model)
     }
 
     fn limit(&self, layer: &LayerSpec, total: usize) -> Option<usize> {
-        let budget = self.units(layer, total);
-        // With the others at their least.
-        Some(budget + (layer.kv_heads - 1) * (budget - self.own(budget)))
+        let budgets = self.units(layer, total);
+        let most = |units: &mut dyn Iterator<Item = usize>| units.max().unwrap_or(0);
+        if self.shared().is_none() {
+            return Some(most(&mut budgets.into_iter()));
+        }
+        let own: Vec<usize> = budgets.iter().map(|budget| self.own(*budget)).collect();
+        let spare: usize = budgets.iter().sum::<usize>() - own.iter().sum::<usize>();
+        // With the others at their least. All layers have the same budget where they share it.
+        let layers = if self.over_layers() { layer.layers } else { 1 };
+        Some(most(&mut own.into_iter()) + layers * spare)
     }
 
     fn held(&self, layer: &LayerSpec, total: usize) -> Option<Held> {
-        let units = layer.kv_heads * self.units(layer, total);
-        Some(match self.scorer.keeps_newest() {
+        let units = self.units(layer, total).into_iter().sum();
+        let held = match self.scorer.keeps_newest() {
             true => Held::newest(units),
             false => Held::scattered(units),
+        };
+        Some(match self.over_layers() {
+            true => held.of_all_layers(),
+            false => held,
         })
     }
 
@@ -314,68 +451,22 @@ impl<S: Scorer> KvCachePolicy for Evict<S> {
         }
     }
 
+    /// In a policy whose layers share a budget, the layer's own part of it.
     fn step(&self, at: &Step, units: &LayerUnits<'_>) -> Result<Verdict> {
-        let evict = self.evicts_now(at, units, self.units(&at.layer, at.total));
-        if !evict && !self.scorer.carries() {
-            return Ok(Verdict::keep_all());
-        }
-        let scores = self.scorer.score(at, units)?;
-        if scores.width() != 1 {
-            let found = format!("{} scores for each unit, one is due", scores.width());
-            return Err(Error::policy(self.scorer.name(), found));
-        }
-        let mut verdict = Verdict::keep_all();
-        if evict {
-            verdict.keep = Keep::Slots(self.select(at, units, &scores)?);
-        }
-        if self.scorer.carries() {
-            verdict.scores = Some(scores);
-        }
-        Ok(verdict)
+        let verdicts = self.decide(slice::from_ref(at), slice::from_ref(units))?;
+        Ok(verdicts
+            .into_iter()
+            .next()
+            .unwrap_or_else(Verdict::keep_all))
     }
-}
 
-/// The maximum over `width` neighbours (odd), fewer at the ends.
-fn max_pool(scores: &[f32], width: usize) -> Cow<'_, [f32]> {
-    let reach = width / 2;
-    if reach == 0 {
-        return Cow::Borrowed(scores);
-    }
-    let largest = |unit: usize| {
-        let near = unit.saturating_sub(reach)..(unit + reach + 1).min(scores.len());
-        scores[near]
-            .iter()
-            .copied()
-            .fold(f32::NEG_INFINITY, f32::max)
-    };
-    Cow::Owned((0..scores.len()).map(largest).collect())
-}
-
-/// Adds to what each head keeps the best of the others, over all heads, up to `total` units.
-fn share(
-    compute: &dyn Compute,
-    scores: &[Cow<'_, [f32]>],
-    kept: &mut [Vec<u32>],
-    total: usize,
-) -> Result<()> {
-    let mut rest = Vec::new();
-    let mut rest_scores = Vec::new();
-    for (head, (scores, kept)) in scores.iter().zip(&*kept).enumerate() {
-        let mut kept = kept.iter().peekable();
-        for (unit, score) in scores.iter().enumerate() {
-            if kept.next_if(|k| **k as usize == unit).is_none() {
-                rest.push((head, unit as u32));
-                rest_scores.push(*score);
-            }
+    fn steps(&self, at: &[Step], units: &[LayerUnits<'_>]) -> Result<Vec<Verdict>> {
+        if self.over_layers() {
+            return self.decide(at, units);
         }
+        let layers = at.iter().zip(units);
+        layers.map(|(at, units)| self.step(at, units)).collect()
     }
-    let taken: usize = kept.iter().map(Vec::len).sum();
-    let chosen = compute.select(&rest_scores, total.saturating_sub(taken), &[])?;
-    for (head, unit) in chosen.into_iter().map(|i| rest[i as usize]) {
-        kept[head].push(unit);
-    }
-    kept.iter_mut().for_each(|kept| kept.sort_unstable());
-    Ok(())
 }
 
 /// What is protected of `len` units: the first `sinks` and the last `newest` of them.

@@ -5,6 +5,7 @@ mod error;
 mod evict;
 mod model;
 mod policy;
+mod share;
 mod spec;
 mod units;
 
@@ -16,6 +17,7 @@ pub use policy::{
     Held, Keep, KvCachePolicy, Needs, Observation, Observe, Phase, Positions, Queries, Scorer,
     Step, Verdict, Visible,
 };
+pub use share::{BudgetTable, Share};
 pub use spec::{LayerSpec, ModelSpec, PastContext};
 pub(crate) use units::HeadMeta;
 pub use units::{LayerUnits, Observed, Part, Qkv, Scores, Selection, Survey};

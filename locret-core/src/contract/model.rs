@@ -47,6 +47,18 @@ pub trait CausalLm: Debug + Send + Sync {
         Ok(None)
     }
 
+    /// The matrix that a layer applies to what [`Pass::attend`] returns, before it adds that to the hidden
+    /// state: `[hidden, heads * head_dim]`, row-major (a bias apart). Labels that weigh what a value does to
+    /// the hidden state (KVzip+, arXiv 2601.07891) look at it.
+    ///
+    /// `None`, the default, where there is no such matrix, or the adapter does not say.
+    ///
+    /// # Errors
+    /// As [`qkv_weight`](Self::qkv_weight).
+    fn output_weight(&self, _layer: usize) -> Result<Option<Vec<f32>>> {
+        Ok(None)
+    }
+
     /// What tells this model from any other, of the same shape too: for instance a hash of its weights as
     /// they are computed with. A saved [`Session`](crate::Session) is taken up by the same model alone.
     ///

@@ -98,7 +98,8 @@ pub trait KvCachePolicy: Debug + Send + Sync {
     }
 
     /// What all heads of `layer` together keep after a chunk of a prompt, for plans: fewer units than
-    /// `kv_heads` times [`limit`](Self::limit) where heads share a budget.
+    /// `kv_heads` times [`limit`](Self::limit) where heads share a budget. Where layers share one, too
+    /// (and are cut at once, [`Needs::all_layers`]), what they keep on average.
     fn held(&self, layer: &LayerSpec, total: usize) -> Option<Held> {
         Some(Held::scattered(layer.kv_heads * self.limit(layer, total)?))
     }
@@ -206,6 +207,8 @@ pub struct Held {
     /// Whether they are the newest ones (and some at the beginning): stores of codes then free whole
     /// groups.
     pub newest: bool,
+    /// Whether all layers share one budget, so that this is what they keep on average.
+    pub over_layers: bool,
 }
 
 impl Held {
@@ -214,6 +217,7 @@ impl Held {
         Self {
             units,
             newest: false,
+            over_layers: false,
         }
     }
 
@@ -222,6 +226,15 @@ impl Held {
         Self {
             units,
             newest: true,
+            over_layers: false,
+        }
+    }
+
+    /// The same as the mean of layers that share one budget.
+    pub fn of_all_layers(self) -> Self {
+        Self {
+            over_layers: true,
+            ..self
         }
     }
 }
@@ -367,6 +380,7 @@ impl Needs {
     pub const fn observe(self, queries: Queries, what: Observation) -> Self {
         Self {
             observe: Some(Observe { queries, what }),
+            input: self.input || matches!(what, Observation::MaxWeightsByInput),
             ..self
         }
     }
@@ -458,6 +472,12 @@ pub enum Observation {
     NearWeights,
     /// Per KV head, the maximum over queries and grouped heads of the pre-softmax logit.
     MaxLogits,
+    /// Per query head, the maximum over queries of the softmax weight.
+    MaxWeights,
+    /// The same of weights that are divided by the length (the Euclidean norm) of the layer's input of the
+    /// query's token: how much of it a unit's value may become. [`Needs::observe`] then asks for the
+    /// [input](Needs::input), too.
+    MaxWeightsByInput,
 }
 
 /// Which positions keys and queries are rotated at once units are gone.

@@ -89,12 +89,13 @@ impl Qkv {
 #[derive(Debug, Clone)]
 pub struct Observed {
     /// For weights: per **query** head, per unit, the sum over the chosen queries of the softmax
-    /// weight (of those that see the unit where it stands, for near ones). For logits: per **KV** head, per unit, the maximum over the chosen queries and the
+    /// weight (of those that see the unit where it stands, for near ones), or the largest of them. For logits: per
+    /// **KV** head, per unit, the maximum over the chosen queries and the
     /// query heads of the group of `softmax_scale · q·k` (`-∞` where no chosen query sees it).
     pub per_head: Vec<Vec<f32>>,
     /// How many queries were chosen; they are the last ones of the step.
     pub queries: usize,
-    /// Which of the two `per_head` holds.
+    /// What `per_head` holds.
     pub what: Observation,
 }
 
@@ -103,7 +104,8 @@ impl Observed {
     /// **query** head `head` paid. Those of KV head `j` are `j * group..(j + 1) * group`.
     ///
     /// # Errors
-    /// [`Error::Setting`] if [`Observation::MaxLogits`] was asked for, or there is no such head.
+    /// [`Error::Setting`] if something else than [`Observation::Weights`] was asked for, or there is no such
+    /// head.
     pub fn weights(&self, head: usize) -> Result<&[f32]> {
         let what = match self.what {
             Observation::NearWeights => Observation::NearWeights,
@@ -116,9 +118,24 @@ impl Observed {
     /// of the group of `softmax_scale · q·k`; `-∞` where no chosen query sees it.
     ///
     /// # Errors
-    /// [`Error::Setting`] if [`Observation::Weights`] was asked for, or there is no such head.
+    /// [`Error::Setting`] if something else than [`Observation::MaxLogits`] was asked for, or there is no such
+    /// head.
     pub fn max_logits(&self, head: usize) -> Result<&[f32]> {
         self.list(Observation::MaxLogits, "KV head", head)
+    }
+
+    /// For each unit of its KV head, the largest softmax weight that a chosen query of **query** head `head`
+    /// gave it, 0 where none sees it; divided by the length of what the query's token was made from, if
+    /// [`Observation::MaxWeightsByInput`] was asked for.
+    ///
+    /// # Errors
+    /// [`Error::Setting`] if none of the two was asked for, or there is no such head.
+    pub fn max_weights(&self, head: usize) -> Result<&[f32]> {
+        let what = match self.what {
+            Observation::MaxWeightsByInput => self.what,
+            _ => Observation::MaxWeights,
+        };
+        self.list(what, "query head", head)
     }
 
     fn list(&self, what: Observation, which: &'static str, head: usize) -> Result<&[f32]> {

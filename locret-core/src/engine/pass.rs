@@ -5,8 +5,8 @@ use super::{
     probe::{Decided, Probe},
 };
 use crate::{
-    Attention, CausalLm, Error, LayerUnits, ModelSpec, Needs, Observed, Phase, Positions, Qkv,
-    Result, RopeTable, Rotation, Rows, Sight, Step, TableRows, Visible,
+    Attention, CausalLm, Error, LayerUnits, ModelSpec, Needs, Observation, Observed, Phase,
+    Positions, Qkv, Result, RopeTable, Rotation, Rows, Sight, Step, TableRows, Visible,
 };
 use std::{
     fmt,
@@ -484,7 +484,15 @@ impl<'a> SequenceStep<'a> {
             },
         };
         let observed = match needs.observe {
-            Some(what) => Some(compute.observe(&q, &over, what)?),
+            Some(what) => {
+                let factors = match (what.what, &input) {
+                    (Observation::MaxWeightsByInput, Some(input)) => {
+                        Some(inverse_norms(input, what.queries.count(t))?)
+                    }
+                    _ => None,
+                };
+                Some(compute.observe(&q, &over, what, factors.as_deref())?)
+            }
             None => None,
         };
         let out = compute.attend(q, &over)?;
@@ -593,6 +601,24 @@ impl<'a> SequenceStep<'a> {
         }
         Ok(())
     }
+}
+
+/// One over the length of each of the last `count` rows; of a row of zeros, 0.
+fn inverse_norms(rows: &Rows, count: usize) -> Result<Vec<f32>> {
+    let values = rows.values()?;
+    let first = (rows.rows() - count) * rows.width();
+    let inverse = |row: &[f32]| {
+        let square: f32 = row.iter().map(|x| x * x).sum();
+        if square == 0.0 {
+            0.0
+        } else {
+            1.0 / square.sqrt()
+        }
+    };
+    Ok(values[first..]
+        .chunks_exact(rows.width())
+        .map(inverse)
+        .collect())
 }
 
 /// Queries and new keys of a layer, rotated where they stand; and, in compact positions, the table that

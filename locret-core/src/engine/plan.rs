@@ -23,7 +23,9 @@ pub struct Plan {
 /// does, with the stores' own rules of growth and without any number in them.
 ///
 /// Exact for dense stores under policies that keep as much as they may
-/// ([`KvCachePolicy::held`]); where heads share a budget each is counted with its layer's mean. Stores
+/// ([`KvCachePolicy::held`]); where heads or layers share a budget each head is counted with the mean, so
+/// that [`Peak::units_per_head`] is the mean's, and fixed budgets that differ between the heads of a layer
+/// are counted as if all had their mean, rounded up. Stores
 /// of codes are an estimate, since it depends on the text which of their units are dropped: within 5 %,
 /// and up to 20 % too much for KIVI's layout. After 16,384 generated tokens, what further ones take is
 /// reckoned from what the last of those took.
@@ -96,10 +98,16 @@ impl<'a> Planner<'a> {
 
     /// Goes on from what a cache holds.
     pub(super) fn from(mut self, cache: &SequenceCache) -> Self {
+        let held = self.policy.held(&self.spec.layer(0), cache.seen());
+        // Layers that share are cut when all of them together have too much.
+        let mean = held.filter(|held| held.over_layers).map(|_| {
+            let heads = self.spec.layers * self.spec.kv_heads;
+            cache.units().div_ceil(heads)
+        });
         for (index, layer) in self.layers.iter_mut().enumerate() {
             let heads = 0..self.spec.kv_heads;
             let units: usize = heads.map(|head| cache.len(index, head)).sum();
-            let units = units.div_ceil(self.spec.kv_heads);
+            let units = mean.unwrap_or(units.div_ceil(self.spec.kv_heads));
             layer.change(self.spec.kv_heads, &mut self.now, |growth| {
                 // As single tokens leave them: with a reserve.
                 growth.append(units.saturating_sub(1));

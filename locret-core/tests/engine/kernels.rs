@@ -2,7 +2,7 @@
 
 use crate::{
     device,
-    policies::{Attended, Birth, Chance, KeyNorm, Logits, Ragged},
+    policies::{Attended, Birth, Chance, KeyNorm, Largest, Logits, Ragged},
     text,
 };
 use locret_core::{
@@ -16,11 +16,15 @@ use std::sync::Arc;
 
 type Make = fn(Positions) -> Arc<dyn KvCachePolicy>;
 
-const POLICIES: [Make; 5] = [
+const POLICIES: [Make; 6] = [
     |p| Arc::new(Evict::new(KeyNorm, Budget::Units(20)).with_positions(p)),
     |p| Arc::new(Evict::new(Birth, Budget::Units(20)).with_positions(p)),
     |p| Arc::new(Evict::new(Attended, Budget::Units(20)).with_positions(p)),
     |p| Arc::new(Evict::new(Logits, Budget::Units(20)).with_positions(p)),
+    |p| {
+        let scorer = Largest(Observation::MaxWeightsByInput);
+        Arc::new(Evict::new(scorer, Budget::Units(20)).with_positions(p))
+    },
     |positions| {
         Arc::new(Ragged {
             limit: 24,
@@ -142,8 +146,8 @@ fn nobody_observed_is_nothing_observed() {
             let observed = units.observed().expect("what was asked for");
             assert_eq!(observed.queries, 0);
             let (rows, nothing) = match self.0 {
-                Observation::Weights => (at.layer.heads, 0.0),
-                _ => (at.layer.kv_heads, f32::NEG_INFINITY),
+                Observation::MaxLogits => (at.layer.kv_heads, f32::NEG_INFINITY),
+                _ => (at.layer.heads, 0.0),
             };
             assert_eq!(observed.per_head.len(), rows);
             let all = observed.per_head.concat();
@@ -154,7 +158,12 @@ fn nobody_observed_is_nothing_observed() {
     }
     let model = Arc::new(RandomModel::new(small_spec(6, 2, 16), 1, &device()).unwrap());
     for kernels in [Kernels::Auto, Kernels::Operations] {
-        for what in [Observation::Weights, Observation::MaxLogits] {
+        for what in [
+            Observation::Weights,
+            Observation::MaxLogits,
+            Observation::MaxWeights,
+            Observation::MaxWeightsByInput,
+        ] {
             let options = CacheOptions::new().kernels(kernels);
             let policy = Arc::new(Watching(what));
             let mut session = Session::with_options(model.clone(), policy, options).unwrap();

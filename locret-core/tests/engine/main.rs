@@ -13,6 +13,7 @@ mod memory;
 mod policies;
 mod prefix;
 mod saved;
+mod shared;
 mod snapshot;
 mod suite;
 mod tiers;

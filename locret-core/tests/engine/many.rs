@@ -6,10 +6,11 @@ use crate::{
     text,
 };
 use locret_core::{
-    Batch, Batcher, Budget, CacheOptions, CausalLm, ChunkDone, DType, Decided, DecodeEviction, End,
-    Ended, Error, Event, Evict, Generate, KvCachePolicy, LayerUnits, Limits, Positions, Prefill,
-    PrefixCache, Probe, QuantLayout, Quantization, Request, Result, Sampling, Scorer, SequenceId,
-    Session, SnapshotError, SnapshotStore, Step, Stored, Verdict, conformance::RandomModel,
+    Batch, Batcher, Budget, BudgetTable, CacheOptions, CausalLm, ChunkDone, DType, Decided,
+    DecodeEviction, End, Ended, Error, Event, Evict, Generate, KvCachePolicy, LayerUnits, Limits,
+    Positions, Prefill, PrefixCache, Probe, QuantLayout, Quantization, Request, Result, Sampling,
+    Scorer, SequenceId, Session, Share, SnapshotError, SnapshotStore, Step, Stored, Verdict,
+    conformance::RandomModel,
 };
 use proptest::prelude::*;
 use std::{
@@ -43,6 +44,12 @@ fn evict<S: Scorer + 'static>(scorer: S, n: usize) -> Arc<dyn KvCachePolicy> {
         _ => Positions::Compact,
     };
     let policy = Evict::new(scorer, Budget::Units(6 + n % 17)).with_positions(positions);
+    let policy = match n % 5 {
+        1 => policy.share(Share::Model),
+        2 => policy.ada(0.1),
+        3 => policy.table(BudgetTable::new(vec![vec![0.3], vec![1.4]]).unwrap()),
+        _ => policy,
+    };
     Arc::new(match n % 3 {
         0 => policy.while_decoding(DecodeEviction::Every(2)),
         _ => policy,
@@ -594,6 +601,46 @@ fn memory_is_promised_in_the_order_of_the_queue_and_comes_back() {
         assert!(matches!(take(ear).ended.unwrap().end, End::Length));
     }
     assert_eq!(batch.load().promised, 0);
+}
+
+/// However unequal heads and layers become, what was promised before is enough.
+#[test]
+fn promises_are_kept_by_budgets_that_are_shared() {
+    let model = model();
+    for n in 0..40 {
+        let mut policy = Evict::new(Birth, Budget::Units(5 + n % 11)).sinks(n % 3);
+        policy = match n % 4 {
+            0 => policy.ada(0.0),
+            1 => policy.table(BudgetTable::new(vec![vec![2.0, 0.1], vec![0.0, 1.0]]).unwrap()),
+            _ => policy.share(Share::Model).ada(0.0),
+        };
+        if n % 3 == 0 {
+            policy = policy.while_decoding(DecodeEviction::Every(3));
+        }
+        let case = Case {
+            prompt: text(150 + 13 * n),
+            policy: Arc::new(policy.with_positions(Positions::Compact)),
+            prefill: Prefill::new(1 + n * 5 % 24, n % 7),
+            generate: Generate::greedy(70),
+            ..case(n)
+        };
+        let mut batch = batch(&model, Limits::default());
+        let kept = |batch: &mut Batch, request: Request| {
+            let (_, ear) = submit(batch, request);
+            assert!(batch.step());
+            let promised = batch.load().promised;
+            assert!(promised > 0);
+            while batch.step() {
+                assert!(batch.load().promised <= promised, "{case:?}");
+            }
+            take(&ear).ended.unwrap().session.unwrap()
+        };
+        let first = kept(&mut batch, case.request());
+        let more = Request::resume(first, text(90)[9 + n..].to_vec());
+        let more = more.prefill(case.prefill).generate(case.generate.clone());
+        kept(&mut batch, more.keep());
+        assert_eq!(batch.load().promised, 0);
+    }
 }
 
 #[test]

@@ -271,6 +271,44 @@ impl KvCachePolicy for Several {
     }
 }
 
+/// The largest weight so far is kept.
+#[derive(Debug)]
+pub(crate) struct Largest(pub(crate) Observation);
+
+impl Scorer for Largest {
+    fn name(&self) -> String {
+        "largest".into()
+    }
+
+    fn needs(&self) -> Needs {
+        Needs::NOTHING.observe(Queries::All, self.0)
+    }
+
+    fn carries(&self) -> bool {
+        true
+    }
+
+    fn score(&self, at: &Step, units: &LayerUnits<'_>) -> Result<Scores> {
+        let group = at.layer.group();
+        let of = |head: usize| {
+            let mut scores = units.carried(head).to_vec();
+            scores.resize(units.len(head), 0.0);
+            if let Some(observed) = units.observed() {
+                for query in head * group..(head + 1) * group {
+                    let paid = observed.max_weights(query)?;
+                    scores
+                        .iter_mut()
+                        .zip(paid)
+                        .for_each(|(s, p)| *s = s.max(*p));
+                }
+            }
+            Ok(scores)
+        };
+        let scores: Result<_> = (0..units.kv_heads()).map(of).collect();
+        Scores::per_head(scores?)
+    }
+}
+
 /// The largest logits of the last queries; nothing is carried.
 #[derive(Debug)]
 pub(crate) struct Logits;

@@ -3,15 +3,15 @@
 use crate::{
     device, model_of,
     policies::{
-        Attended, Birth, Chance, Coded, Everything, KeyNorm, Logits, Mixing, Newest, Ragged,
-        Surprise,
+        Attended, Birth, Chance, Coded, Everything, KeyNorm, Largest, Logits, Mixing, Newest,
+        Ragged, Surprise,
     },
     text,
 };
 use locret_core::{
-    Budget, CacheOptions, DType, Dense, Evict, Kernels, KvCachePolicy, LayerSpec, LayerUnits,
-    Needs, Placement, Positions, QuantLayout, Quantization, QuantizedStore, Result, RopeConfig,
-    RopeScaling, Scorer, Step, Verdict,
+    Budget, BudgetTable, CacheOptions, DType, Dense, Evict, Kernels, KvCachePolicy, LayerSpec,
+    LayerUnits, Needs, Observation, Placement, Positions, QuantLayout, Quantization,
+    QuantizedStore, Result, RopeConfig, RopeScaling, Scorer, Share, Step, Verdict,
     conformance::{
         AdapterCheck, Case, PolicyCheck, StoreCheck, check_adapter, check_compute, check_policy,
         check_store, small_spec,
@@ -74,9 +74,55 @@ fn observed_weights() {
 }
 
 #[test]
+fn observed_largest_weights() {
+    for what in [Observation::MaxWeights, Observation::MaxWeightsByInput] {
+        check_policy(&device(), &PolicyCheck::default(), |case| {
+            Arc::new(evict(case, Largest(what)))
+        })
+        .unwrap();
+    }
+}
+
+#[test]
 fn observed_logits() {
     check_policy(&device(), &PolicyCheck::default(), |case| {
         Arc::new(evict(case, Logits).recent(2))
+    })
+    .unwrap();
+}
+
+/// Budgets that are shared over the model, and tables of budgets.
+#[test]
+fn budgets_that_differ_between_heads_and_layers() {
+    let check = PolicyCheck {
+        fills_budget: false,
+        ..PolicyCheck::default()
+    };
+    check_policy(&device(), &check, |case| {
+        Arc::new(evict(case, KeyNorm).recent(3).share(Share::Model))
+    })
+    .unwrap();
+    check_policy(&device(), &check, |case| {
+        let policy = evict(case, Birth).sinks(1).ada(0.0).stabilizers(2);
+        Arc::new(policy.share(Share::Model))
+    })
+    .unwrap();
+    let row = |case: &Case<'_>, layer: usize, heads: usize| {
+        let share = |head| 0.3 + ((case.seed as usize + 5 * layer + 3 * head) % 7) as f64;
+        (0..heads).map(share).collect::<Vec<f64>>()
+    };
+    let table = |case: &Case<'_>, heads: usize| {
+        let rows = (0..case.spec.layers).map(|layer| row(case, layer, heads));
+        BudgetTable::new(rows.collect()).unwrap()
+    };
+    // What all of the model have together does not say that no head's share is reached.
+    check_policy(&device(), &check, |case| {
+        let heads = case.spec.kv_heads;
+        Arc::new(evict(case, KeyNorm).recent(3).table(table(case, heads)))
+    })
+    .unwrap();
+    check_policy(&device(), &check, |case| {
+        Arc::new(evict(case, Attended).ada(0.2).table(table(case, 1)))
     })
     .unwrap();
 }

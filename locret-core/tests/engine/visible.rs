@@ -2,13 +2,13 @@
 
 use crate::{
     device, model, model_of,
-    policies::{Attended, Birth, Everything, KeyNorm, Logits, Several},
+    policies::{Attended, Birth, Everything, KeyNorm, Largest, Logits, Several},
     spec, text,
 };
 use locret_core::{
     Budget, CacheOptions, DType, Error, Evict, Kernels, KvCachePolicy, KvStore, LayerSpec,
-    LayerUnits, Needs, Placement, Positions, Prefill, Quantization, QuantizedStore, Result, Rows,
-    Session, Step, Verdict, View, Views, Visible,
+    LayerUnits, Needs, Observation, Placement, Positions, Prefill, Quantization, QuantizedStore,
+    Result, Rows, Session, Step, Verdict, View, Views, Visible,
     conformance::{Case, PolicyCheck, check_policy},
 };
 use std::{ops::Range, sync::Arc};
@@ -149,6 +149,11 @@ fn whatever_is_seen_and_evicted() {
 fn what_is_observed_is_attention_to_what_is_seen() {
     check_policy(&device(), &PolicyCheck::default(), |case| {
         Arc::new(Choosing::new(case, evict(case, Attended)))
+    })
+    .unwrap();
+    check_policy(&device(), &PolicyCheck::default(), |case| {
+        let largest = Largest(Observation::MaxWeightsByInput);
+        Arc::new(Choosing::new(case, evict(case, largest)))
     })
     .unwrap();
     check_policy(&device(), &PolicyCheck::default(), |case| {

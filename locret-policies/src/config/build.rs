@@ -8,8 +8,10 @@ use crate::{
     minference::{Pattern, Patterns},
     published::Published,
 };
-use locret_core::{Budget, CausalLm, Compute, KvCachePolicy, ModelSpec, Positions, Prefill};
-use std::sync::Arc;
+use locret_core::{
+    Budget, BudgetTable, CausalLm, Compute, KvCachePolicy, ModelSpec, Positions, Prefill,
+};
+use std::{fs, path::Path, sync::Arc};
 
 impl PolicyConfig {
     /// The policy, for a model that `compute` computes.
@@ -193,6 +195,9 @@ impl PolicyConfig {
         let mut config = self.clone();
         config.pool = config.pool.or(advice.pool);
         config.sinks = config.sinks.or(advice.sinks);
+        config.recent = config.recent.or(advice.recent);
+        config.ada = config.ada.or(advice.ada);
+        config.share = config.share.or(advice.share);
         config.positions = config.positions.or(advice.positions);
         config
     }
@@ -233,6 +238,8 @@ impl PolicyConfig {
             ("pool", self.pool.is_some(), evicts),
             ("pyramid", self.pyramid.is_some(), evicts),
             ("ada", self.ada.is_some(), evicts),
+            ("share", self.share.is_some(), evicts),
+            ("table", self.table.is_some(), evicts),
             ("merge", self.merge.is_some(), evicts),
             ("heads", self.heads.is_some(), only(&[Method::Locret])),
             ("seed", self.seed.is_some(), only(&[Method::Random])),
@@ -292,6 +299,12 @@ impl PolicyConfig {
         if let Some(floor) = self.ada {
             policy = policy.ada(floor);
         }
+        if let Some(share) = self.share {
+            policy = policy.share(share);
+        }
+        if let Some(path) = &self.table {
+            policy = policy.table(table(path)?);
+        }
         let room = match budget {
             Budget::Units(units) => Some(Room { units, step: STEP }),
             _ => None,
@@ -348,4 +361,10 @@ const STEP: usize = 512;
 struct Room {
     units: usize,
     step: usize,
+}
+
+/// A file's table of budgets.
+fn table(path: &Path) -> Result<BudgetTable> {
+    let text = fs::read_to_string(path).map_err(PolicyError::io(path))?;
+    serde_json::from_str(&text).map_err(|e| PolicyError::file(path, e.to_string()))
 }

@@ -8,7 +8,7 @@ pub use method::Method;
 pub use tier::TierConfig;
 
 use crate::{PolicyError, Result};
-use locret_core::{Budget, DecodeEviction, Positions, Quantization};
+use locret_core::{Budget, DecodeEviction, Positions, Quantization, Share};
 use serde::{Deserialize, Deserializer, Serialize, de};
 use std::{
     fmt,
@@ -72,10 +72,18 @@ pub struct PolicyConfig {
     /// ([`Evict::pyramid`](locret_core::Evict::pyramid)).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pyramid: Option<f64>,
-    /// Shares a layer's budget out over its heads, with this floor
-    /// ([`Evict::ada`](locret_core::Evict::ada)).
+    /// Shares a budget out over heads by their scores, with this floor
+    /// ([`Evict::ada`](locret_core::Evict::ada)). By default [`Share::FLOOR`] where `share` is set.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ada: Option<f64>,
+    /// Over what heads share, if they do: `layer` (the default where `ada` is set) or `model`
+    /// ([`Evict::share`](locret_core::Evict::share)).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub share: Option<Share>,
+    /// Shares the budget out over layers, or layers and heads, as this JSON file says: a
+    /// [`BudgetTable`](locret_core::BudgetTable) ([`Evict::table`](locret_core::Evict::table)).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub table: Option<PathBuf>,
     /// Folds dropped values into kept ones where the cosine of the keys is at least this
     /// ([`Merge`](crate::Merge)).
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -89,7 +97,7 @@ pub struct PolicyConfig {
     )]
     pub quantize: Option<Quantization>,
     /// `locret`: the file of retaining heads, see [`HeadWeights::load`](crate::HeadWeights::load).
-    /// Its [`HeadAdvice`](crate::HeadAdvice) stands in for `pool`, `sinks` and `positions` where they
+    /// Its [`HeadAdvice`](crate::HeadAdvice) stands in for `pool`, `sinks`, `recent`, `ada`, `share` and `positions` where they
     /// are not set; `pool = 1, sinks = 0, positions = "compact"` is the authors' procedure with any
     /// heads.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -197,6 +205,8 @@ impl PolicyConfig {
             pool: None,
             pyramid: None,
             ada: None,
+            share: None,
+            table: None,
             merge: None,
             quantize: None,
             heads: None,
@@ -231,6 +241,16 @@ impl PolicyConfig {
         self
     }
 
+    /// The files that it names.
+    pub fn files(&mut self) -> impl Iterator<Item = &mut PathBuf> {
+        let tier = match &mut self.tier {
+            Some(TierConfig::Disk(folder)) => folder.as_mut(),
+            _ => None,
+        };
+        let files = [&mut self.heads, &mut self.patterns, &mut self.table];
+        files.into_iter().flatten().chain(tier)
+    }
+
     /// From TOML.
     ///
     /// # Errors
@@ -247,7 +267,7 @@ impl PolicyConfig {
         serde_json::from_str(text).map_err(|e| PolicyError::Config(e.to_string()))
     }
 
-    /// From a file: JSON if its name ends so, else TOML. Relative paths of heads, of patterns and of a
+    /// From a file: JSON if its name ends so, else TOML. Relative paths of heads, of patterns, of tables and of a
     /// tier's folder count from the file's folder.
     ///
     /// # Errors
@@ -268,14 +288,7 @@ impl PolicyConfig {
             other => other,
         })?;
         if let Some(folder) = path.parent() {
-            let tier = match &mut config.tier {
-                Some(TierConfig::Disk(folder)) => folder.as_mut(),
-                _ => None,
-            };
-            let files = [config.heads.as_mut(), config.patterns.as_mut(), tier];
-            for file in files.into_iter().flatten() {
-                *file = folder.join(&*file);
-            }
+            config.files().for_each(|file| *file = folder.join(&*file));
         }
         Ok(config)
     }

@@ -1,6 +1,6 @@
 //! Retaining heads, ready to score.
 
-use super::{HeadWeights, LayerHead};
+use super::{HeadForm, HeadInput, HeadWeights, LayerHead, forms::Formed};
 use half::{bf16, f16};
 use locret_core::{
     CausalLm, Compute, DType, Error, ModelSpec, Perceptron, Result, Rows, Weight,
@@ -16,18 +16,21 @@ use std::sync::Arc;
 /// layer's input `x` with the model's own matrix. Since `fc1 · (W x) = (fc1 · W) x`, the two can be made
 /// one of fewer columns ([`for_model`](Self::for_model)): 3,072 instead of 9,216 for Phi-3-mini, 4,096
 /// instead of 6,144 for Llama-3.1-8B, 576 instead of 960 for SmolLM2-135M. Such heads are *folded*: they
-/// read the layer's input, and scores are the same but for rounding.
+/// read the layer's input, and scores are the same but for rounding. Heads of other [forms](HeadForm) than
+/// Locret's read it anyway.
 #[derive(Debug, Clone)]
 pub struct RetainingHeads {
     layers: Vec<Arc<dyn Perceptron>>,
-    folded: bool,
+    form: HeadForm,
+    reads: HeadInput,
     inputs: usize,
     outputs: usize,
     fingerprint: String,
 }
 
 impl RetainingHeads {
-    /// Puts heads where `compute` computes, to read queries, keys and values.
+    /// Puts heads where `compute` computes, to read what heads of their form do: queries, keys and values for
+    /// Locret's.
     ///
     /// # Errors
     /// [`PolicyError::Shape`](crate::PolicyError::Shape) for heads that don't fit `model`.
@@ -37,11 +40,11 @@ impl RetainingHeads {
         compute: &dyn Compute,
     ) -> crate::Result<Self> {
         weights.validate(model)?;
-        let mut placing = Placing::new(model.layer(0).qkv_features(), model, compute);
+        let mut placing = Placing::new(weights.form, weights.form.reads(), model, compute);
         for head in &weights.layers {
             placing.add(head, &head.fc1)?;
         }
-        Ok(placing.heads(false))
+        Ok(placing.heads())
     }
 
     /// Puts heads where `model` runs, folded where the model has a matrix for its queries, keys and values
@@ -56,9 +59,10 @@ impl RetainingHeads {
         let (spec, compute) = (model.spec(), &**model.compute());
         weights.validate(spec)?;
         let (hidden, features) = (spec.hidden, spec.layer(0).qkv_features());
-        let mut placing = Placing::new(hidden, spec, compute);
+        let narrower = hidden < features && weights.form.reads() == HeadInput::Qkv;
+        let mut placing = Placing::new(weights.form, HeadInput::Layer, spec, compute);
         for (layer, head) in weights.layers.iter().enumerate() {
-            let own = match hidden < features && spec.layer_input {
+            let own = match narrower && spec.layer_input {
                 true => model.qkv_weight(layer)?,
                 false => None,
             };
@@ -67,12 +71,22 @@ impl RetainingHeads {
             };
             placing.add(head, &product(compute, head, &own, [features, hidden])?)?;
         }
-        Ok(placing.heads(true))
+        Ok(placing.heads())
     }
 
-    /// Whether the heads read what a layer makes queries, keys and values from, rather than these.
+    /// What the heads compute.
+    pub fn form(&self) -> HeadForm {
+        self.form
+    }
+
+    /// What the heads read: [`scores`](Self::scores) takes that.
+    pub fn reads(&self) -> HeadInput {
+        self.reads
+    }
+
+    /// Whether heads that were trained on queries, keys and values read what a layer makes these from.
     pub fn folded(&self) -> bool {
-        self.folded
+        self.reads != self.form.reads()
     }
 
     /// SHA-256 of the weights that these heads were made of, as they were before any folding, in
@@ -81,11 +95,11 @@ impl RetainingHeads {
         &self.fingerprint
     }
 
-    /// Causal importance scores of new tokens, `[tokens, kv_heads]` row-major.
+    /// Causal importance scores of new tokens, `[tokens, kv_heads]` row-major; of [`HeadForm::Decay`] `ln β`.
     ///
     /// # Shapes
     /// - `parts`: queries, keys and values before rotation, `[tokens, heads * head_dim]`, and `[tokens,
-    ///   kv_heads * head_dim]` twice; for [`folded`](Self::folded) heads the layer's input, `[tokens,
+    ///   kv_heads * head_dim]` twice; for heads that [read](Self::reads) the layer's input that, `[tokens,
     ///   hidden]`
     ///
     /// # Errors
@@ -104,10 +118,7 @@ impl RetainingHeads {
     /// # Errors
     /// [`Error::Shape`].
     pub fn validate(&self, model: &ModelSpec) -> Result<()> {
-        let inputs = match self.folded {
-            true => model.hidden,
-            false => model.layer(0).qkv_features(),
-        };
+        let inputs = self.reads.features(model);
         let expected = [model.layers, inputs, model.kv_heads];
         let found = [self.layers.len(), self.inputs, self.outputs];
         if found != expected {
@@ -133,12 +144,13 @@ struct Placing<'a> {
 }
 
 impl<'a> Placing<'a> {
-    fn new(inputs: usize, model: &ModelSpec, compute: &'a dyn Compute) -> Self {
+    fn new(form: HeadForm, reads: HeadInput, model: &ModelSpec, compute: &'a dyn Compute) -> Self {
         Self {
             heads: RetainingHeads {
                 layers: Vec::with_capacity(model.layers),
-                folded: false,
-                inputs,
+                form,
+                reads,
+                inputs: reads.features(model),
                 outputs: model.kv_heads,
                 fingerprint: String::new(),
             },
@@ -151,7 +163,7 @@ impl<'a> Placing<'a> {
     /// The next layer's head, whose first matrix is `fc1`, `[d_R, inputs]`.
     fn add(&mut self, head: &LayerHead, fc1: &[f32]) -> Result<()> {
         self.hash.update((head.d_r as u64).to_le_bytes());
-        for weights in [&head.fc1, &head.fc2] {
+        for weights in head.lists().filter(|list| !list.is_empty()) {
             self.hash.update((weights.len() as u64).to_le_bytes());
             let mut bytes = Vec::with_capacity(4 * HASHED);
             for piece in weights.chunks(HASHED) {
@@ -160,16 +172,25 @@ impl<'a> Placing<'a> {
                 self.hash.update(&bytes);
             }
         }
-        let fc1 = packed(fc1, head.d_r, self.heads.inputs, &mut self.arena);
-        let placed = self.compute.perceptron(fc1, head.fc2.clone())?;
+        let (form, outputs) = (self.heads.form, self.heads.outputs);
+        let mut first = packed(fc1, head.d_r, self.heads.inputs, &mut self.arena);
+        let placed: Arc<dyn Perceptron> = match form {
+            HeadForm::Locret => self.compute.perceptron(first, head.fc2.clone())?,
+            _ => {
+                if !self.compute.computes_with(first.dtype) {
+                    first = Weight::from_f32(fc1, head.d_r, self.heads.inputs);
+                }
+                let first = self.compute.matrix(vec![first])?;
+                Arc::new(Formed::new(form, head, first, outputs))
+            }
+        };
         self.heads.layers.push(placed);
         Ok(())
     }
 
-    fn heads(self, folded: bool) -> RetainingHeads {
+    fn heads(self) -> RetainingHeads {
         let digest = self.hash.finalize();
         RetainingHeads {
-            folded,
             fingerprint: digest.iter().map(|byte| format!("{byte:02x}")).collect(),
             ..self.heads
         }
@@ -263,6 +284,7 @@ mod tests {
                 d_r,
                 fc1: (0..d_r * features).map(number).collect(),
                 fc2: (0..d_r * 2).map(|i| number(i + 5)).collect(),
+                ..LayerHead::default()
             };
             let own: Vec<f32> = (0..features * hidden).map(|i| number(i + 9)).collect();
             let x: Vec<f32> = (0..tokens * hidden).map(|i| number(3 * i + 1)).collect();
@@ -304,12 +326,14 @@ mod tests {
                 d_r: 33,
                 fc1: numbers(33 * inputs, 0).collect(),
                 fc2: numbers(33 * 2, 5).collect(),
+                ..LayerHead::default()
             };
             let kept = packed(&head.fc1, 33, inputs, &mut Arena::default());
             assert_eq!(kept.dtype, dtype);
             let weights = HeadWeights {
                 layers: vec![head],
                 metadata: Default::default(),
+                ..HeadWeights::default()
             };
             let heads = BOTH.map(|kernels| {
                 RetainingHeads::new(&weights, &spec, &*kernels.on(&Device::flex())).unwrap()

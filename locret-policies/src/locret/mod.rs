@@ -1,10 +1,13 @@
 //! Locret: trained retaining heads predict how much a unit will matter.
 
+mod container;
+mod forms;
 mod heads;
+mod layouts;
 mod weights;
 
 pub use heads::RetainingHeads;
-pub use weights::{HeadAdvice, HeadWeights, LayerHead};
+pub use weights::{Gate, HeadAdvice, HeadForm, HeadInput, HeadWeights, LayerHead};
 
 use crate::published::Published;
 use locret_core::{
@@ -32,6 +35,10 @@ use std::sync::Arc;
 /// over neighbouring units ([`Evict::pool`]) and keep the beginning of the text
 /// ([`Evict::sinks`]). *Locret-Q* (§5) is the same policy on a prompt with the question at its
 /// start ([`query_first`]), and heads that were trained so.
+///
+/// Heads that came after Locret's work in the same way ([`HeadForm`]): a score that a unit is born with. One kind
+/// decays instead (TRIM-KV): its units carry `(t - i) · ln β`, brought to the present `t` in every step by what is
+/// known of `t` and `i`, and rounded to 32 bits each time (a thousand steps leave it right in five digits).
 #[derive(Debug, Clone)]
 pub struct Locret {
     heads: Arc<RetainingHeads>,
@@ -88,13 +95,16 @@ impl Scorer for Locret {
     /// Weights do not show in `Debug`.
     fn fingerprint(&self) -> String {
         let (weights, folded) = (self.heads.fingerprint(), self.heads.folded());
-        format!("Locret {{ weights: {weights}, folded: {folded} }}")
+        match self.heads.form() {
+            HeadForm::Locret => format!("Locret {{ weights: {weights}, folded: {folded} }}"),
+            form => format!("Locret {{ weights: {weights}, form: {form:?} }}"),
+        }
     }
 
     fn needs(&self) -> Needs {
-        match self.heads.folded() {
-            true => Needs::NOTHING.input(),
-            false => Needs::NOTHING.qkv(),
+        match self.heads.reads() {
+            HeadInput::Layer => Needs::NOTHING.input(),
+            HeadInput::Qkv => Needs::NOTHING.qkv(),
         }
     }
 
@@ -116,29 +126,42 @@ impl Scorer for Locret {
 
     fn score(&self, at: &Step, units: &LayerUnits<'_>) -> Result<Scores> {
         let kv_heads = units.kv_heads();
+        let decays = self.heads.form() == HeadForm::Decay;
+        // One position beyond the newest token's, as the authors count: what comes next looks back from there.
+        let age = |total: usize, position: u32| (total as f64 + 1.0 - f64::from(position)).max(1.0);
         let mut scores: Vec<Vec<f32>> = (0..kv_heads)
             .map(|head| {
                 let mut list = Vec::with_capacity(units.len(head));
                 list.extend_from_slice(units.carried(head));
+                if decays {
+                    for (score, i) in list.iter_mut().zip(units.positions(head)) {
+                        let (now, then) = (age(at.seen + at.incoming, *i), age(at.seen, *i));
+                        *score = (f64::from(*score) * now / then) as f32;
+                    }
+                }
                 list
             })
             .collect();
         if units.incoming() > 0 {
             let missing = || Error::policy(self.name(), "what its heads read is missing");
-            let new = match self.heads.folded() {
-                true => {
+            let new = match self.heads.reads() {
+                HeadInput::Layer => {
                     let input = units.input().ok_or_else(missing)?;
                     self.heads.scores(at.layer.index, &[input])?
                 }
-                false => {
+                HeadInput::Qkv => {
                     let qkv = units.qkv().ok_or_else(missing)?;
                     self.heads
                         .scores(at.layer.index, &[&qkv.q, &qkv.k, &qkv.v])?
                 }
             };
-            for token in new.chunks_exact(kv_heads) {
+            for (i, token) in new.chunks_exact(kv_heads).enumerate() {
+                let factor = match decays {
+                    true => age(at.incoming, i as u32),
+                    false => 1.0,
+                };
                 for (list, score) in scores.iter_mut().zip(token) {
-                    list.push(*score);
+                    list.push((f64::from(*score) * factor) as f32);
                 }
             }
         }

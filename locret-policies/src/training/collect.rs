@@ -1,36 +1,19 @@
 //! Labels, and the inputs that go with them, collected through the engine.
 
 use super::{
-    FINGERPRINT, InputDtype, Sample, Shard, Shards, Split, fingerprint,
-    shards::{LayerRows, NewShard, path_of},
+    FINGERPRINT, InputDtype, LabelKind, LabelOptions, Sample, Shard, Shards, Split, fingerprint,
+    labels::{self, Factors, UnitFactors, feed},
+    shards::{Coded, LayerRows, NewShard, path_of},
 };
-use crate::{PolicyError, Result};
-use locret_core::{
-    CacheOptions, CausalLm, Decided, ModelSpec, Needs, Observation, Pass, Phase, Probe, Queries,
-    SequenceCache, forward,
-};
+use crate::{HeadInput, PolicyError, Result};
+use locret_core::{CausalLm, Decided, ModelSpec, Needs, Probe};
 use rand::{RngExt, SeedableRng, seq::SliceRandom};
 use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 use std::{
     ops::{ControlFlow, Range},
     path::Path,
-    sync::Arc,
 };
-
-/// What a unit's label is. Both are the largest over the answers of a sample and over the query
-/// heads that share the KV head.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum LabelKind {
-    /// The largest attention logit that an answer's token has for it, before the softmax, as the
-    /// authors do (arXiv 2410.01805 §3.2).
-    #[default]
-    MaxLogit,
-    /// The logarithm of the attention weight that it gets from an answer, averaged over the
-    /// answer's tokens.
-    Mass,
-}
 
 /// How labels are collected. In code, begin with the default and set the fields.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -39,8 +22,11 @@ pub enum LabelKind {
 pub struct CollectConfig {
     /// Tokens that go through the model together.
     pub chunk: usize,
-    /// What a label is.
-    pub label: LabelKind,
+    /// What labels are. All kinds that are named are collected from one reading of the texts; their answers
+    /// are forced once for each.
+    pub labels: Vec<LabelKind>,
+    /// What heads will read.
+    pub reads: Vec<HeadInput>,
     /// Adds the logarithm of the norm of a unit's value to its label: attention to a value of
     /// small norm changes little.
     pub value_norm: bool,
@@ -64,7 +50,8 @@ impl Default for CollectConfig {
     fn default() -> Self {
         Self {
             chunk: 512,
-            label: LabelKind::MaxLogit,
+            labels: vec![LabelKind::MaxLogit],
+            reads: vec![HeadInput::Qkv],
             value_norm: false,
             query_tokens: 0,
             inputs: InputDtype::Q8,
@@ -118,6 +105,7 @@ pub fn collect(
         sample.validate(index, spec.vocab)?;
     }
     std::fs::create_dir_all(folder).map_err(PolicyError::io(folder))?;
+    let factors = Factors::new(model, &config.labels, config.value_norm)?;
     let splits = config.splits(samples.len());
     let mut at = CollectProgress {
         samples: 0,
@@ -137,15 +125,19 @@ pub fn collect(
             Some(shard) => shard,
             None => {
                 let spans = config.spans(sample.prompt.len(), split, index);
-                let (layers, features) = label(model, sample, config, &spans)?;
+                let layers = label(model, sample, config, &factors, &spans)?;
                 NewShard {
                     fingerprint,
                     split,
                     dtype: config.inputs,
-                    spans: spans.iter().map(|s| s.len()).collect(),
+                    spans,
+                    tokens: sample.prompt.len(),
                     head_dim: spec.head_dim,
                     kv_heads: spec.kv_heads,
-                    features,
+                    reads: (config.reads.iter())
+                        .map(|read| (*read, read.features(spec)))
+                        .collect(),
+                    labels: config.labels.clone(),
                     layers,
                 }
                 .write(&path)?;
@@ -164,13 +156,30 @@ pub fn collect(
 impl CollectConfig {
     fn validate(&self) -> Result<()> {
         let wrong = |message: &str| Err(PolicyError::setting("training", message));
-        if self.chunk == 0 || self.span == 0 {
-            return wrong("chunk and span must be at least 1");
+        self.options().validate(&self.labels)?;
+        if self.span == 0 {
+            return wrong("span must be at least 1");
+        }
+        let twice = |names: &[String]| (1..names.len()).any(|i| names[..i].contains(&names[i]));
+        let kinds: Vec<String> = self.labels.iter().map(|l| format!("{l:?}")).collect();
+        let reads: Vec<String> = self.reads.iter().map(|r| format!("{r:?}")).collect();
+        for names in [kinds, reads] {
+            if names.is_empty() || twice(&names) {
+                return wrong("kinds of labels and inputs: at least one of each, and none twice");
+            }
         }
         if !(0.0..1.0).contains(&self.validation) {
             return wrong("validation is a share, at least 0 and below 1");
         }
         Ok(())
+    }
+
+    fn options(&self) -> LabelOptions {
+        LabelOptions {
+            chunk: self.chunk,
+            query_tokens: self.query_tokens,
+            value_norm: self.value_norm,
+        }
     }
 
     /// Which samples only measure: one of every `1 / validation` consecutive ones. What a sample is
@@ -231,216 +240,93 @@ impl CollectConfig {
     }
 }
 
-/// Inputs and labels of one sample's spans, for every layer, and the number of features.
+/// Inputs and labels of one sample's spans, for every layer.
 fn label(
     model: &dyn CausalLm,
     sample: &Sample,
     config: &CollectConfig,
+    factors: &Factors,
     spans: &[Range<usize>],
-) -> Result<(Vec<LayerRows>, usize)> {
-    let spec = model.spec();
-    let mut sink = vec![LayerSink::new(spec, sample.prompt.len()); spec.layers];
-    let full = Arc::new(crate::Full::default());
-    let options = CacheOptions::default();
-    let mut cache = SequenceCache::new(spec, full, model.compute(), options)?;
+) -> Result<Vec<LayerRows>> {
+    let mut sinks = vec![LayerSink::default(); model.spec().layers];
+    let mut cache = labels::full(model)?;
     let mut reading = Reading {
-        layers: &mut sink,
+        layers: &mut sinks,
         spans,
-        dtype: config.inputs,
+        config,
+        factors,
     };
-    feed(
-        model,
-        &mut cache,
-        &sample.prompt,
-        config.chunk,
-        &mut reading,
-    )?;
-    for answer in &sample.answers {
-        let mut fork = cache.fork()?;
-        let tokens = config.query_tokens.min(answer.query.len());
-        let (unseen, watched) = answer.query.split_at(answer.query.len() - tokens);
-        feed(model, &mut fork, unseen, config.chunk, &mut Unwatched)?;
-        let mut watching = Watching {
-            layers: &mut sink,
-            prompt: sample.prompt.len(),
-            label: config.label,
-        };
-        let watched = [watched, &answer.answer].concat();
-        feed(model, &mut fork, &watched, config.chunk, &mut watching)?;
-        for layer in &mut sink {
-            layer.close(config.label, watched.len());
+    let (prompt, chunk) = (&sample.prompt, config.chunk);
+    feed(model, &mut cache, prompt, chunk, &mut reading)?;
+    let (mut rows, factors): (Vec<_>, Vec<_>) =
+        sinks.into_iter().map(|s| (s.rows, s.factors)).unzip();
+    let options = config.options();
+    for kind in &config.labels {
+        let all = labels::forced(model, &cache, sample, *kind, &options, &factors)?;
+        for (rows, of_layer) in rows.iter_mut().zip(all) {
+            let tokens = spans.iter().cloned().flatten();
+            let each = tokens.flat_map(|token| of_layer.iter().map(move |head| head[token]));
+            rows.labels.push(each.flat_map(f32::to_le_bytes).collect());
         }
     }
-    let features = spec.layer(0).qkv_features();
-    let mut layers = Vec::with_capacity(spec.layers);
-    for (index, layer) in sink.iter_mut().enumerate() {
-        layers.push(layer.finish(spans, config, index)?);
-    }
-    Ok((layers, features))
+    Ok(rows)
 }
 
-/// Puts tokens through the model.
-fn feed(
-    model: &dyn CausalLm,
-    cache: &mut SequenceCache,
-    ids: &[u32],
-    chunk: usize,
-    probe: &mut dyn Probe,
-) -> Result<()> {
-    let total = cache.seen() + ids.len();
-    for ids in ids.chunks(chunk) {
-        let step = cache.step(Phase::Forced, ids.len(), total);
-        let mut pass = Pass::new([step.watched(&mut *probe)])?;
-        forward(model, ids, &mut pass)?;
-        pass.finish(None)?;
-    }
-    Ok(())
-}
-
-#[derive(Debug, Clone)]
+/// What was read of one layer.
+#[derive(Debug, Clone, Default)]
 struct LayerSink {
     rows: LayerRows,
-    /// `[kv_heads][token]`
-    norms: Vec<Vec<f32>>,
-    /// The best over the answers so far, `[kv_heads][token]`.
-    best: Vec<Vec<f32>>,
-    /// Of the answer that is being forced: the largest logits, `[kv_heads][token]`, or the sums of
-    /// weights, `[heads][token]`.
-    current: Vec<Vec<f32>>,
+    factors: UnitFactors,
 }
 
-impl LayerSink {
-    fn new(spec: &ModelSpec, tokens: usize) -> Self {
-        Self {
-            rows: LayerRows::default(),
-            norms: vec![Vec::new(); spec.kv_heads],
-            best: vec![vec![f32::NEG_INFINITY; tokens]; spec.kv_heads],
-            current: Vec::new(),
-        }
-    }
-
-    /// Brings in an answer of `tokens` tokens.
-    fn close(&mut self, label: LabelKind, tokens: usize) {
-        let current = std::mem::take(&mut self.current);
-        let group = current.len() / self.best.len();
-        for (index, list) in current.into_iter().enumerate() {
-            let head = index / group;
-            for (best, value) in self.best[head].iter_mut().zip(list) {
-                let value = match label {
-                    LabelKind::MaxLogit => value,
-                    // Below this, differences between weights mean nothing.
-                    LabelKind::Mass => (value / tokens as f32).max(1e-8).ln(),
-                };
-                *best = best.max(value);
-            }
-        }
-    }
-
-    fn finish(
-        &mut self,
-        spans: &[Range<usize>],
-        config: &CollectConfig,
-        layer: usize,
-    ) -> Result<LayerRows> {
-        let mut rows = std::mem::take(&mut self.rows);
-        for token in spans.iter().cloned().flatten() {
-            for (best, norms) in self.best.iter().zip(&self.norms) {
-                let mut label = best[token];
-                if config.value_norm {
-                    label += norms[token].max(1e-8).ln();
-                }
-                if !label.is_finite() {
-                    return Err(locret_core::Error::NotFinite {
-                        what: "a label",
-                        at: format!("layer {layer}, token {token}"),
-                    }
-                    .into());
-                }
-                rows.labels.extend(label.to_le_bytes());
-            }
-        }
-        Ok(rows)
-    }
-}
-
-/// Sees nothing.
-struct Unwatched;
-
-impl Probe for Unwatched {}
-
-/// Writes down each layer's `[q; k; v]`.
+/// Writes down what heads read of each layer.
 struct Reading<'a> {
     layers: &'a mut [LayerSink],
     spans: &'a [Range<usize>],
-    dtype: InputDtype,
+    config: &'a CollectConfig,
+    factors: &'a Factors,
 }
 
 impl Probe for Reading<'_> {
     fn needs(&self) -> Needs {
-        Needs::NOTHING.qkv()
+        let mut needs = Needs::NOTHING;
+        if self.config.reads.contains(&HeadInput::Qkv) || self.factors.needed() {
+            needs = needs.qkv();
+        }
+        if self.config.reads.contains(&HeadInput::Layer) {
+            needs = needs.input();
+        }
+        needs
     }
 
     fn decided(&mut self, at: &Decided<'_>) -> locret_core::Result<()> {
-        let Some(qkv) = at.units.qkv() else {
-            return Ok(());
-        };
         let step = at.step;
-        let dim = step.layer.head_dim;
-        let parts = [qkv.q.values()?, qkv.k.values()?, qkv.v.values()?];
-        let widths = [step.layer.heads, step.layer.kv_heads, step.layer.kv_heads].map(|n| n * dim);
         let layer = &mut self.layers[step.layer.index];
-        let mut row = Vec::with_capacity(widths.iter().sum());
-        for i in 0..step.incoming {
-            row.clear();
-            for (part, width) in parts.iter().zip(widths) {
-                row.extend_from_slice(&part[i * width..(i + 1) * width]);
-            }
-            let values = &row[row.len() - widths[2]..];
-            for (norms, v) in layer.norms.iter_mut().zip(values.chunks_exact(dim)) {
-                norms.push(v.iter().map(|x| x * x).sum::<f32>().sqrt());
-            }
-            let token = step.seen + i;
-            if self.spans.iter().any(|s| s.contains(&token)) {
-                layer.rows.push_row(&row, dim, self.dtype);
-            }
+        if let Some(qkv) = at.units.qkv() {
+            self.factors.add(step, &qkv.v, &mut layer.factors)?;
         }
-        Ok(())
-    }
-}
-
-/// Writes down what new tokens attend to among the prompt's units.
-struct Watching<'a> {
-    layers: &'a mut [LayerSink],
-    prompt: usize,
-    label: LabelKind,
-}
-
-impl Probe for Watching<'_> {
-    fn needs(&self) -> Needs {
-        let what = match self.label {
-            LabelKind::MaxLogit => Observation::MaxLogits,
-            LabelKind::Mass => Observation::Weights,
-        };
-        Needs::NOTHING.observe(Queries::All, what)
-    }
-
-    fn decided(&mut self, at: &Decided<'_>) -> locret_core::Result<()> {
-        let Some(observed) = at.units.observed() else {
-            return Ok(());
-        };
-        let current = &mut self.layers[at.step.layer.index].current;
-        if current.is_empty() {
-            *current = (observed.per_head.iter())
-                .map(|list| list[..self.prompt].to_vec())
-                .collect();
-            return Ok(());
-        }
-        for (all, list) in current.iter_mut().zip(&observed.per_head) {
-            for (a, x) in all.iter_mut().zip(list) {
-                *a = match self.label {
-                    LabelKind::MaxLogit => a.max(*x),
-                    LabelKind::Mass => *a + x,
-                };
+        let all = step.seen..step.seen + step.incoming;
+        let due = |token: &usize| self.spans.iter().any(|s| s.contains(token));
+        let due: Vec<usize> = (all.filter(due)).map(|token| token - step.seen).collect();
+        let rows = &mut layer.rows.inputs;
+        rows.resize(self.config.reads.len(), Coded::default());
+        for (rows, read) in rows.iter_mut().zip(&self.config.reads) {
+            let parts = match read {
+                HeadInput::Qkv => at.units.qkv().map(|qkv| vec![&qkv.q, &qkv.k, &qkv.v]),
+                HeadInput::Layer => at.units.input().map(|input| vec![input]),
+            };
+            let parts = parts.unwrap_or_default();
+            let values: Vec<_> = parts
+                .iter()
+                .map(|p| p.values())
+                .collect::<locret_core::Result<_>>()?;
+            for token in &due {
+                let of = values.iter().zip(&parts);
+                let row: Vec<f32> = of
+                    .flat_map(|(values, part)| &values[token * part.width()..][..part.width()])
+                    .copied()
+                    .collect();
+                rows.push(&row, step.layer.head_dim, self.config.inputs);
             }
         }
         Ok(())

@@ -1,13 +1,13 @@
 //! Training of all heads, layer by layer, from what was collected.
 
 use super::{
-    FINGERPRINT, HeadTrainer, Loss, Metrics, RECALL_AT, Shard, ShardLayer, Shards, Split, Target,
-    fingerprint,
-    head::{Optimisation, SavedParam},
+    Distance, FINGERPRINT, HeadTrainer, LabelKind, Loss, Metrics, RECALL_AT, Shard, ShardLayer,
+    Shards, Split, Target, fingerprint,
+    head::{Optimisation, SavedParam, shapes},
     metrics,
     shards::{Bytes, save},
 };
-use crate::{HeadWeights, LayerHead, PolicyError, Result};
+use crate::{HeadForm, HeadWeights, LayerHead, PolicyError, Result};
 use burn::tensor::Device;
 use memmap2::Mmap;
 use rand::{SeedableRng, seq::SliceRandom};
@@ -34,7 +34,11 @@ use std::{
 #[serde(default)]
 #[non_exhaustive]
 pub struct TrainConfig {
-    /// Intermediate features of a head.
+    /// Which of the labels that were collected scores are fitted to.
+    pub label: LabelKind,
+    /// What heads compute.
+    pub form: HeadForm,
+    /// Intermediate features of a head; none in a linear one.
     pub d_r: usize,
     /// How often each sample is seen.
     pub epochs: usize,
@@ -57,6 +61,8 @@ pub struct TrainConfig {
     pub alpha: f32,
     /// Weight of the regression loss.
     pub regression: f32,
+    /// What that is a distance by.
+    pub distance: Distance,
     /// Weight of the ranking loss ([`Loss::ranking`]).
     pub ranking: f32,
     /// The share of units above the cut of the ranking loss.
@@ -78,6 +84,8 @@ pub struct TrainConfig {
 impl Default for TrainConfig {
     fn default() -> Self {
         Self {
+            label: LabelKind::MaxLogit,
+            form: HeadForm::Locret,
             d_r: 256,
             epochs: 4,
             span: 512,
@@ -89,6 +97,7 @@ impl Default for TrainConfig {
             clip: 0.5,
             alpha: 0.0025,
             regression: 1.0,
+            distance: Distance::SmoothL1,
             ranking: 0.0,
             cut: 0.125,
             target: Target::Raw,
@@ -101,10 +110,22 @@ impl Default for TrainConfig {
 }
 
 impl TrainConfig {
-    fn validate(&self) -> Result<()> {
+    /// Checks the settings.
+    ///
+    /// # Errors
+    /// [`PolicyError::Setting`] for impossible ones.
+    pub fn validate(&self) -> Result<()> {
         let wrong = |message: &str| Err(PolicyError::setting("training", message));
         if self.d_r == 0 || self.epochs == 0 || self.threads == 0 {
             return wrong("d_r, epochs and threads must be at least 1");
+        }
+        if self.form == HeadForm::Gate {
+            return wrong("gates are not trained here");
+        }
+        if self.form == HeadForm::Decay
+            && (self.label == LabelKind::MaxLogit || self.target == Target::Standardised)
+        {
+            return wrong("scores that decay are at most 0: fit them to logarithms of weights");
         }
         if self.span < 2 {
             return wrong("a span needs at least 2 tokens");
@@ -140,6 +161,7 @@ impl TrainConfig {
     pub fn loss(&self, layers: usize) -> Loss {
         Loss {
             regression: self.regression,
+            distance: self.distance,
             smoothing: self.alpha * layers as f32,
             ranking: self.ranking,
             cut: self.cut,
@@ -298,6 +320,7 @@ pub fn train(
     let (heads, reports) = done.into_values().unzip();
     Ok(Some(Trained {
         heads: HeadWeights {
+            form: config.form,
             layers: heads,
             metadata: BTreeMap::new(),
         },
@@ -324,8 +347,8 @@ pub fn epochs_within(
     let time = || -> Result<()> {
         let mut head = first.head(config, device)?;
         for at in 0..STEPS {
-            let (inputs, labels) = first.step(at % first.pieces.len());
-            head.step(inputs, labels, &loss, 1e-6, 0)?;
+            let (inputs, labels, ages) = first.step(at % first.pieces.len());
+            head.step(inputs, labels, ages, &loss, 1e-6, 0)?;
         }
         Ok(())
     };
@@ -342,10 +365,19 @@ pub fn epochs_within(
     Ok(((seconds / epoch) as usize).clamp(1, config.epochs))
 }
 
+/// One layer's rows of one sample.
+struct Rows<'a> {
+    layer: ShardLayer<'a>,
+    /// What scores are fitted to, `[rows, kv_heads]`.
+    labels: Vec<f32>,
+    /// How old units are at the end of the text, `[rows]`.
+    ages: Vec<f32>,
+}
+
 /// One layer's rows, and what scores are fitted to.
 struct Data<'a> {
-    train: Vec<(ShardLayer<'a>, Vec<f32>)>,
-    validation: Vec<(ShardLayer<'a>, Vec<f32>, usize)>,
+    train: Vec<Rows<'a>>,
+    validation: Vec<Rows<'a>>,
     /// (sample, rows)
     pieces: Vec<(usize, Range<usize>)>,
     features: usize,
@@ -356,9 +388,14 @@ struct Data<'a> {
 impl<'a> Data<'a> {
     fn new(shards: &'a Shards, config: &TrainConfig, layer: usize) -> Result<Self> {
         let load = |shard: &'a Shard| {
-            let rows = shard.layer(layer)?;
-            let labels = targets(rows.labels(), rows.kv_heads(), &shard.spans(), config);
-            Ok((rows, labels))
+            let layer = shard.layer(layer, config.form.reads(), config.label)?;
+            let labels = targets(layer.labels(), layer.kv_heads(), &shard.spans(), config);
+            let ages = shard.ages();
+            Ok(Rows {
+                layer,
+                labels,
+                ages,
+            })
         };
         let train = shards
             .of(Split::Train)
@@ -366,7 +403,7 @@ impl<'a> Data<'a> {
             .collect::<Result<Vec<_>>>()?;
         let validation = shards
             .of(Split::Validation)
-            .map(|s| load(s).map(|(rows, labels)| (rows, labels, s.rows())))
+            .map(load)
             .collect::<Result<Vec<_>>>()?;
         let mut pieces = Vec::new();
         for (index, shard) in shards.of(Split::Train).enumerate() {
@@ -381,21 +418,15 @@ impl<'a> Data<'a> {
                 }
             }
         }
-        let (Some((rows, _)), false) = (train.first(), pieces.is_empty()) else {
+        let (Some(rows), false) = (train.first(), pieces.is_empty()) else {
             return Err(PolicyError::setting(
                 "training",
                 "no sample is long enough for the span",
             ));
         };
-        let (features, kv_heads) = (rows.features(), rows.kv_heads());
-        let others = train
-            .iter()
-            .map(|t| &t.0)
-            .chain(validation.iter().map(|v| &v.0));
-        if others
-            .into_iter()
-            .any(|r| (r.features(), r.kv_heads()) != (features, kv_heads))
-        {
+        let (features, kv_heads) = (rows.layer.features(), rows.layer.kv_heads());
+        let mut others = train.iter().chain(&validation).map(|rows| &rows.layer);
+        if others.any(|r| (r.features(), r.kv_heads()) != (features, kv_heads)) {
             return Err(PolicyError::setting(
                 "training",
                 "the collected samples are not of one model",
@@ -411,30 +442,60 @@ impl<'a> Data<'a> {
         })
     }
 
-    /// Of a head's two matrices.
-    fn shapes(&self, config: &TrainConfig) -> [[usize; 2]; 2] {
-        [[self.features, config.d_r], [config.d_r, self.kv_heads]]
+    /// Names and shapes of a head's weights.
+    fn shapes(&self, config: &TrainConfig) -> Vec<(&'static str, [usize; 2])> {
+        shapes(config.form, self.features, config.d_r, self.kv_heads)
     }
 
     fn head(&self, config: &TrainConfig, device: &Device) -> Result<HeadTrainer> {
         let seed = config.seed ^ ((self.layer as u64 + 1) << 32);
-        let (fc1, fc2) =
-            HeadTrainer::new(self.features, config.d_r, self.kv_heads, seed, device)?.save()?;
-        HeadTrainer::of(fc1, fc2, config.optimisation(), device)
+        let (widths, start) = ([self.features, config.d_r], self.start(config.form));
+        let params = HeadTrainer::new(config.form, widths, &start, seed, device)?.save()?;
+        HeadTrainer::of(config.form, params, config.optimisation(), device)
     }
 
-    /// Inputs and targets of one piece.
-    fn step(&self, piece: usize) -> (Vec<f32>, Vec<f32>) {
+    /// What each KV head's scores begin at: the mean of its labels.
+    fn start(&self, form: HeadForm) -> Vec<f32> {
+        let mut sums = vec![0.0; self.kv_heads];
+        let (mut rows, mut ages) = (0u32, 0.0);
+        for sample in &self.train {
+            for row in sample.labels.chunks_exact(self.kv_heads) {
+                rows += 1;
+                sums.iter_mut()
+                    .zip(row)
+                    .for_each(|(s, x)| *s += f64::from(*x));
+            }
+            ages += sample.ages.iter().map(|a| f64::from(*a)).sum::<f64>();
+        }
+        let each = match form {
+            HeadForm::Decay => ages,
+            _ => f64::from(rows),
+        };
+        sums.into_iter().map(|sum| (sum / each) as f32).collect()
+    }
+
+    /// Inputs, targets and ages of one piece.
+    fn step(&self, piece: usize) -> (Vec<f32>, Vec<f32>, &[f32]) {
         let (sample, rows) = &self.pieces[piece];
-        let (layer, labels) = &self.train[*sample];
+        let Rows {
+            layer,
+            labels,
+            ages,
+        } = &self.train[*sample];
         let labels = &labels[rows.start * self.kv_heads..rows.end * self.kv_heads];
-        (layer.inputs(rows.clone()), labels.to_vec())
+        let inputs = layer.inputs(rows.clone());
+        (inputs, labels.to_vec(), &ages[rows.clone()])
     }
 
     fn measure(&self, head: &HeadTrainer) -> Result<Option<Metrics>> {
         let mut all = Vec::new();
-        for (layer, labels, rows) in &self.validation {
-            let scores = head.scores(layer.inputs(0..*rows))?;
+        for Rows {
+            layer,
+            labels,
+            ages,
+        } in &self.validation
+        {
+            let scores = head.scores(layer.inputs(0..ages.len()), ages)?;
             for h in 0..self.kv_heads {
                 let of = |values: &[f32]| -> Vec<f32> {
                     values
@@ -557,9 +618,9 @@ impl<'a> Layer<'a> {
         let data = Data::new(shards, config, layer)?;
         let path = folder.join(format!("head-{layer:03}.safetensors"));
         let fingerprint = config.fingerprint(shards.fingerprint(), layer)?;
-        let (head, epoch, report) = match read(&path, fingerprint, data.shapes(config)) {
-            Some((fc1, fc2, meta)) => {
-                let head = HeadTrainer::of(fc1, fc2, config.optimisation(), device)?;
+        let (head, epoch, report) = match read(&path, fingerprint, &data.shapes(config)) {
+            Some((params, meta)) => {
+                let head = HeadTrainer::of(config.form, params, config.optimisation(), device)?;
                 (head, meta.epoch, meta.report)
             }
             None => {
@@ -600,10 +661,10 @@ impl<'a> Layer<'a> {
             let (mut sum, mut taken) = (0.0, 0);
             for (i, piece) in order.into_iter().enumerate() {
                 let step = self.epoch * count + i;
-                let (inputs, labels) = self.data.step(piece);
+                let (inputs, labels, ages) = self.data.step(piece);
                 let rate = self.config.rate(step, steps);
                 let seed = seed.wrapping_add(step as u64);
-                let loss = self.head.step(inputs, labels, &self.loss, rate, seed)?;
+                let loss = (self.head).step(inputs, labels, ages, &self.loss, rate, seed)?;
                 sum += loss;
                 taken += 1;
                 if (i + 1) * 8 / count > i * 8 / count {
@@ -634,10 +695,10 @@ impl<'a> Layer<'a> {
     }
 
     fn save(&self) -> Result<()> {
-        let (fc1, fc2) = self.head.save()?;
+        let names = self.data.shapes(self.config).into_iter();
         let mut steps = 0;
         let mut tensors = Vec::new();
-        for (name, param) in [("fc1", fc1), ("fc2", fc2)] {
+        for ((name, _), param) in names.zip(self.head.save()?) {
             let mut add = |name: String, values: &[f32]| {
                 let data = Bytes {
                     dtype: Dtype::F32,
@@ -676,8 +737,8 @@ impl<'a> Layer<'a> {
 fn read(
     path: &Path,
     fingerprint: u64,
-    shapes: [[usize; 2]; 2],
-) -> Option<(SavedParam, SavedParam, Meta)> {
+    shapes: &[(&str, [usize; 2])],
+) -> Option<(Vec<SavedParam>, Meta)> {
     let file = File::open(path).ok()?;
     // SAFETY: checkpoints are written beside their place and renamed, never changed in place.
     let map = unsafe { Mmap::map(&file) }.ok()?;
@@ -711,8 +772,8 @@ fn read(
             moments,
         })
     };
-    let [fc1, fc2] = shapes;
-    Some((param("fc1", fc1)?, param("fc2", fc2)?, meta))
+    let params = shapes.iter().map(|(name, shape)| param(name, *shape));
+    Some((params.collect::<Option<Vec<_>>>()?, meta))
 }
 
 #[cfg(test)]
@@ -761,10 +822,11 @@ mod tests {
     fn a_checkpoint_of_other_lengths_is_none() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("head.safetensors");
-        let shapes = [[6, 4], [4, 2]];
+        let shapes = super::shapes(HeadForm::Mlp, 6, 4, 2);
         let write = |other: Option<(&str, [usize; 2])>| {
-            let tensors = [("fc1", shapes[0]), ("fc2", shapes[1])]
-                .into_iter()
+            let tensors = shapes
+                .iter()
+                .copied()
                 .flat_map(|(name, shape)| {
                     ["", ".first", ".second"].map(|part| (format!("{name}{part}"), shape))
                 })
@@ -791,12 +853,13 @@ mod tests {
             save(&path, tensors.collect(), meta).unwrap();
         };
         write(None);
-        let (fc1, fc2, _) = read(&path, 3, shapes).unwrap();
+        let (params, _) = read(&path, 3, &shapes).unwrap();
         let config = TrainConfig::default();
         let device = Device::flex().autodiff();
-        HeadTrainer::of(fc1, fc2, config.optimisation(), &device).unwrap();
-        assert!(read(&path, 4, shapes).is_none());
-        assert!(read(&path, 3, [[6, 4], [4, 3]]).is_none());
+        HeadTrainer::of(HeadForm::Mlp, params, config.optimisation(), &device).unwrap();
+        assert!(read(&path, 4, &shapes).is_none());
+        let wider = super::shapes(HeadForm::Mlp, 6, 4, 3);
+        assert!(read(&path, 3, &wider).is_none());
         for (name, shape) in [
             ("fc1", [4, 6]),
             ("fc2", [4, 1]),
@@ -804,9 +867,11 @@ mod tests {
             ("fc1.second", [6, 5]),
             ("fc2.first", [2, 4]),
             ("fc2.second", [0, 2]),
+            ("fc1.bias", [4, 1]),
+            ("fc2.bias.first", [1, 3]),
         ] {
             write(Some((name, shape)));
-            assert!(read(&path, 3, shapes).is_none(), "{name} {shape:?}");
+            assert!(read(&path, 3, &shapes).is_none(), "{name} {shape:?}");
         }
     }
 
@@ -821,6 +886,8 @@ mod tests {
         };
         for bad in [
             with(|c| c.d_r = 0),
+            with(|c| c.form = HeadForm::Gate),
+            with(|c| c.form = HeadForm::Decay),
             with(|c| c.span = 1),
             with(|c| c.pool = 2),
             with(|c| c.warmup = 1.5),

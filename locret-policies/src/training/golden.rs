@@ -4,7 +4,7 @@ use super::{
     HeadTrainer, Loss, TrainConfig,
     head::{Optimisation, SavedParam, transpose},
 };
-use crate::LayerHead;
+use crate::{HeadForm, LayerHead};
 use burn::tensor::Device;
 use std::path::Path;
 
@@ -59,8 +59,8 @@ fn trainer(head: &LayerHead) -> HeadTrainer {
     };
     let kv_heads = head.fc2.len() / head.d_r;
     let device = Device::flex().autodiff();
-    let (fc1, fc2) = (param(&head.fc1, head.d_r), param(&head.fc2, kv_heads));
-    HeadTrainer::of(fc1, fc2, Optimisation::default(), &device).unwrap()
+    let params = vec![param(&head.fc1, head.d_r), param(&head.fc2, kv_heads)];
+    HeadTrainer::of(HeadForm::Locret, params, Optimisation::default(), &device).unwrap()
 }
 
 #[test]
@@ -91,17 +91,18 @@ fn steps_equal_those_of_pytorch() {
                 d_r: golden.number("d_r") as usize,
                 fc1: golden.layer("initial.fc1", layer),
                 fc2: golden.layer("initial.fc2", layer),
+                ..LayerHead::default()
             };
             let mut trainer = trainer(&head);
             let (inputs, labels) = (golden.layer("inputs", layer), golden.layer("labels", layer));
-            let scores = trainer.scores(inputs.clone()).unwrap();
+            let scores = trainer.scores(inputs.clone(), &[]).unwrap();
             let expected = golden.layer("initial.scores", layer);
             for (a, b) in scores.iter().zip(&expected) {
                 assert!((a - b).abs() <= 1e-5 * b.abs().max(1.0), "{a} {b}");
             }
             for step in 1..=5 {
                 let found = trainer
-                    .step(inputs.clone(), labels.clone(), &loss, rate, 0)
+                    .step(inputs.clone(), labels.clone(), &[], &loss, rate, 0)
                     .unwrap();
                 joint[step - 1] += found;
                 if name == "layerwise" {

@@ -1,6 +1,6 @@
 //! One layer's retaining head while it is trained.
 
-use crate::{LayerHead, PolicyError, Result};
+use crate::{HeadForm, LayerHead, PolicyError, Result};
 use burn::{
     optim::{AdamW, AdamWConfig, AdamWState, AdaptiveMomentumState, Optimizer},
     tensor::{Device, Int, Tensor, TensorData, activation},
@@ -22,13 +22,26 @@ pub enum Target {
     Standardised,
 }
 
+/// How far a score is from its label.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Distance {
+    /// Smooth L1, as Locret's authors have it: half the square of a distance below 1, and linear beyond.
+    #[default]
+    SmoothL1,
+    /// The square, as KVzap's authors have it on logarithms (arXiv 2601.07891 §3).
+    Square,
+}
+
 /// What is minimised for one span of tokens in one layer.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Loss {
-    /// Weight of smooth L1 between score and label, averaged over tokens and KV heads. The
+    /// Weight of the distance between score and label, averaged over tokens and KV heads. The
     /// authors: 1.
     pub regression: f32,
+    /// What that distance is.
+    pub distance: Distance,
     /// Weight of the squared difference between the scores of neighbouring tokens, averaged over
     /// both. The authors' `α`, which they sum over layers while they average the regression: for
     /// one layer by itself it is `α` times the number of layers
@@ -46,6 +59,7 @@ impl Default for Loss {
     fn default() -> Self {
         Self {
             regression: 1.0,
+            distance: Distance::SmoothL1,
             smoothing: 0.0,
             ranking: 0.0,
             cut: 0.125,
@@ -55,13 +69,34 @@ impl Default for Loss {
 
 /// A head, its gradients' moments, and the device that it is trained on.
 pub struct HeadTrainer {
-    /// `[features, d_R]`
-    fc1: Param,
-    /// `[d_R, kv_heads]`
-    fc2: Param,
-    optimizer: AdamW,
+    form: HeadForm,
+    /// As [`shapes`] has them.
+    params: Vec<Param>,
+    matrices: AdamW,
+    /// Biases do not decay.
+    biases: AdamW,
     clip: f32,
     device: Device,
+}
+
+/// The weights of a head that is trained: what they are called and their shapes. Matrices are `[inputs, outputs]`,
+/// biases `[1, outputs]`.
+pub(super) fn shapes(
+    form: HeadForm,
+    features: usize,
+    d_r: usize,
+    kv_heads: usize,
+) -> Vec<(&'static str, [usize; 2])> {
+    match form {
+        HeadForm::Locret => vec![("fc1", [features, d_r]), ("fc2", [d_r, kv_heads])],
+        HeadForm::Linear => vec![("fc1", [features, kv_heads]), ("fc1.bias", [1, kv_heads])],
+        _ => vec![
+            ("fc1", [features, d_r]),
+            ("fc1.bias", [1, d_r]),
+            ("fc2", [d_r, kv_heads]),
+            ("fc2.bias", [1, kv_heads]),
+        ],
+    }
 }
 
 /// A weight and its moments, without any graph.
@@ -73,8 +108,8 @@ struct Param {
 impl std::fmt::Debug for HeadTrainer {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("HeadTrainer")
-            .field("fc1", &self.fc1)
-            .field("fc2", &self.fc2)
+            .field("form", &self.form)
+            .field("params", &self.params)
             .finish_non_exhaustive()
     }
 }
@@ -119,17 +154,19 @@ impl Default for Optimisation {
 }
 
 impl HeadTrainer {
-    /// A head with weights drawn from `±1/√inputs` by `seed`, for AdamW with β 0.9 and 0.95, ε 1e-8 and
-    /// weight decay 0.01, gradients clipped to ±0.5.
+    /// A head with matrices drawn from `±1/√inputs` by `seed`, for AdamW with β 0.9 and 0.95, ε 1e-8 and
+    /// weight decay 0.01, gradients clipped to ±0.5. `start` says, for each KV head, what scores are before the first
+    /// step but for the drawn matrices (`ln β` where they decay), in forms that have biases.
     ///
     /// `device` is one with gradients (`Device::autodiff`).
     ///
     /// # Errors
-    /// [`PolicyError::Setting`] for a width of 0 or a device without gradients.
+    /// [`PolicyError::Setting`] for a width of 0, a device without gradients, or a form that is not trained
+    /// ([`HeadForm::Gate`]).
     pub fn new(
-        features: usize,
-        d_r: usize,
-        kv_heads: usize,
+        form: HeadForm,
+        [features, d_r]: [usize; 2],
+        start: &[f32],
         seed: u64,
         device: &Device,
     ) -> Result<Self> {
@@ -142,27 +179,27 @@ impl HeadTrainer {
                 .map(|u| (2.0 * u - 1.0) * bound)
                 .collect()
         };
-        let fc1 = draw(features, d_r);
-        let fc2 = draw(d_r, kv_heads);
-        Self::of(
+        let all = shapes(form, features, d_r, start.len());
+        let last = all.len() - 1;
+        let params = all.into_iter().enumerate().map(|(i, (name, shape))| {
+            let value = match name.ends_with("bias") {
+                true if i == last => start.iter().map(|x| before(form, *x)).collect(),
+                true => vec![0.0; shape[1]],
+                false => draw(shape[0], shape[1]),
+            };
             SavedParam {
-                shape: [features, d_r],
-                value: fc1,
+                shape,
+                value,
                 moments: None,
-            },
-            SavedParam {
-                shape: [d_r, kv_heads],
-                value: fc2,
-                moments: None,
-            },
-            Optimisation::default(),
-            device,
-        )
+            }
+        });
+        Self::of(form, params.collect(), Optimisation::default(), device)
     }
 
+    /// Of the weights that [`shapes`] names.
     pub(super) fn of(
-        fc1: SavedParam,
-        fc2: SavedParam,
+        form: HeadForm,
+        params: Vec<SavedParam>,
         settings: Optimisation,
         device: &Device,
     ) -> Result<Self> {
@@ -170,7 +207,10 @@ impl HeadTrainer {
         if !device.is_autodiff() {
             return wrong("the device has no gradients: use Device::autodiff");
         }
-        for p in [&fc1, &fc2] {
+        if form == HeadForm::Gate {
+            return wrong("gates are not trained here");
+        }
+        for p in &params {
             let len = p.shape[0] * p.shape[1];
             let fits = |values: &[f32]| values.len() == len;
             let moments = p.moments.as_ref();
@@ -183,28 +223,47 @@ impl HeadTrainer {
                 );
             }
         }
-        if fc1.shape[1] != fc2.shape[0] {
-            return wrong("a head's two matrices are not of one width");
+        let found: Vec<[usize; 2]> = params.iter().map(|p| p.shape).collect();
+        let of = |shape: Option<&[usize; 2]>| shape.copied().unwrap_or_default();
+        let ([features, d_r], [_, kv_heads]) = (of(found.first()), of(found.last()));
+        let due = shapes(form, features, d_r, kv_heads);
+        if !due.iter().map(|(_, shape)| *shape).eq(found) {
+            return wrong("a head's weights do not fit each other");
         }
         let plain = device.clone().inner();
-        Ok(Self {
-            fc1: Param::restore(fc1, &plain),
-            fc2: Param::restore(fc2, &plain),
-            optimizer: AdamWConfig::new()
+        let adam = |weight_decay| {
+            AdamWConfig::new()
                 .with_beta_1(settings.beta_1)
                 .with_beta_2(settings.beta_2)
                 .with_epsilon(1e-8)
-                .with_weight_decay(settings.weight_decay)
-                .build(),
+                .with_weight_decay(weight_decay)
+                .build()
+        };
+        Ok(Self {
+            form,
+            params: (params.into_iter())
+                .map(|param| Param::restore(param, &plain))
+                .collect(),
+            matrices: adam(settings.weight_decay),
+            biases: adam(0.0),
             clip: settings.clip,
             device: device.clone(),
         })
     }
 
+    fn kv_heads(&self) -> usize {
+        self.params.last().map_or(0, |p| p.value.dims()[1])
+    }
+
+    fn features(&self) -> usize {
+        self.params.first().map_or(0, |p| p.value.dims()[0])
+    }
+
     /// One step: forward, loss, gradients, clip, AdamW. Returns what was minimised.
     ///
     /// `inputs` `[tokens, features]` and `labels` `[tokens, kv_heads]`, both row-major, are
-    /// consecutive tokens of one text. `seed` draws the pairs of the ranking loss.
+    /// consecutive tokens of one text. `ages` `[tokens]` are how old units are when their label is what their score
+    /// should be; heads that do not decay need none. `seed` draws the pairs of the ranking loss.
     ///
     /// # Errors
     /// [`PolicyError::Setting`] for lengths that don't fit; the device's.
@@ -212,12 +271,12 @@ impl HeadTrainer {
         &mut self,
         inputs: Vec<f32>,
         labels: Vec<f32>,
+        ages: &[f32],
         loss: &Loss,
         learning_rate: f64,
         seed: u64,
     ) -> Result<f32> {
-        let [features, _] = self.fc1.value.dims();
-        let [_, kv_heads] = self.fc2.value.dims();
+        let (features, kv_heads) = (self.features(), self.kv_heads());
         let tokens = labels.len() / kv_heads;
         if tokens == 0 || labels.len() != tokens * kv_heads || inputs.len() != tokens * features {
             return Err(PolicyError::setting(
@@ -230,10 +289,15 @@ impl HeadTrainer {
             .flatten();
         let x = from_f32(inputs, [tokens, features], &self.device);
         let y = from_f32(labels, [tokens, kv_heads], &self.device);
-        let fc1 = self.fc1.value.clone().autodiff().require_grad();
-        let fc2 = self.fc2.value.clone().autodiff().require_grad();
-        let scores = activation::silu(x.matmul(fc1.clone())).matmul(fc2.clone());
-        let regression = smooth_l1(scores.clone(), y);
+        let params = self.params.iter();
+        let params: Vec<Tensor<2>> = params
+            .map(|p| p.value.clone().autodiff().require_grad())
+            .collect();
+        let scores = scores(self.form, &params, x, ages)?;
+        let regression = match loss.distance {
+            Distance::SmoothL1 => smooth_l1(scores.clone(), y),
+            Distance::Square => (scores.clone() - y).powi_scalar(2).mean(),
+        };
         let mut total = regression.mul_scalar(loss.regression);
         if loss.smoothing > 0.0 && tokens > 1 {
             total = total + smoothness(scores.clone()).mul_scalar(loss.smoothing);
@@ -243,16 +307,19 @@ impl HeadTrainer {
         }
         let mut gradients = total.backward();
         let missing = || PolicyError::setting("training", "a weight has no gradient");
-        let (g1, g2) = (
-            fc1.grad_remove(&mut gradients).ok_or_else(missing)?,
-            fc2.grad_remove(&mut gradients).ok_or_else(missing)?,
-        );
+        let grads = params.iter().map(|p| p.grad_remove(&mut gradients));
+        let grads = grads
+            .map(|grad| grad.ok_or_else(missing))
+            .collect::<Result<Vec<_>>>()?;
         // The graph holds the weights; the optimiser works in place when it is gone.
-        drop((fc1, fc2, gradients));
-        self.fc1
-            .update(&self.optimizer, g1, self.clip, learning_rate);
-        self.fc2
-            .update(&self.optimizer, g2, self.clip, learning_rate);
+        drop((params, gradients));
+        for (param, gradient) in self.params.iter_mut().zip(grads) {
+            let optimizer = match param.value.dims()[0] {
+                1 => &self.biases,
+                _ => &self.matrices,
+            };
+            param.update(optimizer, gradient, self.clip, learning_rate);
+        }
         let total = into_f32(total.inner())?[0];
         if total.is_finite() {
             Ok(total)
@@ -264,12 +331,12 @@ impl HeadTrainer {
         }
     }
 
-    /// Scores `[tokens, kv_heads]` of inputs `[tokens, features]`, both row-major.
+    /// Scores `[tokens, kv_heads]` of inputs `[tokens, features]`, both row-major, at these `ages` if they decay.
     ///
     /// # Errors
     /// [`PolicyError::Setting`] for a length that doesn't fit; the device's.
-    pub fn scores(&self, inputs: Vec<f32>) -> Result<Vec<f32>> {
-        let [features, _] = self.fc1.value.dims();
+    pub fn scores(&self, inputs: Vec<f32>, ages: &[f32]) -> Result<Vec<f32>> {
+        let features = self.features();
         let tokens = inputs.len() / features;
         if tokens * features != inputs.len() {
             return Err(PolicyError::setting(
@@ -277,9 +344,9 @@ impl HeadTrainer {
                 "inputs are not whole rows",
             ));
         }
-        let x = from_f32(inputs, [tokens, features], &self.fc1.value.device());
-        let hidden = activation::silu(x.matmul(self.fc1.value.clone()));
-        Ok(into_f32(hidden.matmul(self.fc2.value.clone()))?)
+        let params: Vec<Tensor<2>> = self.params.iter().map(|p| p.value.clone()).collect();
+        let x = from_f32(inputs, [tokens, features], &params[0].device());
+        Ok(into_f32(scores(self.form, &params, x, ages)?)?)
     }
 
     /// The weights as they are now.
@@ -287,27 +354,65 @@ impl HeadTrainer {
     /// # Errors
     /// The device's; [`PolicyError::NotFinite`] if training went astray.
     pub fn weights(&self) -> Result<LayerHead> {
-        let (fc1, fc2) = self.save()?;
-        let [features, d_r] = fc1.shape;
-        let head = LayerHead {
-            d_r,
-            fc1: transpose(&fc1.value, features, d_r),
-            fc2: transpose(&fc2.value, d_r, fc2.shape[1]),
-        };
-        for (key, values) in [("fc1", &head.fc1), ("fc2", &head.fc2)] {
+        let mut all = Vec::with_capacity(self.params.len());
+        let names = shapes(self.form, 1, 1, 1).into_iter();
+        for ((name, _), param) in names.zip(self.save()?) {
+            let [inputs, outputs] = param.shape;
+            let values = transpose(&param.value, inputs, outputs);
             if let Some(index) = values.iter().position(|x| !x.is_finite()) {
                 return Err(PolicyError::NotFinite {
-                    key: key.into(),
+                    key: name.into(),
                     index,
                 });
             }
+            all.push((name, values));
         }
-        Ok(head)
+        let mut take = |wanted: &str| {
+            let found = all.iter_mut().find(|(name, _)| *name == wanted);
+            found.map(|(_, values)| std::mem::take(values))
+        };
+        Ok(LayerHead {
+            d_r: self.params[0].value.dims()[1],
+            fc1: take("fc1").unwrap_or_default(),
+            fc1_bias: take("fc1.bias").unwrap_or_default(),
+            fc2: take("fc2").unwrap_or_default(),
+            fc2_bias: take("fc2.bias").unwrap_or_default(),
+            gate: None,
+        })
     }
 
-    pub(super) fn save(&self) -> Result<(SavedParam, SavedParam)> {
-        Ok((self.fc1.save()?, self.fc2.save()?))
+    pub(super) fn save(&self) -> Result<Vec<SavedParam>> {
+        self.params.iter().map(Param::save).collect()
     }
+}
+
+/// The last bias that makes a score of `start`.
+fn before(form: HeadForm, start: f32) -> f32 {
+    match form {
+        // The inverse of `logsigmoid`: `ln β` is below 0.
+        HeadForm::Decay => -(-start.min(-1e-6)).exp_m1().ln(),
+        _ => start,
+    }
+}
+
+/// Scores `[tokens, kv_heads]` of inputs `[tokens, features]`.
+fn scores(form: HeadForm, params: &[Tensor<2>], x: Tensor<2>, ages: &[f32]) -> Result<Tensor<2>> {
+    let p = |index: usize| params[index].clone();
+    let (tokens, device) = (x.dims()[0], x.device());
+    Ok(match form {
+        HeadForm::Locret => activation::silu(x.matmul(p(0))).matmul(p(1)),
+        HeadForm::Linear => x.matmul(p(0)) + p(1),
+        HeadForm::Mlp => activation::gelu(x.matmul(p(0)) + p(1)).matmul(p(2)) + p(3),
+        _ => {
+            if ages.len() != tokens {
+                let message = format!("{} ages for {tokens} tokens", ages.len());
+                return Err(PolicyError::setting("training", message));
+            }
+            let inner = activation::silu(x.matmul(p(0)) + p(1)).matmul(p(2)) + p(3);
+            let ages = from_f32::<2>(ages.to_vec(), [tokens, 1], &device);
+            activation::log_sigmoid(inner) * ages
+        }
+    })
 }
 
 impl Param {

@@ -33,15 +33,17 @@ mod fit;
 #[cfg(test)]
 mod golden;
 mod head;
+mod labels;
 mod metrics;
 mod sample;
 mod shards;
 
-pub use collect::{CollectConfig, CollectProgress, LabelKind, collect};
+pub use collect::{CollectConfig, CollectProgress, collect};
 pub use fit::{LayerReport, TrainConfig, TrainProgress, Trained, epochs_within, train};
-pub use head::{HeadTrainer, Loss, Target};
+pub use head::{Distance, HeadTrainer, Loss, Target};
+pub use labels::{LabelKind, LabelOptions, labels};
 pub use metrics::{Metrics, RECALL_AT, pearson, recall_at};
-pub use sample::{Answer, Sample};
+pub use sample::{Answer, Repetition, Sample};
 pub use shards::{InputDtype, Shard, ShardLayer, Shards, Split};
 
 /// FNV-1a over `bytes`, from `state`: tells settings and data apart; not a cryptographic hash.

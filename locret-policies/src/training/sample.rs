@@ -2,6 +2,7 @@
 
 use crate::{PolicyError, Result, locret::query_first};
 use serde::{Deserialize, Serialize};
+use std::ops::Range;
 
 /// A text, and what the model should go on with after it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -100,9 +101,97 @@ impl Sample {
     }
 }
 
+/// How a model is asked for a text once more, for labels by reconstruction: a unit is worth what the repetition
+/// pays it (KVzip, arXiv 2505.23416 §3.2).
+///
+/// The text is repeated in pieces, each by itself with only the text before it, so that an answer's softmax goes
+/// over about as much for all units, however long the text: over the whole text and at most a piece.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Repetition {
+    /// Token ids that ask for the first piece.
+    pub first: Vec<u32>,
+    /// Token ids before and after the last tokens of a piece, which ask for the one that follows it.
+    pub next: [Vec<u32>; 2],
+    /// How many of these tokens are quoted. KVzip: 8.
+    pub quoted: usize,
+    /// Tokens of a piece. KVzip: 2,048.
+    pub piece: usize,
+}
+
+impl Repetition {
+    /// The sample whose answers are the tokens `text` of `prompt`, all of them.
+    ///
+    /// Pieces are repeated as the ids that they are in the prompt, so that no seam is tokenised anew.
+    ///
+    /// # Errors
+    /// [`PolicyError::Setting`] for pieces of no tokens, and for tokens that the prompt does not have.
+    pub fn sample(&self, prompt: &[u32], text: Range<usize>) -> Result<Sample> {
+        let wrong = |message: &str| Err(PolicyError::setting("training", message));
+        if self.piece == 0 {
+            return wrong("a piece to be repeated has at least one token");
+        }
+        if text.is_empty() || text.end > prompt.len() {
+            return wrong("what is to be repeated is empty, or more than the prompt has");
+        }
+        let (all, start) = (&prompt[text.clone()], text.start);
+        let pieces = all.chunks(self.piece).enumerate();
+        let answers = pieces.map(|(number, piece)| {
+            let before = start + number * self.piece;
+            let quoted = &prompt[before.saturating_sub(self.quoted).max(start)..before];
+            let [open, close] = &self.next;
+            Answer {
+                query: match number {
+                    0 => self.first.clone(),
+                    _ => [open, quoted, close].concat(),
+                },
+                answer: piece.to_vec(),
+            }
+        });
+        Ok(Sample {
+            prompt: prompt.to_vec(),
+            answers: answers.collect(),
+        })
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_text_is_repeated_in_pieces_and_whole() {
+        let repetition = Repetition {
+            first: vec![90],
+            next: [vec![91], vec![92, 93]],
+            quoted: 2,
+            piece: 3,
+        };
+        let prompt: Vec<u32> = (0..9).collect();
+        let sample = repetition.sample(&prompt, 1..8).unwrap();
+        assert_eq!(sample.prompt, prompt);
+        let answers = [
+            (vec![90], vec![1, 2, 3]),
+            (vec![91, 2, 3, 92, 93], vec![4, 5, 6]),
+            (vec![91, 5, 6, 92, 93], vec![7]),
+        ];
+        let due = answers.map(|(query, answer)| Answer { query, answer });
+        assert_eq!(sample.answers, due);
+        // Nothing is quoted from before the text.
+        let short = Repetition {
+            piece: 1,
+            ..repetition.clone()
+        };
+        let sample = short.sample(&prompt, 4..6).unwrap();
+        assert_eq!(sample.answers[1].query, [91, 4, 92, 93]);
+        let none = Repetition {
+            piece: 0,
+            ..repetition.clone()
+        };
+        assert!(none.sample(&prompt, 1..8).is_err());
+        for bad in [0..0, 3..10] {
+            assert!(repetition.sample(&prompt, bad).is_err());
+        }
+    }
 
     fn answer(query: &[u32]) -> Answer {
         Answer {

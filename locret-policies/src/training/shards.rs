@@ -1,11 +1,12 @@
 //! What was collected, on disk: one file for each sample.
 //!
-//! A file is safetensors: for each layer `layers.{i}.inputs` `[rows, (H + 2G)·d]`, for 8-bit inputs
-//! `layers.{i}.scales` `[rows, H + 2G]`, and `layers.{i}.labels` `[rows, G]`. Rows are the tokens
-//! of one or more spans of the prompt.
+//! A file is safetensors: for each layer what heads read, `layers.{i}.qkv` `[rows, (H + 2G)·d]` or
+//! `layers.{i}.input` `[rows, hidden]` or both, each for 8-bit inputs with `.scales`, one for `d` features, and
+//! for each kind of label `layers.{i}.labels.{kind}` `[rows, G]`. Rows are the tokens of one or more spans of the
+//! prompt.
 
-use super::{FINGERPRINT, fingerprint};
-use crate::{PolicyError, Result};
+use super::{FINGERPRINT, LabelKind, fingerprint};
+use crate::{HeadInput, PolicyError, Result};
 use half::f16;
 use memmap2::Mmap;
 use safetensors::{
@@ -27,7 +28,7 @@ use std::{
 pub enum InputDtype {
     /// IEEE half; what exceeds its range is cut to it. 2 bytes a value.
     F16,
-    /// 8 bits with a scale for each head of each token: 1.03 bytes a value.
+    /// 8 bits with a scale for as many features of a token as a head has: 1.03 bytes a value.
     #[default]
     Q8,
 }
@@ -45,18 +46,26 @@ pub enum Split {
 /// Rows of one layer while they are gathered.
 #[derive(Debug, Clone, Default)]
 pub(super) struct LayerRows {
-    pub(super) inputs: Vec<u8>,
-    pub(super) scales: Vec<u8>,
-    pub(super) labels: Vec<u8>,
+    /// For each of what heads read.
+    pub(super) inputs: Vec<Coded>,
+    /// For each kind of label, 32-bit numbers.
+    pub(super) labels: Vec<Vec<u8>>,
 }
 
-impl LayerRows {
-    /// Adds the inputs of one token, `(H + 2G)·d` values in heads of `head_dim`.
-    pub(super) fn push_row(&mut self, row: &[f32], head_dim: usize, dtype: InputDtype) {
+/// Rows of inputs as they go to disk.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Coded {
+    pub(super) values: Vec<u8>,
+    pub(super) scales: Vec<u8>,
+}
+
+impl Coded {
+    /// Adds the inputs of one token, in parts of `head_dim`.
+    pub(super) fn push(&mut self, row: &[f32], head_dim: usize, dtype: InputDtype) {
         match dtype {
             InputDtype::F16 => {
                 let cut = |x: f32| f16::from_f32(x.clamp(-65504.0, 65504.0));
-                self.inputs
+                self.values
                     .extend(row.iter().flat_map(|x| cut(*x).to_le_bytes()));
             }
             InputDtype::Q8 => {
@@ -68,7 +77,7 @@ impl LayerRows {
                     let scale = scale.to_f32();
                     let factor = if scale > 0.0 { 1.0 / scale } else { 0.0 };
                     let code = |x: &f32| (x * factor).round().clamp(-127.0, 127.0) as i8 as u8;
-                    self.inputs.extend(head.iter().map(code));
+                    self.values.extend(head.iter().map(code));
                 }
             }
         }
@@ -81,11 +90,15 @@ pub(super) struct NewShard {
     pub(super) fingerprint: u64,
     pub(super) split: Split,
     pub(super) dtype: InputDtype,
-    /// Lengths of the spans that the rows come from.
-    pub(super) spans: Vec<usize>,
+    /// The spans of the prompt that the rows come from.
+    pub(super) spans: Vec<Range<usize>>,
+    /// Tokens of the prompt.
+    pub(super) tokens: usize,
     pub(super) head_dim: usize,
     pub(super) kv_heads: usize,
-    pub(super) features: usize,
+    /// What heads read, and how many features that has.
+    pub(super) reads: Vec<(HeadInput, usize)>,
+    pub(super) labels: Vec<LabelKind>,
     pub(super) layers: Vec<LayerRows>,
 }
 
@@ -94,7 +107,8 @@ struct Meta {
     fingerprint: u64,
     split: Split,
     dtype: InputDtype,
-    spans: Vec<usize>,
+    spans: Vec<Range<usize>>,
+    tokens: usize,
     head_dim: usize,
     layers: usize,
 }
@@ -109,38 +123,50 @@ pub(super) fn path_of(folder: &Path, index: usize) -> PathBuf {
 impl NewShard {
     /// Writes the file beside its place and renames it.
     pub(super) fn write(&self, path: &Path) -> Result<()> {
-        let rows: usize = self.spans.iter().sum();
-        let (input_type, heads) = match self.dtype {
-            InputDtype::F16 => (Dtype::F16, 0),
-            InputDtype::Q8 => (Dtype::I8, self.features / self.head_dim),
-        };
+        let rows: usize = self.spans.iter().map(|s| s.len()).sum();
         let mut tensors = Vec::new();
         for (i, layer) in self.layers.iter().enumerate() {
             let mut add = |what: &str, dtype, columns: usize, data: &[u8]| {
-                if columns > 0 {
-                    let data = Bytes {
-                        dtype,
-                        shape: vec![rows, columns],
-                        data: data.to_vec(),
-                    };
-                    tensors.push((format!("layers.{i}.{what}"), data));
-                }
+                let data = Bytes {
+                    dtype,
+                    shape: vec![rows, columns],
+                    data: data.to_vec(),
+                };
+                tensors.push((format!("layers.{i}.{what}"), data));
             };
-            add("inputs", input_type, self.features, &layer.inputs);
-            add("scales", Dtype::F16, heads, &layer.scales);
-            add("labels", Dtype::F32, self.kv_heads, &layer.labels);
+            for ((read, features), coded) in self.reads.iter().zip(&layer.inputs) {
+                let name = read.name();
+                match self.dtype {
+                    InputDtype::F16 => add(name, Dtype::F16, *features, &coded.values),
+                    InputDtype::Q8 => {
+                        let parts = features.div_ceil(self.head_dim);
+                        add(name, Dtype::I8, *features, &coded.values);
+                        add(&format!("{name}.scales"), Dtype::F16, parts, &coded.scales);
+                    }
+                }
+            }
+            for (kind, labels) in self.labels.iter().zip(&layer.labels) {
+                let name = labels_of(*kind);
+                add(&name, Dtype::F32, self.kv_heads, labels);
+            }
         }
         let meta = Meta {
             fingerprint: self.fingerprint,
             split: self.split,
             dtype: self.dtype,
             spans: self.spans.clone(),
+            tokens: self.tokens,
             head_dim: self.head_dim,
             layers: self.layers.len(),
         };
         let meta = serde_json::to_string(&meta).map_err(|e| PolicyError::file(path, e))?;
         save(path, tensors, HashMap::from([(META.to_owned(), meta)]))
     }
+}
+
+/// What labels are called in a layer.
+fn labels_of(kind: LabelKind) -> String {
+    format!("labels.{}", kind.name())
 }
 
 /// Writes a safetensors file that is never there by half.
@@ -194,7 +220,9 @@ pub struct Shard {
     fingerprint: u64,
     split: Split,
     dtype: InputDtype,
-    spans: Vec<usize>,
+    spans: Vec<Range<usize>>,
+    tokens: usize,
+    rows: usize,
     head_dim: usize,
     layers: usize,
 }
@@ -220,12 +248,15 @@ impl Shard {
         if meta.head_dim == 0 {
             return Err(PolicyError::file(path, "heads of no features"));
         }
-        let rows = |sum: usize, span: &usize| sum.checked_add(*span);
-        if meta.spans.iter().try_fold(0, rows).is_none() {
-            return Err(PolicyError::file(
-                path,
-                "spans of more rows than there can be",
-            ));
+        let mut rows = 0;
+        for span in &meta.spans {
+            if span.start > span.end || span.end > meta.tokens || span.len() > meta.tokens - rows {
+                return Err(PolicyError::file(
+                    path,
+                    "spans that are none, or of more rows than the text has",
+                ));
+            }
+            rows += span.len();
         }
         Ok(Self {
             path: path.to_owned(),
@@ -234,6 +265,8 @@ impl Shard {
             split: meta.split,
             dtype: meta.dtype,
             spans: meta.spans,
+            tokens: meta.tokens,
+            rows,
             head_dim: meta.head_dim,
             layers: meta.layers,
         })
@@ -246,15 +279,21 @@ impl Shard {
 
     /// Tokens in the file.
     pub fn rows(&self) -> usize {
-        self.spans.iter().sum()
+        self.rows
+    }
+
+    /// For each row, how many tokens there are from its own on to the end of the text: at least 1.
+    pub fn ages(&self) -> Vec<f32> {
+        let tokens = self.spans.iter().cloned().flatten();
+        tokens.map(|token| (self.tokens - token) as f32).collect()
     }
 
     /// Rows that come from one stretch of the prompt each.
     pub fn spans(&self) -> Vec<Range<usize>> {
         let mut at = 0;
-        let range = |len: &usize| {
-            at += len;
-            at - len..at
+        let range = |span: &Range<usize>| {
+            at += span.len();
+            at - span.len()..at
         };
         self.spans.iter().map(range).collect()
     }
@@ -268,11 +307,12 @@ impl Shard {
         self.fingerprint
     }
 
-    /// One layer's rows.
+    /// One layer's rows: what heads read, and their labels.
     ///
     /// # Errors
-    /// [`PolicyError::File`] for a layer that is not there, or tensors that don't fit.
-    pub fn layer(&self, layer: usize) -> Result<ShardLayer<'_>> {
+    /// [`PolicyError::File`] for a layer, an input or a kind of label that is not there, or tensors that don't
+    /// fit.
+    pub fn layer(&self, layer: usize, read: HeadInput, kind: LabelKind) -> Result<ShardLayer<'_>> {
         let bad = |e: &dyn std::fmt::Display| PolicyError::file(&self.path, e);
         let tensors = SafeTensors::deserialize(&self.map).map_err(|e| bad(&e))?;
         let get = |what: &str, dtype: Dtype| {
@@ -292,20 +332,20 @@ impl Shard {
             }
         };
         let (inputs, features) = match self.dtype {
-            InputDtype::F16 => get("inputs", Dtype::F16)?,
-            InputDtype::Q8 => get("inputs", Dtype::I8)?,
+            InputDtype::F16 => get(read.name(), Dtype::F16)?,
+            InputDtype::Q8 => get(read.name(), Dtype::I8)?,
         };
         let scales = match self.dtype {
             InputDtype::F16 => &[][..],
             InputDtype::Q8 => {
-                let (scales, heads) = get("scales", Dtype::F16)?;
-                if heads.checked_mul(self.head_dim) != Some(features) {
-                    return Err(bad(&format!("layer {layer}: {heads} scales a row")));
+                let (scales, parts) = get(&format!("{}.scales", read.name()), Dtype::F16)?;
+                if parts != features.div_ceil(self.head_dim) {
+                    return Err(bad(&format!("layer {layer}: {parts} scales a row")));
                 }
                 scales
             }
         };
-        let (labels, kv_heads) = get("labels", Dtype::F32)?;
+        let (labels, kv_heads) = get(&labels_of(kind), Dtype::F32)?;
         Ok(ShardLayer {
             inputs,
             scales,
@@ -329,7 +369,7 @@ pub struct ShardLayer<'a> {
 }
 
 impl ShardLayer<'_> {
-    /// Features of a row, `(H + 2G)·d`.
+    /// Features of a row.
     pub fn features(&self) -> usize {
         self.features
     }
@@ -347,11 +387,13 @@ impl ShardLayer<'_> {
             out.extend(halves(bytes));
             return out;
         }
-        let heads = self.features / self.head_dim;
-        let scales = halves(&self.scales[2 * rows.start * heads..2 * rows.end * heads]);
+        let parts = self.features.div_ceil(self.head_dim);
+        let mut scales = halves(&self.scales[2 * rows.start * parts..2 * rows.end * parts]);
         let codes = &self.inputs[rows.start * self.features..rows.end * self.features];
-        for (head, scale) in codes.chunks_exact(self.head_dim).zip(scales) {
-            out.extend(head.iter().map(|c| f32::from(*c as i8) * scale));
+        for row in codes.chunks_exact(self.features) {
+            for (part, scale) in row.chunks(self.head_dim).zip(scales.by_ref()) {
+                out.extend(part.iter().map(|c| f32::from(*c as i8) * scale));
+            }
         }
         out
     }
@@ -430,18 +472,24 @@ impl Shards {
 mod tests {
     use super::*;
 
-    fn rows(dtype: InputDtype) -> (Vec<f32>, LayerRows) {
-        let values: Vec<f32> = (0..24)
-            .map(|i| (i as f32 * 0.7).sin() * (i % 5) as f32)
-            .collect();
-        let mut rows = LayerRows::default();
-        for row in values.chunks(8) {
-            rows.push_row(row, 4, dtype);
-        }
-        rows.labels = [1f32, -2.5, 3.0]
-            .iter()
-            .flat_map(|x| x.to_le_bytes())
-            .collect();
+    /// Rows of eight and of six features, in parts of four.
+    fn rows(dtype: InputDtype) -> ([Vec<f32>; 2], LayerRows) {
+        let values = [8, 6].map(|width| {
+            let value = |i: usize| (i as f32 * 0.7).sin() * (i % 5) as f32;
+            (0..3 * width).map(value).collect::<Vec<f32>>()
+        });
+        let coded = values.iter().zip([8, 6]).map(|(values, width)| {
+            let mut coded = Coded::default();
+            for row in values.chunks(width) {
+                coded.push(row, 4, dtype);
+            }
+            coded
+        });
+        let labels = |list: [f32; 3]| list.into_iter().flat_map(f32::to_le_bytes).collect();
+        let rows = LayerRows {
+            inputs: coded.collect(),
+            labels: vec![labels([1.0, -2.5, 3.0]), labels([4.0, 5.0, 6.0])],
+        };
         (values, rows)
     }
 
@@ -450,10 +498,12 @@ mod tests {
             fingerprint: 7,
             split: Split::Train,
             dtype,
-            spans: vec![2, 1],
+            spans: vec![0..2, 5..6],
+            tokens: 7,
             head_dim: 4,
             kv_heads: 1,
-            features: 8,
+            reads: vec![(HeadInput::Qkv, 8), (HeadInput::Layer, 6)],
+            labels: vec![LabelKind::MaxLogit, LabelKind::Kvzip],
             layers: vec![rows(dtype).1],
         }
     }
@@ -466,15 +516,25 @@ mod tests {
             shard(dtype).write(&path).unwrap();
             let shard = Shard::open(&path).unwrap();
             assert_eq!(shard.spans(), [0..2, 2..3]);
+            assert_eq!(shard.ages(), [7.0, 6.0, 2.0]);
             assert_eq!(shard.fingerprint(), 7);
-            let layer = shard.layer(0).unwrap();
-            let values = rows(dtype).0;
-            for (found, expected) in layer.inputs(1..3).iter().zip(&values[8..]) {
-                assert!((found - expected).abs() <= tolerance, "{found} {expected}");
+            for (read, values) in [HeadInput::Qkv, HeadInput::Layer]
+                .into_iter()
+                .zip(rows(dtype).0)
+            {
+                let layer = shard.layer(0, read, LabelKind::MaxLogit).unwrap();
+                let width = values.len() / 3;
+                let found = layer.inputs(1..3);
+                assert_eq!(found.len(), 2 * width);
+                for (found, expected) in found.iter().zip(&values[width..]) {
+                    assert!((found - expected).abs() <= tolerance, "{found} {expected}");
+                }
+                assert_eq!(layer.labels(), [1.0, -2.5, 3.0]);
+                let other = shard.layer(0, read, LabelKind::Kvzip).unwrap();
+                assert_eq!(other.labels(), [4.0, 5.0, 6.0]);
+                assert!(shard.layer(0, read, LabelKind::Mass).is_err());
+                assert!(shard.layer(1, read, LabelKind::MaxLogit).is_err());
             }
-            assert_eq!(layer.inputs(1..3).len(), 16);
-            assert_eq!(layer.labels(), [1.0, -2.5, 3.0]);
-            assert!(shard.layer(1).is_err());
         }
     }
 
@@ -503,9 +563,10 @@ mod tests {
         let whole = fs::read(&path).unwrap();
         let (_, header) = SafeTensors::read_metadata(&whole).unwrap();
         let meta: Meta = serde_json::from_str(&header.metadata().as_ref().unwrap()[META]).unwrap();
-        let with = |spans: &[usize], head_dim: usize| {
+        let with = |spans: &[Range<usize>], tokens: usize, head_dim: usize| {
             let meta = Meta {
                 spans: spans.to_vec(),
+                tokens,
                 head_dim,
                 ..serde_json::from_value(serde_json::to_value(&meta).unwrap()).unwrap()
             };
@@ -523,14 +584,30 @@ mod tests {
             save(&path, tensors.collect(), meta).unwrap();
             Shard::open(&path)
         };
-        assert!(with(&[1, 2], 4).unwrap().layer(0).is_ok());
-        // Three rows, if sums wrapped.
-        let wraps = with(&[usize::MAX, 4], 4);
-        assert!(matches!(wraps, Err(PolicyError::File { .. })), "{wraps:?}");
-        let empty = with(&[3], 0);
-        assert!(matches!(empty, Err(PolicyError::File { .. })), "{empty:?}");
-        // Eight features, if products wrapped.
-        let wraps = with(&[3], (1 << 63) + 4).unwrap();
-        assert!(matches!(wraps.layer(0), Err(PolicyError::File { .. })));
+        let first = |shard: &Shard| {
+            let rows = shard.layer(0, HeadInput::Qkv, LabelKind::Kvzip);
+            rows.map(|rows| rows.inputs(0..3).len())
+        };
+        assert_eq!(first(&with(&[0..1, 1..3], 3, 4).unwrap()).unwrap(), 24);
+        let backwards = Range { start: 2, end: 1 };
+        let most = usize::MAX;
+        // More rows than tokens; sums that would wrap; a span that goes back; heads of nothing.
+        for (spans, tokens, head_dim) in [
+            (vec![0..3], 2, 4),
+            (vec![0..most, 0..4], most, 4),
+            (vec![backwards], 9, 4),
+            (vec![0..3], 3, 0),
+        ] {
+            let found = with(&spans, tokens, head_dim);
+            assert!(matches!(found, Err(PolicyError::File { .. })), "{found:?}");
+        }
+        // Fewer rows than the tensors have, more, and other parts.
+        for (spans, head_dim) in [(vec![0..2], 4), (vec![0..4], 4), (vec![0..3], 1 << 63)] {
+            let shard = with(&spans, 9, head_dim).unwrap();
+            assert!(
+                matches!(first(&shard), Err(PolicyError::File { .. })),
+                "{spans:?}"
+            );
+        }
     }
 }

@@ -151,6 +151,10 @@ pub struct Settings {
     pub pool: usize,
     pub pyramid: Option<f64>,
     pub ada: Option<f64>,
+    /// Whether heads of all layers share.
+    pub model: bool,
+    /// By layer, one share or one for each head.
+    pub table: Option<Vec<Vec<f64>>>,
     /// The cosine from which dropped values are folded into kept ones.
     pub merge: Option<f32>,
 }
@@ -167,6 +171,8 @@ impl Settings {
             pool: 1,
             pyramid: None,
             ada: None,
+            model: false,
+            table: None,
             merge: None,
         }
     }
@@ -214,14 +220,16 @@ impl Naive {
                     unit.score *= decay;
                 }
             }
-            self.evict(layer, Phase::Turn);
         }
+        self.evict_all(Phase::Turn);
     }
 
     pub fn step(&mut self, step: &StepInput) -> Vec<Vec<f64>> {
         let outputs = (0..self.spec.layers)
             .map(|layer| self.layer(layer, step))
             .collect();
+        // When does not matter here: no layer looks at another one.
+        self.evict_all(step.phase);
         self.seen += step.tokens;
         outputs
     }
@@ -286,7 +294,6 @@ impl Naive {
             rotated_keys.push(keys);
         }
         self.score(layer, step, &before, &weights, &rotated_keys);
-        self.evict(layer, step.phase);
         output
     }
 
@@ -416,59 +423,115 @@ impl Naive {
         }
     }
 
-    /// Units for a head of a layer, on average.
-    fn budget(&self, layer: usize) -> usize {
-        let (budget, layers) = (self.settings.budget as f64, self.spec.layers as f64);
-        let Some(beta) = self.settings.pyramid else {
-            return self.settings.budget;
-        };
-        if self.spec.layers == 1 {
-            return self.settings.budget;
+    /// Units for each head of each layer, on average where they share.
+    fn budgets(&self) -> Vec<Vec<usize>> {
+        let Settings {
+            budget,
+            pyramid,
+            table,
+            ..
+        } = &self.settings;
+        let (layers, heads) = (self.spec.layers, self.spec.kv_heads);
+        let mut all = vec![vec![*budget; heads]; layers];
+        if let Some(table) = table {
+            // Cells in order; what each has beyond 1 is what rounding leaves of all that came so far.
+            let width = table[0].len();
+            let cells: Vec<f64> = table.iter().flatten().copied().collect();
+            let whole: f64 = cells.iter().sum();
+            let rest = ((budget - 1) * layers * width) as f64;
+            let upto = |n: usize| {
+                let part: f64 = cells[..n].iter().sum();
+                (rest * part / whole).round() as usize
+            };
+            for (layer, heads) in all.iter_mut().enumerate() {
+                for (head, units) in heads.iter_mut().enumerate() {
+                    let cell = layer * width + head.min(width - 1);
+                    *units = 1 + upto(cell + 1) - upto(cell);
+                }
+            }
+        } else if let Some(beta) = pyramid
+            && layers > 1
+        {
+            let budget = *budget as f64;
+            // Sums of the first layers, rounded, so that all layers have `layers * budget`.
+            let exact = |l: usize| {
+                let (first, last) = (2.0 * budget - budget / beta, budget / beta);
+                first + (last - first) * l as f64 / (layers as f64 - 1.0)
+            };
+            let sum = |n: usize| (0..n).map(exact).sum::<f64>().round() as usize;
+            for (layer, heads) in all.iter_mut().enumerate() {
+                heads.fill((sum(layer + 1) - sum(layer)).max(1));
+            }
         }
-        // Sums of the first layers, rounded, so that all layers have `layers * budget`.
-        let exact = |l: usize| {
-            let (first, last) = (2.0 * budget - budget / beta, budget / beta);
-            first + (last - first) * l as f64 / (layers - 1.0)
-        };
-        let sum = |n: usize| (0..n).map(exact).sum::<f64>().round() as usize;
-        (sum(layer + 1) - sum(layer)).max(1)
+        all
     }
 
-    fn evict(&mut self, layer: usize, phase: Phase) {
+    /// Layers that share a budget together, the others one by one.
+    fn evict_all(&mut self, phase: Phase) {
+        let layers: Vec<usize> = (0..self.spec.layers).collect();
+        match self.settings.model {
+            true => self.evict(&layers, phase),
+            false => layers.iter().for_each(|l| self.evict(&[*l], phase)),
+        }
+    }
+
+    fn evict(&mut self, layers: &[usize], phase: Phase) {
         if matches!(self.settings.rule, Rule::Full) {
             return;
         }
-        let budget = self.budget(layer);
         let Settings {
             guard,
             decode,
             pool,
             ada,
+            model,
             ..
         } = self.settings;
+        let floor = match (ada, model) {
+            (Some(floor), _) => Some(floor),
+            (None, true) => Some(0.2),
+            (None, false) => None,
+        };
         let slack = match (phase, decode) {
             (Phase::Turn | Phase::Prefill { .. }, _) => 0,
             (Phase::Decode, DecodeEviction::Every(n)) => n - 1,
             _ => return,
         };
-        let shrink = |units: usize| units.min(units * budget / self.settings.budget);
-        let sinks = shrink(guard.sinks);
-        let newest = shrink(match phase {
-            Phase::Prefill { last: true } => guard.recent,
-            _ => guard.recent.max(guard.stabilizers),
-        });
-        let lens: Vec<usize> = self.units[layer].iter().map(Vec::len).collect();
-        let over = match ada {
-            Some(_) => lens.iter().sum::<usize>() > lens.len() * (budget + slack),
-            None => lens.iter().any(|n| *n > budget + slack),
+        // Layer, head, budget.
+        let budgets = self.budgets();
+        let heads: Vec<(usize, usize, usize)> = layers
+            .iter()
+            .flat_map(|l| {
+                budgets[*l]
+                    .iter()
+                    .enumerate()
+                    .map(move |(h, b)| (*l, h, *b))
+            })
+            .collect();
+        let len = |(layer, head, _): &(usize, usize, usize)| self.units[*layer][*head].len();
+        let over = match floor {
+            Some(_) => {
+                let most: usize = heads.iter().map(|h| h.2 + slack).sum();
+                heads.iter().map(len).sum::<usize>() > most
+            }
+            None => heads.iter().any(|h| len(h) > h.2 + slack),
         };
         if !over {
             return;
         }
-        // Every unit of every head, the best first: protected, by score, the earlier.
-        let mut ranked: Vec<Vec<(bool, f64, usize)>> = Vec::new();
-        for units in &self.units[layer] {
+        let newest = match phase {
+            Phase::Prefill { last: true } => guard.recent,
+            _ => guard.recent.max(guard.stabilizers),
+        };
+        let mut kept: Vec<Vec<usize>> = Vec::new();
+        // What no head keeps on its own account: score, head, unit.
+        let mut rest: Vec<(f64, usize, usize)> = Vec::new();
+        for (at, (layer, head, budget)) in heads.iter().enumerate() {
+            let shrink = |units: usize| units.min(units * budget / self.settings.budget);
+            let (sinks, newest) = (shrink(guard.sinks), shrink(newest));
+            let units = &self.units[*layer][*head];
             let n = units.len();
+            // The best first: protected, by score, the earlier.
             let mut list: Vec<(bool, f64, usize)> = (0..n)
                 .map(|i| {
                     let near = (0..n).filter(|j| i.abs_diff(*j) <= pool / 2);
@@ -480,42 +543,35 @@ impl Naive {
                 .collect();
             // A stable sort: of equals the earlier comes first.
             list.sort_by(|a, b| b.0.cmp(&a.0).then(b.1.total_cmp(&a.1)));
-            ranked.push(list);
-        }
-        let own = match ada {
-            Some(floor) => {
-                let floor = (floor * budget as f64 - 1e-9).ceil() as usize;
-                floor.max((sinks + newest).min(budget)).min(budget)
-            }
-            None => budget,
-        };
-        let mut kept: Vec<Vec<usize>> = Vec::new();
-        for list in &mut ranked {
-            let rest = list.split_off(own.min(list.len()));
-            if let (Some(worst), Some(lost)) = (list.last(), rest.first()) {
+            let own = match floor {
+                Some(floor) => {
+                    let floor = (floor * *budget as f64 - 1e-9).ceil() as usize;
+                    floor.max((sinks + newest).min(*budget)).min(*budget)
+                }
+                None => *budget,
+            };
+            let others = list.split_off(own.min(list.len()));
+            if let (Some(worst), Some(lost)) = (list.last(), others.first()) {
                 self.margin = self.margin.min(distance(*worst, *lost));
             }
             kept.push(list.iter().map(|r| r.2).collect());
-            *list = rest;
+            rest.extend(others.iter().map(|r| (r.1, at, r.2)));
         }
-        if ada.is_some() {
-            let mut rest: Vec<(f64, usize, usize)> = Vec::new();
-            for (head, list) in ranked.iter().enumerate() {
-                rest.extend(list.iter().map(|r| (r.1, head, r.2)));
-            }
+        if floor.is_some() {
             rest.sort_by(|a, b| b.0.total_cmp(&a.0).then((a.1, a.2).cmp(&(b.1, b.2))));
             let taken: usize = kept.iter().map(Vec::len).sum();
-            let more = (budget * kept.len()).saturating_sub(taken).min(rest.len());
+            let all: usize = heads.iter().map(|h| h.2).sum();
+            let more = all.saturating_sub(taken).min(rest.len());
             if more > 0 && more < rest.len() {
                 let (worst, lost) = (rest[more - 1], rest[more]);
                 let pair = ((false, worst.0, 0), (false, lost.0, 0));
                 self.margin = self.margin.min(distance(pair.0, pair.1));
             }
-            for (_, head, unit) in &rest[..more] {
-                kept[*head].push(*unit);
+            for (_, at, unit) in &rest[..more] {
+                kept[*at].push(*unit);
             }
         }
-        for (head, mut kept) in kept.into_iter().enumerate() {
+        for ((layer, head, _), mut kept) in heads.into_iter().zip(kept) {
             kept.sort_unstable();
             self.merge(layer, head, &kept);
             let units = &mut self.units[layer][head];

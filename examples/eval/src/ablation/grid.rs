@@ -3,12 +3,11 @@
 use super::{Candidate, TaskSet};
 use crate::{
     Error, Result,
-    corpus::Essays,
-    tasks::{self, Count, Frame, Kind, Recipe},
+    tasks::{self, Count, Frame, Kind, Recipe, Texts},
 };
 use locret_core::{Budget, CausalLm, DType, Positions, Prefill, Quantization};
 use locret_policies::PolicyConfig;
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize, de};
 use std::{
     fs,
     path::{Path, PathBuf},
@@ -41,8 +40,8 @@ use std::{
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Grid {
-    /// Built-in tasks; [`Kind::DEFAULT`] by default.
-    #[serde(default = "all_kinds")]
+    /// Built-in tasks; [`Kind::DEFAULT`] by default. `ruler` stands for all of RULER's.
+    #[serde(default = "all_kinds", deserialize_with = "kinds")]
     pub tasks: Vec<Kind>,
     /// Tasks from a file instead; `tasks`, `lengths`, `samples` and `seeds` then say nothing.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -62,6 +61,17 @@ pub struct Grid {
     /// How keys and values are kept: f32, f16, bf16, q8, q4, q2.
     #[serde(default = "default_stores")]
     pub stores: Vec<Store>,
+    /// First units that stay under every policy that evicts and does not say so itself; by default what each
+    /// was published with. Policies are compared at equal protection where this, `recent` and `stabilizers`
+    /// are set.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sinks: Option<usize>,
+    /// Newest units that stay, likewise.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub recent: Option<usize>,
+    /// Newest units that stay while further chunks follow, likewise.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stabilizers: Option<usize>,
     /// Positions; by default those that each policy was published with.
     #[serde(default = "default_positions")]
     pub positions: Vec<Place>,
@@ -82,6 +92,12 @@ pub struct Grid {
     pub policies: Vec<Entry>,
 }
 
+fn kinds<'de, D: Deserializer<'de>>(from: D) -> Result<Vec<Kind>, D::Error> {
+    let names = Vec::<String>::deserialize(from)?;
+    let kinds = names.iter().map(|name| Kind::named(name));
+    let kinds: Result<Vec<Vec<Kind>>> = kinds.collect();
+    kinds.map(|kinds| kinds.concat()).map_err(de::Error::custom)
+}
 fn all_kinds() -> Vec<Kind> {
     Kind::DEFAULT.to_vec()
 }
@@ -265,7 +281,7 @@ impl Grid {
         Ok(grid)
     }
 
-    /// From a file. Relative paths of heads and tasks count from the file's folder.
+    /// From a file. Relative paths in it count from the file's folder.
     ///
     /// # Errors
     /// [`Error::Read`]; [`Error::Format`] that says what is wrong, and where.
@@ -273,10 +289,8 @@ impl Grid {
         let text = fs::read_to_string(path).map_err(|e| Error::read(path, e))?;
         let mut grid = Self::from_toml(&text).map_err(|e| Error::format(path, e))?;
         if let Some(folder) = path.parent() {
-            let paths = grid
-                .policies
-                .iter_mut()
-                .filter_map(|e| e.config.heads.as_mut());
+            let entries = grid.policies.iter_mut();
+            let paths = entries.flat_map(|entry| entry.config.files());
             for file in paths.chain(&mut grid.tasks_file) {
                 *file = folder.join(&*file);
             }
@@ -320,15 +334,15 @@ impl Grid {
         Prefill::new(self.chunk, self.local)
     }
 
-    /// The tasks of every length and seed, or those of the file. `essays` is asked where they are
-    /// made; `count` says how many tokens a text has.
+    /// The tasks of every length and seed, or those of the file. `texts` is asked where they are
+    /// made, for the grid's kinds; `count` says how many tokens a text has.
     ///
     /// # Errors
-    /// As [`tasks::read`] and [`Recipe::generate`], and those of `essays`.
+    /// As [`tasks::read`] and [`Recipe::generate_from`], and those of `texts`.
     pub fn task_sets(
         &self,
         frame: &Frame,
-        essays: &dyn Fn() -> Result<Essays>,
+        texts: &dyn Fn(&[Kind]) -> Result<Texts>,
         count: Count<'_>,
     ) -> Result<Vec<TaskSet>> {
         if let Some(file) = &self.tasks_file {
@@ -339,7 +353,7 @@ impl Grid {
                 ..TaskSet::of(tasks::read(file)?)
             }]);
         }
-        let essays = essays()?;
+        let texts = texts(&self.tasks)?;
         let mut sets: Vec<TaskSet> = Vec::new();
         for length in &self.lengths {
             for seed in &self.seeds {
@@ -358,7 +372,7 @@ impl Grid {
                     chat: frame.is_chat,
                     file: None,
                     begin: count(&frame.begin)?,
-                    tasks: recipe.generate(frame, &essays, count)?,
+                    tasks: recipe.generate_from(frame, &texts, count)?,
                 });
             }
         }
@@ -425,6 +439,11 @@ impl Grid {
             for positions in &positions {
                 for store in stores {
                     let mut config = config.clone();
+                    if !keeps_all {
+                        config.sinks = config.sinks.or(self.sinks);
+                        config.recent = config.recent.or(self.recent);
+                        config.stabilizers = config.stabilizers.or(self.stabilizers);
+                    }
                     config.budget = *budget;
                     config.positions = *positions;
                     config.quantize = config.quantize.or(store.quantization());
@@ -489,6 +508,35 @@ mod tests {
     }
 
     #[test]
+    fn protection_is_the_same_for_all_that_do_not_say_otherwise() {
+        let grid = Grid::from_toml(
+            r#"
+            sinks = 4
+            recent = 32
+            stabilizers = 0
+            tasks = ["ruler", "facts"]
+            [[policies]]
+            policy = "full"
+            [[policies]]
+            policy = "locret"
+            [[policies]]
+            policy = "h2o"
+            recent = 64
+            "#,
+        );
+        let grid = grid.unwrap();
+        assert_eq!(grid.tasks.len(), 14);
+        let guards: Vec<_> = (grid.points().iter())
+            .map(|p| (p.config.sinks, p.config.recent, p.config.stabilizers))
+            .collect();
+        let own = (Some(4), Some(32), Some(0));
+        assert_eq!(
+            guards,
+            [(None, None, None), own, (Some(4), Some(64), Some(0))]
+        );
+    }
+
+    #[test]
     fn mistakes_in_a_grid_are_named() {
         let bad = [
             ("[[policies]]\npolicy = \"windows\"", "windows"),
@@ -500,6 +548,10 @@ mod tests {
             ("policies = []", "`policies`"),
             ("samples = 0\n[[policies]]\npolicy = \"full\"", "`samples`"),
             ("budget = 3\n[[policies]]\npolicy = \"full\"", "budget"),
+            (
+                "tasks = [\"rulers\"]\n[[policies]]\npolicy = \"full\"",
+                "rulers",
+            ),
             ("maps = [\"x\"]\n[[policies]]\npolicy = \"full\"", "\"x\""),
             (
                 "[[policies]]\npolicy = \"full\"\n[[policies]]\npolicy = \"full\"",

@@ -88,6 +88,9 @@ pub struct Record {
     /// Locret-Q: how many of a query's last tokens stood before its context.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub query_aware: usize,
+    /// SHA-256 of the table of budgets, where the policy has one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub table_sha256: Option<String>,
     /// How the task went.
     pub case: Case,
     /// Where it ran.
@@ -116,6 +119,7 @@ impl Record {
             task_sha256: task,
             heads_sha256: heads,
             query_aware: aware,
+            table_sha256: table,
             case,
             origin,
             ..
@@ -124,7 +128,7 @@ impl Record {
         let id = (&case.task, &case.id);
         let parts = (
             policy, store, length, seed, chunk, local, chat, tasks_file, id, task, model, heads,
-            aware,
+            aware, table,
         );
         // None of these types can fail to become JSON.
         serde_json::to_string(&parts).unwrap_or_default()
@@ -224,12 +228,14 @@ pub(super) mod tests {
             task_sha256: Some("a task".into()),
             heads_sha256: None,
             query_aware: 0,
+            table_sha256: None,
             case: Case {
                 id: format!("{task}-{exact}"),
                 task: task.into(),
                 continuation: task == "perplexity",
                 context_tokens: 2000,
                 queries: vec![Answered {
+                    score: None,
                     exact,
                     right,
                     tokens: 5,
@@ -285,6 +291,9 @@ pub(super) mod tests {
         renamed.heads_sha256 = Some("other heads".into());
         assert!(journal.get(&renamed.key()).is_none());
         renamed.heads_sha256 = None;
+        renamed.table_sha256 = Some("another table".into());
+        assert!(journal.get(&renamed.key()).is_none());
+        renamed.table_sha256 = None;
         renamed.task_sha256 = Some("another task".into());
         assert!(journal.get(&renamed.key()).is_none());
         journal.add(last).unwrap();

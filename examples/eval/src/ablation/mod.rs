@@ -11,6 +11,7 @@
 //! use locret_eval::{
 //!     Result,
 //!     ablation::{Ablation, Candidate, Journal, Origin, TaskSet, markdown, rows},
+//!     evaluate::Tokeniser,
 //!     tasks::Task,
 //! };
 //! use locret_policies::{KeyNorm, Method, PolicyConfig};
@@ -19,7 +20,7 @@
 //!
 //! fn compare(
 //!     model: Arc<dyn CausalLm>,
-//!     encode: &dyn Fn(&str) -> Result<Vec<u32>>,
+//!     encode: &dyn Tokeniser,
 //!     tasks: Vec<Task>,
 //! ) -> Result<String> {
 //!     // Any `KvCachePolicy` can stand here; its settings are whatever its results depend on.

@@ -30,6 +30,8 @@ pub struct Candidate {
     pub heads_sha256: Option<String>,
     /// Locret-Q: how many of a query's last tokens stand before its context; 0 for none.
     pub query_aware: usize,
+    /// SHA-256 of the table of budgets, where the policy has one.
+    pub table_sha256: Option<String>,
 }
 
 impl Candidate {
@@ -50,6 +52,7 @@ impl Candidate {
             store: Store::F32,
             heads_sha256: None,
             query_aware: 0,
+            table_sha256: None,
         }
     }
 
@@ -63,6 +66,7 @@ impl Candidate {
             label: config.policy.name().into(),
             // Other heads by the same name are another policy.
             heads_sha256: config.heads.as_deref().map(file_sha256).transpose()?,
+            table_sha256: config.table.as_deref().map(file_sha256).transpose()?,
             policy: config.build_for(model)?,
             settings: Settings::Config(config),
             store: Store::F32,
@@ -238,7 +242,7 @@ impl Ablation {
     }
 
     /// A case that has not been run.
-    fn record(&self, candidate: &Candidate, set: &TaskSet, task: &Task) -> Record {
+    pub(crate) fn record(&self, candidate: &Candidate, set: &TaskSet, task: &Task) -> Record {
         Record {
             label: candidate.label.clone(),
             policy: candidate.settings.clone(),
@@ -252,6 +256,7 @@ impl Ablation {
             task_sha256: Some(task.sha256()),
             heads_sha256: candidate.heads_sha256.clone(),
             query_aware: candidate.query_aware,
+            table_sha256: candidate.table_sha256.clone(),
             case: task.into(),
             origin: self.origin.clone(),
         }
@@ -304,10 +309,7 @@ mod tests {
             id: id.into(),
             task: "letters".into(),
             context: "The quick brown fox jumps over the lazy dog. ".repeat(2),
-            queries: vec![Query {
-                query: "The".into(),
-                answer: " quick".into(),
-            }],
+            queries: vec![Query::exact("The", " quick")],
         };
         let set = TaskSet::of(vec![task("a"), task("b")]);
         let encode = |text: &str| Ok(text.bytes().map(u32::from).collect());

@@ -113,9 +113,10 @@ pub fn markdown(rows: &[Row]) -> String {
             text += &format!("### {} tokens\n\n", report::grouped(length));
         }
         text += &table(&rows).markdown();
-        text += "\nExact match by task; `mean` is over the tasks with questions, its 95 % interval \
-                 after Wilson over all their questions; `of full` is the share of a full 16-bit \
-                 cache that was kept; tasks without questions show −ln p a token.\n\n";
+        text += "\nExact match by task, of RULER's tasks their own score; `mean` is over the tasks with \
+                 questions, its 95 % interval after Wilson over all their questions, and `by context` \
+                 that of contexts drawn anew; `of full` is the share of a full 16-bit cache that was \
+                 kept; tasks without questions show −ln p a token.\n\n";
         let best = best_at_equal_bytes(&rows);
         if !best.is_empty() {
             text += "At equal bytes: the highest mean with no more than this share of a full 16-bit \
@@ -147,6 +148,7 @@ fn table(rows: &[&Row]) -> Table {
         ">of full",
         ">mean",
         "95 %",
+        "by context",
     ];
     columns.extend(names.iter().map(String::as_str));
     let mut table = Table::new(&columns);
@@ -162,11 +164,12 @@ fn table(rows: &[&Row]) -> Table {
         match &row.results.mean {
             Some(mean) => {
                 let right = (mean.exact * mean.n as f64).round() as usize;
-                let (low, high) = report::wilson(right, mean.n);
                 cells.push(format!("{:.3}", mean.exact));
-                cells.push(format!("{low:.2}–{high:.2}"));
+                for (low, high) in [report::wilson(right, mean.n), row.results.mean_interval()] {
+                    cells.push(format!("{low:.2}–{high:.2}"));
+                }
             }
-            None => cells.extend(["–".into(), "–".into()]),
+            None => cells.extend(["–".into(), "–".into(), "–".into()]),
         }
         for (kind, asks) in &kinds {
             cells.push(match row.results.tasks.get(*kind) {

@@ -8,8 +8,8 @@ use std::{collections::HashMap, fs, path::Path};
 ///
 /// # Errors
 /// [`Error::Read`]; [`Error::Line`] with the line's number for anything that is not a task: bad
-/// JSON, a missing field, an empty context, no query, an empty answer, or an id that another line
-/// of the same kind has; [`Error::Usage`] for a file without tasks.
+/// JSON, a missing field, an empty context, no query, an empty answer, a judge with nothing to look for, or an
+/// id that another line of the same kind has; [`Error::Usage`] for a file without tasks.
 pub fn read(path: &Path) -> Result<Vec<Task>> {
     let text = fs::read_to_string(path).map_err(|e| Error::read(path, e))?;
     let mut tasks = Vec::new();
@@ -32,6 +32,12 @@ pub fn read(path: &Path) -> Result<Vec<Task>> {
         }
         if let Some(i) = task.queries.iter().position(|q| q.answer.is_empty()) {
             return Err(at(format!("the answer of query {} is empty", i + 1)));
+        }
+        let judged = task.queries.iter().map(|q| q.judge.as_ref());
+        let mut empty = judged.map(|j| j.is_some_and(|j| j.references.is_empty() || j.tokens == 0));
+        if let Some(i) = empty.position(|empty| empty) {
+            let message = format!("query {} is judged by no references, or no tokens", i + 1);
+            return Err(at(message));
         }
         let key = (task.task.clone(), task.id.clone());
         if let Some(first) = ids.insert(key, number) {
@@ -83,16 +89,14 @@ mod tests {
                 id: "a".into(),
                 task: "passkey".into(),
                 context: "line\none \"two\" \u{1F600}<|im_end|>".into(),
-                queries: vec![Query {
-                    query: "?".into(),
-                    answer: " 1".into(),
-                }],
+                queries: vec![Query::exact("?", " 1")],
             },
             Task {
                 id: "a".into(),
                 task: "perplexity".into(),
                 context: "x".into(),
                 queries: vec![Query {
+                    judge: None,
                     query: String::new(),
                     answer: "y".into(),
                 }],

@@ -1,105 +1,48 @@
 //! Seeded generators of the built-in tasks.
 
 use super::{
-    Frame, Query, Task,
+    Frame, Kind, Query, Ruler, Task,
     words::{self, Template, Value},
 };
-use crate::{Error, Result, corpus::Essays};
+use crate::{
+    Error, Result,
+    corpus::{Essays, OnProgress},
+};
+use locret_models::FetchOptions;
 use rand::{
     RngExt, SeedableRng,
     seq::{IndexedRandom, SliceRandom},
 };
 use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
-use std::{fmt, str::FromStr};
 
 /// How many tokens a text has; control tokens in it count as one.
 pub type Count<'a> = &'a dyn Fn(&str) -> Result<usize>;
 
-/// A kind of built-in task.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Kind {
-    /// A five-digit pass key in repeated filler (∞Bench, arXiv 2402.13718, `R.PassKey`; the
-    /// paper's own example). One question.
-    Passkey,
-    /// A ten-digit number in the same filler (∞Bench, `R.Number`). One question.
-    Number,
-    /// A JSON object of four pairs within essays, two of which are asked for (∞Bench, `R.KV`, which
-    /// has nothing but pairs and is beyond small models).
-    KeyValue,
-    /// Four numbers in essays, each asked for on its own (RULER, arXiv 2404.06654, needles with
-    /// several keys).
-    Needle,
-    /// Five facts in essays, words and numbers; five questions.
-    Facts,
-    /// A chat of four turns, in which the user mentions a fact after each passage of an essay; four
-    /// questions.
-    MultiTurn,
-    /// How well the end of an essay is predicted: no question, a long answer.
-    Perplexity,
-    /// The pass key in essays instead of filler. One question.
-    EssayPasskey,
-    /// How well every token of an essay but the first few is predicted: what a store costs.
-    /// Nothing is evicted while an answer is read.
-    Text,
+/// What tasks are made of.
+#[derive(Debug, Clone)]
+pub struct Texts {
+    /// Essays.
+    pub essays: Essays,
+    /// What RULER's tasks are made of.
+    pub ruler: Option<Ruler>,
 }
 
-impl Kind {
-    /// Those that a comparison runs if it names none, in the order of tables.
-    pub const DEFAULT: [Self; 7] = [
-        Self::Passkey,
-        Self::Number,
-        Self::KeyValue,
-        Self::Needle,
-        Self::Facts,
-        Self::MultiTurn,
-        Self::Perplexity,
-    ];
-
-    /// All of them.
-    pub const ALL: [Self; 9] = [
-        Self::Passkey,
-        Self::Number,
-        Self::KeyValue,
-        Self::Needle,
-        Self::Facts,
-        Self::MultiTurn,
-        Self::Perplexity,
-        Self::EssayPasskey,
-        Self::Text,
-    ];
-
-    /// The name in files and tables.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Passkey => "passkey",
-            Self::Number => "number",
-            Self::KeyValue => "key-value",
-            Self::Needle => "needle",
-            Self::Facts => "facts",
-            Self::MultiTurn => "multi-turn",
-            Self::Perplexity => "perplexity",
-            Self::EssayPasskey => "essay-passkey",
-            Self::Text => "text",
-        }
-    }
-}
-
-impl fmt::Display for Kind {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.name())
-    }
-}
-
-impl FromStr for Kind {
-    type Err = Error;
-
-    fn from_str(s: &str) -> Result<Self> {
-        let found = Self::ALL.into_iter().find(|k| k.name() == s);
-        found.ok_or_else(|| {
-            let names = Self::ALL.map(Self::name).join(", ");
-            Error::Usage(format!("unknown task {s:?}: there are {names}"))
+impl Texts {
+    /// What these kinds need, fetched unless the cache has it.
+    ///
+    /// # Errors
+    /// As [`Essays::for_evaluation`] and [`Ruler::fetch`].
+    pub fn fetch(kinds: &[Kind], options: &FetchOptions, shown: OnProgress<'_>) -> Result<Self> {
+        let has = |kind: Kind| kinds.contains(&kind);
+        let questions = [has(Kind::Qa1), has(Kind::Qa2)];
+        let ruler = kinds.iter().any(|kind| Kind::RULER.contains(kind));
+        Ok(Self {
+            essays: Essays::for_evaluation(options, shown)?,
+            ruler: match ruler {
+                true => Some(Ruler::fetch(questions, options, shown)?),
+                false => None,
+            },
         })
     }
 }
@@ -122,23 +65,48 @@ impl Recipe {
     /// The tasks, kind by kind.
     ///
     /// # Errors
-    /// [`Error::Usage`] if a kind does not fit into so few tokens, and those of `count`.
+    /// [`Error::Usage`] if a kind does not fit into so few tokens, and for RULER's kinds, which
+    /// [`generate_from`](Self::generate_from) makes; those of `count`.
     pub fn generate(&self, frame: &Frame, essays: &Essays, count: Count<'_>) -> Result<Vec<Task>> {
+        self.make(frame, essays, None, count)
+    }
+
+    /// The tasks, kind by kind.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] if a kind does not fit into so few tokens, or its texts are not there; those of
+    /// `count`.
+    pub fn generate_from(
+        &self,
+        frame: &Frame,
+        texts: &Texts,
+        count: Count<'_>,
+    ) -> Result<Vec<Task>> {
+        self.make(frame, &texts.essays, texts.ruler.as_ref(), count)
+    }
+
+    fn make(
+        &self,
+        frame: &Frame,
+        essays: &Essays,
+        ruler: Option<&Ruler>,
+        count: Count<'_>,
+    ) -> Result<Vec<Task>> {
         let mut tasks = Vec::with_capacity(self.kinds.len() * self.samples);
         for kind in &self.kinds {
             for sample in 0..self.samples {
-                // Distinct streams for every kind and sample, whatever else is generated.
-                let mut rng = ChaCha8Rng::seed_from_u64(self.seed);
-                rng.set_stream(((*kind as u64) << 32) | sample as u64);
-                let mut maker = Maker {
-                    kind: *kind,
-                    tokens: self.tokens,
-                    frame,
-                    essays,
-                    count,
-                    rng,
+                let (context, queries) = match kind.ruler() {
+                    None => self.built_in(*kind, sample, frame, essays, count)?,
+                    Some(own) => {
+                        let ruler = ruler.ok_or_else(|| {
+                            Error::Usage(format!("the texts of RULER, for {kind}, are not there"))
+                        })?;
+                        // Numbers of one seed are apart from those of all others that are likely.
+                        let number = (self.seed as u32).wrapping_mul(100_003);
+                        let number = number.wrapping_add(sample as u32);
+                        own.make(ruler, frame, self.tokens, number, count)?
+                    }
                 };
-                let (context, queries) = maker.make()?;
                 tasks.push(Task {
                     id: format!("{kind}-{}-s{}-{sample:03}", self.tokens, self.seed),
                     task: kind.name().into(),
@@ -148,6 +116,28 @@ impl Recipe {
             }
         }
         Ok(tasks)
+    }
+
+    fn built_in(
+        &self,
+        kind: Kind,
+        sample: usize,
+        frame: &Frame,
+        essays: &Essays,
+        count: Count<'_>,
+    ) -> Result<(String, Vec<Query>)> {
+        // Distinct streams for every kind and sample, whatever else is generated.
+        let mut rng = ChaCha8Rng::seed_from_u64(self.seed);
+        rng.set_stream(((kind as u64) << 32) | sample as u64);
+        let mut maker = Maker {
+            kind,
+            tokens: self.tokens,
+            frame,
+            essays,
+            count,
+            rng,
+        };
+        maker.make()
     }
 }
 
@@ -200,6 +190,7 @@ impl Maker<'_> {
             Kind::Perplexity => self.continuation(CONTINUATION.min(self.tokens / 4)),
             Kind::Text => self.continuation(self.tokens.saturating_sub(BEGINNING)),
             Kind::EssayPasskey => self.in_essays(&[&words::PASSKEY]),
+            other => Err(Error::Usage(format!("{other} is one of RULER's"))),
         }
     }
 
@@ -257,10 +248,8 @@ impl Maker<'_> {
     }
 
     fn queries(&self, planted: &[Planted]) -> Vec<Query> {
-        let query = |p: &Planted| Query {
-            query: self.frame.query(&p.question, &p.opening),
-            answer: p.answer.clone(),
-        };
+        let query =
+            |p: &Planted| Query::exact(self.frame.query(&p.question, &p.opening), &p.answer);
         planted.iter().map(query).collect()
     }
 
@@ -327,11 +316,11 @@ impl Maker<'_> {
         let queries = order.into_iter().take(asked).map(|i| {
             let (key, value) = &pairs[i];
             let fill = |text: &str| text.replace("{what}", key);
-            Query {
-                query: (self.frame)
-                    .query(&fill(words::PAIRS_QUESTION), &fill(words::PAIRS_OPENING)),
-                answer: value.clone(),
-            }
+            let opening = fill(words::PAIRS_OPENING);
+            Query::exact(
+                self.frame.query(&fill(words::PAIRS_QUESTION), &opening),
+                value,
+            )
         });
         let queries = queries.collect();
         Ok((context, queries))
@@ -440,11 +429,9 @@ impl Maker<'_> {
                 text += reply;
             }
             if (self.count)(&text)? <= self.tokens {
-                let query = |p: &Planted| Query {
-                    query: [&p.question, &frame.to_answer, &p.opening]
-                        .map(String::as_str)
-                        .concat(),
-                    answer: p.answer.clone(),
+                let query = |p: &Planted| {
+                    let parts = [&p.question, &frame.to_answer, &p.opening];
+                    Query::exact(parts.map(String::as_str).concat(), &p.answer)
                 };
                 return Ok((text, planted.iter().map(query).collect()));
             }
@@ -466,8 +453,7 @@ impl Maker<'_> {
         loop {
             let context = format!("{begin}{}", pieces.concat().trim_start());
             if (self.count)(&context)? + last <= self.tokens {
-                let query = String::new();
-                return Ok((context, vec![Query { query, answer }]));
+                return Ok((context, vec![Query::exact("", answer)]));
             }
             pieces.remove(0);
         }

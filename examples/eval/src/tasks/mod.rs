@@ -6,11 +6,17 @@
 mod file;
 mod frame;
 mod generate;
+mod judge;
+mod kind;
+mod ruler;
 pub mod words;
 
 pub use file::{read, write};
 pub use frame::Frame;
-pub use generate::{Count, Kind, Recipe};
+pub use generate::{Count, Recipe, Texts};
+pub use judge::{Judge, Rule};
+pub use kind::Kind;
+pub use ruler::Ruler;
 
 use crate::files::sha256;
 use serde::{Deserialize, Serialize};
@@ -38,6 +44,20 @@ pub struct Query {
     pub query: String,
     /// What the model should go on with.
     pub answer: String,
+    /// How what it generates is judged; by default it has to be the answer, token for token.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub judge: Option<Judge>,
+}
+
+impl Query {
+    /// A question whose answer has to come token for token.
+    pub fn exact(query: impl Into<String>, answer: impl Into<String>) -> Self {
+        Self {
+            query: query.into(),
+            answer: answer.into(),
+            judge: None,
+        }
+    }
 }
 
 impl Task {

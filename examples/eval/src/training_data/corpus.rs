@@ -1,11 +1,13 @@
 //! Real texts to train on.
 
+use super::Ordinary;
 use crate::{
     Error, Result,
     corpus::{self, Essays, OnProgress},
 };
 use locret_models::FetchOptions;
 use serde::Deserialize;
+use std::collections::HashSet;
 
 /// A passage with questions that were asked about it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -23,6 +25,8 @@ pub struct TrainingCorpus {
     pub(super) articles: Vec<Vec<Passage>>,
     /// Groups of passages of which few answer the question.
     pub(super) puzzles: Vec<Vec<Passage>>,
+    /// Code and other languages; nothing, unless it was fetched as well.
+    pub(super) ordinary: Ordinary,
 }
 
 #[derive(Deserialize)]
@@ -81,8 +85,13 @@ impl TrainingCorpus {
         Self::parse(&essays, &squad, &text(&corpus::HOTPOT)?, evaluation)
     }
 
+    /// The same with code and other languages, which [`Recipe::Reconstruct`](super::Recipe::Reconstruct) needs.
+    pub fn with(self, ordinary: Ordinary) -> Self {
+        Self { ordinary, ..self }
+    }
+
     /// From the JSON of essays (`{"text"}`), SQuAD 2.0 and HotpotQA (distractor setting), without
-    /// any sentence of the essays that evaluation uses.
+    /// any sentence of the essays, any article and any passage that evaluation uses.
     ///
     /// # Errors
     /// [`Error::Usage`] for JSON of another form, or if nothing is left.
@@ -99,12 +108,21 @@ impl TrainingCorpus {
                 .filter_map(|q| Some((q.question, q.answers.into_iter().next()?.text)))
                 .collect(),
         };
-        let articles = squad.data.into_iter();
+        let articles = squad.data.into_iter().enumerate();
         let articles: Vec<Vec<Passage>> = articles
-            .map(|a| a.paragraphs.into_iter().map(passage).collect())
+            .filter(|(i, _)| !corpus::evaluates_article(*i))
+            .map(|(_, a)| a.paragraphs.into_iter().map(passage).collect())
             .filter(|a: &Vec<Passage>| !a.is_empty())
             .collect();
-        let puzzles = hotpot.into_iter().map(|h| {
+        let asked = hotpot.iter().enumerate();
+        let asked = asked.filter(|(i, _)| corpus::evaluates_puzzle(*i));
+        let theirs = asked.flat_map(|(_, h)| h.context.iter().map(|(title, _)| title.clone()));
+        let theirs: HashSet<String> = theirs.collect();
+        let own = hotpot.into_iter().enumerate().filter(|(i, h)| {
+            let shared = h.context.iter().any(|(title, _)| theirs.contains(title));
+            !corpus::evaluates_puzzle(*i) && !shared
+        });
+        let puzzles = own.map(|(_, h)| {
             let mut passages: Vec<Passage> = (h.context.into_iter())
                 .map(|(title, sentences)| Passage {
                     text: format!("{title}\n{}", sentences.concat().trim()),
@@ -135,6 +153,7 @@ impl TrainingCorpus {
             prose,
             articles,
             puzzles,
+            ordinary: Ordinary::default(),
         })
     }
 }
@@ -199,7 +218,8 @@ pub(super) mod tests {
                 "Place7".into()
             )]
         );
-        assert_eq!(corpus.puzzles.len(), 90, "one has no answer in its text");
+        // One has no answer in its text, and every eighth is for evaluation.
+        assert_eq!(corpus.puzzles.len(), 79);
         assert_eq!(
             corpus.puzzles[0][0].text,
             "House 0\nHouse 0 is old. Builder0 built it."

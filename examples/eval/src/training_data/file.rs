@@ -117,6 +117,7 @@ impl Line {
                 TrainingText {
                     prompt,
                     answers: one(frame.to_answer.clone(), answer),
+                    opening: frame.open.clone(),
                 }
             }
             Self::Instruction {
@@ -128,9 +129,14 @@ impl Line {
                 TrainingText {
                     prompt: [&frame.open, instruction.as_str(), gap, &input].concat(),
                     answers: one(frame.to_answer.clone(), output),
+                    opening: frame.open.clone(),
                 }
             }
-            Self::Queries { prompt, answers } => TrainingText { prompt, answers },
+            Self::Queries { prompt, answers } => TrainingText {
+                prompt,
+                answers,
+                opening: String::new(),
+            },
             Self::Answers { prompt, answers } => TrainingText {
                 prompt,
                 answers: (answers.into_iter())
@@ -139,10 +145,12 @@ impl Line {
                         answer,
                     })
                     .collect(),
+                opening: String::new(),
             },
             Self::One { prompt, answer } => TrainingText {
                 prompt,
                 answers: one(String::new(), answer),
+                opening: String::new(),
             },
         })
     }

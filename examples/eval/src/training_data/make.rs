@@ -23,6 +23,9 @@ pub enum Recipe {
     /// Nothing planted: real texts with their own continuation, quotes and repetitions, and with
     /// questions that people asked about them.
     Plain,
+    /// Nothing planted, nothing asked: ordinary texts of many kinds, to be repeated as a whole
+    /// ([`tokenise`](super::tokenise)).
+    Reconstruct,
 }
 
 impl FromStr for Recipe {
@@ -32,8 +35,9 @@ impl FromStr for Recipe {
         match s {
             "builtin" => Ok(Self::Builtin),
             "plain" => Ok(Self::Plain),
+            "reconstruct" => Ok(Self::Reconstruct),
             _ => Err(Error::Usage(format!(
-                "unknown recipe {s:?}: there are builtin, plain"
+                "unknown recipe {s:?}: there are builtin, plain, reconstruct"
             ))),
         }
     }
@@ -44,13 +48,14 @@ impl fmt::Display for Recipe {
         f.write_str(match self {
             Self::Builtin => "builtin",
             Self::Plain => "plain",
+            Self::Reconstruct => "reconstruct",
         })
     }
 }
 
 /// One kind of text.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Kind {
+pub(super) enum Kind {
     Facts,
     Hidden,
     Table,
@@ -58,18 +63,47 @@ enum Kind {
     Article,
     Puzzle,
     Prose,
+    /// Passages, questions and answers.
+    Asked,
+    Code,
+    Languages,
+    Conversation,
+    /// A table alone.
+    Rows,
+    Log,
+    List,
 }
+
+/// The kinds of text with planted statements, in turn.
+const PLANTED: &[Kind] = &[Kind::Facts, Kind::Chat, Kind::Hidden, Kind::Table];
 
 impl Recipe {
     /// The kinds in turn, by their share.
     fn kinds(self) -> &'static [Kind] {
-        use Kind::{Article, Chat, Facts, Hidden, Prose, Puzzle, Table};
+        use Kind::{
+            Article, Asked, Chat, Code, Conversation, Facts, Hidden, Languages, List, Log, Prose,
+            Puzzle, Rows, Table,
+        };
         match self {
             Self::Builtin => &[
                 Facts, Chat, Facts, Article, Hidden, Facts, Chat, Prose, Facts, Table, Facts,
                 Puzzle,
             ],
             Self::Plain => &[Prose, Article, Puzzle],
+            Self::Reconstruct => &[
+                Prose,
+                Code,
+                Article,
+                Rows,
+                Puzzle,
+                Conversation,
+                Prose,
+                Log,
+                Asked,
+                Code,
+                Languages,
+                List,
+            ],
         }
     }
 }
@@ -77,33 +111,49 @@ impl Recipe {
 /// Shortest and longest text in tokens; short ones are more frequent.
 const LENGTHS: (usize, usize) = (700, 2800);
 
+/// The same where texts are repeated: none is so short that its labels would be of another scale.
+const REPEATED: (usize, usize) = (750, 2800);
+
 /// Tokens of a continuation.
 const CONTINUATION: usize = 64;
 
-/// Makes `count` training texts. Number `i` depends on the seed, the recipe, `i`, and nothing else.
+/// Makes `count` training texts. Number `i` depends on the seed, the recipe, `planted`, `i`, and nothing else.
 ///
-/// `frame` has the model's chat turns; some of the texts are plain all the same. `tokens` counts
+/// `planted` is the share of texts with planted statements and questions about them among those of
+/// [`Recipe::Reconstruct`]; the other recipes have what they have. `frame` has the model's chat turns; some of the texts are plain all the same. `tokens` counts
 /// a text's tokens.
 ///
 /// # Errors
 /// Those of `tokens`; [`Error::Usage`] for a corpus that is too small.
 pub fn generate(
     recipe: Recipe,
+    planted: f64,
     count: usize,
     seed: u64,
     corpus: &TrainingCorpus,
     frame: &Frame,
     tokens: Count<'_>,
 ) -> Result<Vec<TrainingText>> {
+    if !(0.0..=1.0).contains(&planted) {
+        return Err(Error::Usage("the share of planted texts is 0 to 1".into()));
+    }
     let plain = Frame::plain(&frame.begin);
     let kinds = recipe.kinds();
     (0..count)
         .map(|i| {
             let mut rng = ChaCha8Rng::seed_from_u64(seed);
             rng.set_stream(((recipe as u64) << 32) | i as u64);
-            let kind = kinds[i % kinds.len()];
+            let so_far = |i: usize| (i as f64 * planted).floor() as usize;
+            let kind = match recipe == Recipe::Reconstruct && so_far(i + 1) > so_far(i) {
+                true => PLANTED[so_far(i) % PLANTED.len()],
+                false => kinds[i % kinds.len()],
+            };
+            let (least, most) = match recipe {
+                Recipe::Reconstruct => REPEATED,
+                _ => LENGTHS,
+            };
             let share: f64 = rng.random::<f64>().powf(1.5);
-            let length = LENGTHS.0 + (share * (LENGTHS.1 - LENGTHS.0) as f64) as usize;
+            let length = least + (share * (most - least) as f64) as usize;
             let frame = if rng.random_range(0..10) < 7 {
                 frame
             } else {
@@ -117,7 +167,7 @@ pub fn generate(
                 length,
                 rng,
             };
-            match kind {
+            let made = match kind {
                 Kind::Facts => maker.facts(),
                 Kind::Hidden => maker.hidden(),
                 Kind::Table => maker.table(),
@@ -125,18 +175,31 @@ pub fn generate(
                 Kind::Article => maker.article(),
                 Kind::Puzzle => maker.puzzle(),
                 Kind::Prose => maker.prose(),
-            }
+                _ => maker.ordinary(kind).map(|text| TrainingText {
+                    prompt: maker.frame.open.clone() + &text,
+                    answers: Vec::new(),
+                    opening: String::new(),
+                }),
+            };
+            made.map(|mut text| {
+                text.opening = maker.frame.open.clone();
+                // Questions are asked about what was planted.
+                if recipe == Recipe::Reconstruct && !PLANTED.contains(&kind) {
+                    text.answers.clear();
+                }
+                text
+            })
         })
         .collect()
 }
 
-struct Maker<'a> {
+pub(super) struct Maker<'a> {
     recipe: Recipe,
-    corpus: &'a TrainingCorpus,
+    pub(super) corpus: &'a TrainingCorpus,
     frame: Frame,
     tokens: Count<'a>,
-    length: usize,
-    rng: ChaCha8Rng,
+    pub(super) length: usize,
+    pub(super) rng: ChaCha8Rng,
 }
 
 /// A fact with its blanks filled in.
@@ -148,7 +211,11 @@ struct Planted {
 }
 
 impl Maker<'_> {
-    fn pick<'l>(&mut self, list: &[&'l str]) -> &'l str {
+    pub(super) fn count(&self, text: &str) -> Result<usize> {
+        (self.tokens)(text)
+    }
+
+    pub(super) fn pick<'l>(&mut self, list: &[&'l str]) -> &'l str {
         list.choose(&mut self.rng).copied().unwrap_or_default()
     }
 
@@ -160,7 +227,7 @@ impl Maker<'_> {
         }
     }
 
-    fn digits(&mut self, least: usize, most: usize) -> String {
+    pub(super) fn digits(&mut self, least: usize, most: usize) -> String {
         let n = self.rng.random_range(least..=most);
         let first = self.rng.random_range(1..10u8);
         let rest = (1..n).map(|_| char::from(b'0' + self.rng.random_range(0..10u8)));
@@ -169,7 +236,7 @@ impl Maker<'_> {
             .collect()
     }
 
-    fn invented(&mut self) -> String {
+    pub(super) fn invented(&mut self) -> String {
         const ONSETS: &[&str] = &[
             "b", "br", "d", "dr", "f", "gl", "k", "kr", "l", "m", "n", "p", "r", "s", "t", "v", "z",
         ];
@@ -269,6 +336,10 @@ impl Maker<'_> {
     }
 
     fn introduction(&mut self, list: &[&str]) -> String {
+        if self.recipe == Recipe::Reconstruct {
+            // All that is read is repeated.
+            return self.frame.open.clone();
+        }
         let text = self.pick(list);
         let gap = if text.is_empty() { "" } else { "\n\n" };
         format!("{}{text}{gap}", self.frame.open)
@@ -342,6 +413,7 @@ impl Maker<'_> {
         Ok(TrainingText {
             prompt: introduction + sentences.concat().trim_start(),
             answers,
+            opening: String::new(),
         })
     }
 
@@ -369,6 +441,7 @@ impl Maker<'_> {
         Ok(TrainingText {
             prompt: introduction + text.trim_start(),
             answers: planted.iter().map(|p| self.ask(p)).collect(),
+            opening: String::new(),
         })
     }
 
@@ -394,6 +467,7 @@ impl Maker<'_> {
         Ok(TrainingText {
             prompt: introduction + &text,
             answers: planted.iter().map(|p| self.ask(p)).collect(),
+            opening: String::new(),
         })
     }
 
@@ -437,7 +511,11 @@ impl Maker<'_> {
                 answer: format!(" {}", values[row]),
             });
         }
-        Ok(TrainingText { prompt, answers })
+        Ok(TrainingText {
+            prompt,
+            answers,
+            opening: String::new(),
+        })
     }
 
     fn chat(&mut self) -> Result<TrainingText> {
@@ -476,6 +554,7 @@ impl Maker<'_> {
         Ok(TrainingText {
             prompt: text,
             answers,
+            opening: String::new(),
         })
     }
 
@@ -545,6 +624,7 @@ impl Maker<'_> {
         Ok(TrainingText {
             prompt: introduction + &text.join("\n\n"),
             answers,
+            opening: String::new(),
         })
     }
 }
@@ -552,7 +632,10 @@ impl Maker<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{tasks, training_data::corpus::tests::small};
+    use crate::{
+        tasks,
+        training_data::{corpus::tests::small, ordinary::tests::small as ordinary},
+    };
 
     fn count(text: &str) -> Result<usize> {
         Ok(text.split_whitespace().count())
@@ -567,7 +650,52 @@ mod tests {
     }
 
     fn make(recipe: Recipe, seed: u64) -> Vec<TrainingText> {
-        generate(recipe, 40, seed, &small(), &frame(), &count).unwrap()
+        let corpus = small().with(ordinary());
+        generate(recipe, 0.0, 40, seed, &corpus, &frame(), &count).unwrap()
+    }
+
+    #[test]
+    fn texts_to_be_repeated_are_of_all_kinds_and_nothing_is_asked() {
+        let corpus = small().with(ordinary());
+        let with = |planted: f64| {
+            generate(
+                Recipe::Reconstruct,
+                planted,
+                48,
+                5,
+                &corpus,
+                &frame(),
+                &count,
+            )
+        };
+        let texts = with(0.0).unwrap();
+        for text in &texts {
+            let n = count(&text.prompt).unwrap();
+            assert!((600..3400).contains(&n), "{n}: {}", text.prompt);
+            assert!(text.answers.is_empty() && text.prompt.starts_with(&text.opening));
+        }
+        for mark in [
+            "let x",
+            "Wort Nummer",
+            "\nQ: ",
+            " | ",
+            " INFO ",
+            ": Line ",
+            ", ",
+        ] {
+            assert!(texts.iter().any(|t| t.prompt.contains(mark)), "{mark}");
+        }
+        let framed = texts.iter().filter(|t| !t.opening.is_empty()).count();
+        assert!((20..44).contains(&framed), "{framed}");
+        let mixed = with(0.25).unwrap();
+        let asked = |t: &&TrainingText| !t.answers.is_empty();
+        assert_eq!(mixed.iter().filter(asked).count(), 12);
+        let same = mixed.iter().zip(&texts).filter(|(a, b)| a == b).count();
+        assert_eq!(same, 36);
+        assert!(with(1.5).is_err());
+        // Code and languages are fetched for this recipe alone.
+        let bare = generate(Recipe::Reconstruct, 0.0, 12, 5, &small(), &frame(), &count);
+        assert!(bare.is_err());
     }
 
     #[test]
@@ -597,7 +725,7 @@ mod tests {
         let texts = make(Recipe::Builtin, 1);
         assert_eq!(texts, make(Recipe::Builtin, 1));
         assert_ne!(texts, make(Recipe::Builtin, 2));
-        let fewer = generate(Recipe::Builtin, 3, 1, &small(), &frame(), &count).unwrap();
+        let fewer = generate(Recipe::Builtin, 0.0, 3, 1, &small(), &frame(), &count).unwrap();
         assert_eq!(texts[..3], fewer);
         let mut prompts: Vec<&str> = texts.iter().map(|t| t.prompt.as_str()).collect();
         prompts.sort_unstable();
@@ -657,7 +785,7 @@ mod tests {
 
     #[test]
     fn recipes_have_names() {
-        for recipe in [Recipe::Builtin, Recipe::Plain] {
+        for recipe in [Recipe::Builtin, Recipe::Plain, Recipe::Reconstruct] {
             assert_eq!(recipe.to_string().parse::<Recipe>().unwrap(), recipe);
         }
         assert!("other".parse::<Recipe>().is_err());

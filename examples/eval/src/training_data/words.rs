@@ -1103,7 +1103,6 @@ pub(super) fn templates() -> impl Iterator<Item = &'static str> {
 }
 
 /// Every list of words.
-#[cfg(test)]
 pub(super) fn lists() -> [&'static [&'static str]; 21] {
     [
         TRADES, SPORTS, TREES, LANGUAGES, CLOTHES, PLACES, PROJECTS, FIRST, FAMILY, ROLES, CITIES,

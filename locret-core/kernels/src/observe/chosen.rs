@@ -1,6 +1,6 @@
 //! The same where queries see less than everything before them.
 
-use super::{BLOCK, SERIAL};
+use super::{BLOCK, Gather, SERIAL, larger};
 use crate::{
     attention::{AttnShape, Loader, Seeing, TILE, hide, hide_before, scores},
     micro::pack_rows,
@@ -27,7 +27,25 @@ pub fn observe_weights_chosen(
     chosen: &[usize],
 ) -> Vec<Vec<f32>> {
     let call = Call::new(q, heads, shape, key_rotation, seeing, chosen);
-    call.run(Isa::best(), true)
+    call.run(Isa::best(), What::Weights(Gather::Sum))
+}
+
+/// As [`observe_max_weights`](super::observe_max_weights), of what each query sees.
+///
+/// # Panics
+/// As [`observe_weights_chosen`], and if there are not as many factors as chosen queries.
+pub fn observe_max_weights_chosen(
+    q: &[f32],
+    heads: &[&dyn KvTiles],
+    shape: AttnShape,
+    key_rotation: Option<&RopeTable>,
+    seeing: Seeing<'_>,
+    chosen: &[usize],
+    factors: Option<&[f32]>,
+) -> Vec<Vec<f32>> {
+    super::check_factors(chosen, factors);
+    let call = Call::new(q, heads, shape, key_rotation, seeing, chosen);
+    call.run(Isa::best(), What::Weights(Gather::Largest(factors)))
 }
 
 /// The same of units that a query sees where they stand: what is seen at the one distance takes its part of the
@@ -48,7 +66,7 @@ pub fn observe_near_weights_chosen(
         near_only: true,
         ..call
     }
-    .run(Isa::best(), true)
+    .run(Isa::best(), What::Weights(Gather::Sum))
 }
 
 /// As [`observe_max_logits`](super::observe_max_logits), over the queries that see a unit.
@@ -64,7 +82,16 @@ pub fn observe_max_logits_chosen(
     chosen: &[usize],
 ) -> Vec<Vec<f32>> {
     let call = Call::new(q, heads, shape, key_rotation, seeing, chosen);
-    call.largest_of_groups(call.run(Isa::best(), false))
+    call.largest_of_groups(call.run(Isa::best(), What::Logits))
+}
+
+/// What is gathered of the chosen queries' attention, by query head.
+#[derive(Clone, Copy)]
+enum What<'a> {
+    /// Softmax weights.
+    Weights(Gather<'a>),
+    /// The largest scores before the softmax.
+    Logits,
 }
 
 #[derive(Clone, Copy)]
@@ -104,19 +131,24 @@ impl<'a> Call<'a> {
         }
     }
 
-    /// By query head, what each unit is paid: sums of weights, or the largest logits.
-    fn run(&self, isa: Isa, weights: bool) -> Vec<Vec<f32>> {
+    /// By query head, what each unit is paid.
+    fn run(&self, isa: Isa, what: What<'_>) -> Vec<Vec<f32>> {
         let shape = self.shape;
-        let nothing = if weights { 0.0 } else { f32::NEG_INFINITY };
+        let nothing = match what {
+            What::Weights(_) => 0.0,
+            What::Logits => f32::NEG_INFINITY,
+        };
         let len = |head: usize| self.heads[head / shape.group()].len();
         let mut out: Vec<Vec<f32>> = (0..shape.heads)
             .map(|head| vec![nothing; len(head)])
             .collect();
         let one = |(head, out): (usize, &mut Vec<f32>)| {
-            let block = self.seeing.views.block();
+            let (block, mut at) = (self.seeing.views.block(), 0);
             for part in self.chosen.chunk_by(|a, b| a / block == b / block) {
                 let view = self.seeing.views.of(head, shape.heads, part[0]);
-                dispatch!(isa, s => block_of(s, self, head, view, part, weights, out));
+                let part = at..at + part.len();
+                at = part.end;
+                dispatch!(isa, s => block_of(s, self, head, view, part, what, out));
             }
         };
         let work = self.chosen.len() * shape.heads * TILE * shape.head_dim;
@@ -143,28 +175,24 @@ impl<'a> Call<'a> {
     }
 }
 
-/// NaN if either is.
-fn larger(a: f32, b: f32) -> f32 {
-    if a > b || a.is_nan() { a } else { b }
-}
-
-/// What some queries of one block pay.
+/// What some of the chosen queries, of one block, pay.
 #[inline(always)]
 fn block_of<S: Simd>(
     s: S,
     call: &Call<'_>,
     head: usize,
     view: &View,
-    chosen: &[usize],
-    weights: bool,
+    chosen: Range<usize>,
+    what: What<'_>,
     out: &mut [f32],
 ) {
     let most = if S::LANES == 16 { BLOCK } else { 2 * S::LANES };
-    for part in chosen.chunks(most) {
+    for start in chosen.clone().step_by(most) {
+        let part = start..(start + most).min(chosen.end);
         match part.len().div_ceil(S::LANES) {
-            1 => panel::<S, 1>(s, call, head, view, part, weights, out),
-            2 => panel::<S, 2>(s, call, head, view, part, weights, out),
-            _ if S::LANES == 16 => panel::<S, 3>(s, call, head, view, part, weights, out),
+            1 => panel::<S, 1>(s, call, head, view, part, what, out),
+            2 => panel::<S, 2>(s, call, head, view, part, what, out),
+            _ if S::LANES == 16 => panel::<S, 3>(s, call, head, view, part, what, out),
             _ => unreachable!("panels have at most two vectors here"),
         }
     }
@@ -186,11 +214,12 @@ fn panel<S: Simd, const N: usize>(
     call: &Call<'_>,
     head: usize,
     view: &View,
-    chosen: &[usize],
-    weights: bool,
+    part: Range<usize>,
+    what: What<'_>,
     out: &mut [f32],
 ) {
     let (shape, width, d) = (call.shape, N * S::LANES, call.shape.head_dim);
+    let chosen = &call.chosen[part.clone()];
     let tiled = call.heads[head / shape.group()];
     // Lanes beyond the chosen queries repeat the last one, with no weight.
     let query = |lane: usize| chosen[lane.min(chosen.len() - 1)];
@@ -202,9 +231,9 @@ fn panel<S: Simd, const N: usize>(
     let lengths = [d * width, units * width, tile, tile, tile];
     let mut memory = Scratch::for_lengths(&lengths);
     let [q, p, k_buf, v_buf, other] = memory.slices(lengths);
-    let scale = match weights {
-        true => shape.scale * std::f32::consts::LOG2_E,
-        false => shape.scale,
+    let scale = match what {
+        What::Weights(_) => shape.scale * std::f32::consts::LOG2_E,
+        What::Logits => shape.scale,
     };
     let (mut done, mut at) = (Vec::new(), 0);
     for (way, runs) in all.into_iter().enumerate() {
@@ -262,8 +291,11 @@ fn panel<S: Simd, const N: usize>(
         }
     }
     let mut share = [1.0; 48];
-    if weights {
+    if let What::Weights(gather) = what {
         softmax::<S, N>(s, p, &mut share);
+        for (share, index) in share.iter_mut().zip(part) {
+            *share *= gather.factor(index);
+        }
     }
     for tile in done.iter().filter(|tile| !(tile.far && call.near_only)) {
         let p = &p[tile.at * width..(tile.at + tile.units) * width];
@@ -272,9 +304,11 @@ fn panel<S: Simd, const N: usize>(
             for lane in 0..chosen.len() {
                 let seen = tile.bounds.as_ref().is_none_or(|b| b[lane].contains(&k));
                 // A row that is NaN must not reach units that it does not see.
-                match (seen, weights) {
-                    (true, true) => out[unit] += p[lane] * share[lane],
-                    (true, false) => out[unit] = larger(out[unit], p[lane]),
+                match (seen, what) {
+                    (true, What::Weights(gather)) => {
+                        out[unit] = gather.and(out[unit], p[lane] * share[lane]);
+                    }
+                    (true, What::Logits) => out[unit] = larger(out[unit], p[lane]),
                     _ => {}
                 }
             }
@@ -337,7 +371,7 @@ mod tests {
             for isa in Isa::all() {
                 let heads = refs(&tiles);
                 let call = Call::new(&q, &heads, shape, table.as_ref(), seeing, &chosen);
-                let paid = call.run(isa, true);
+                let paid = call.run(isa, What::Weights(Gather::Sum));
                 for (head, paid) in paid.iter().enumerate() {
                     for f in 0..d {
                         let values = values[head / shape.group()].chunks(d);
@@ -345,6 +379,37 @@ mod tests {
                         let due: f64 = chosen.iter().map(|t| f64::from(out[(t * shape.heads + head) * d + f])).sum();
                         prop_assert!((sum - due).abs() < 2e-5 * (1.0 + chosen.len() as f64), "{isa:?} {sum} {due}");
                     }
+                }
+            }
+        }
+
+        /// The largest of what each query pays alone.
+        #[test]
+        fn the_largest_weights_are_those_of_single_queries(case in case(), block in 1usize..90, skip in 0usize..150) {
+            let (q, keys, values, table) = case.data();
+            let (shape, d) = (case.shape, case.shape.head_dim);
+            let far = Numbers::new(case.seed ^ 1).take(q.len());
+            let views = views(case.seed, shape.tokens, block, &case.lens, shape.group());
+            let seeing = Seeing { views: &views, far: Some(&far) };
+            let chosen: Vec<usize> = (skip % shape.tokens..shape.tokens).step_by(2).collect();
+            let factors: Vec<f32> = Numbers::new(case.seed ^ 2).take(chosen.len()).iter().map(|x| x.abs()).collect();
+            let tiles = tiles_of(&keys, &values, d);
+            let heads = refs(&tiles);
+            for isa in Isa::all() {
+                let run = |chosen: &[usize], gather| {
+                    let call = Call::new(&q, &heads, shape, table.as_ref(), seeing, chosen);
+                    call.run(isa, What::Weights(gather))
+                };
+                let found = run(&chosen, Gather::Largest(Some(&factors)));
+                let mut due: Vec<Vec<f32>> = found.iter().map(|list| vec![0.0; list.len()]).collect();
+                for (token, factor) in chosen.iter().zip(&factors) {
+                    let alone = run(std::slice::from_ref(token), Gather::Sum);
+                    for (due, paid) in due.iter_mut().flatten().zip(alone.iter().flatten()) {
+                        *due = due.max(factor * paid);
+                    }
+                }
+                for (found, due) in found.iter().flatten().zip(due.iter().flatten()) {
+                    prop_assert!((found - due).abs() < 1e-5, "{isa:?} {found} {due}");
                 }
             }
         }
@@ -382,7 +447,7 @@ mod tests {
             }
             for isa in Isa::all() {
                 let call = Call::new(&q, &heads, shape, None, seeing, &chosen);
-                let found = call.largest_of_groups(call.run(isa, false));
+                let found = call.largest_of_groups(call.run(isa, What::Logits));
                 for (found, due) in found.iter().flatten().zip(due.iter().flatten()) {
                     let found = f64::from(*found);
                     prop_assert!(found == *due || (found - due).abs() < 1e-5 * (1.0 + due.abs()), "{isa:?} {found} {due}");

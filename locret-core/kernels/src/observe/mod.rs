@@ -5,7 +5,10 @@
 
 mod chosen;
 
-pub use chosen::{observe_max_logits_chosen, observe_near_weights_chosen, observe_weights_chosen};
+pub use chosen::{
+    observe_max_logits_chosen, observe_max_weights_chosen, observe_near_weights_chosen,
+    observe_weights_chosen,
+};
 
 use super::{
     attention::{
@@ -18,6 +21,7 @@ use super::{
     tiles::{Floats, KvTiles, each_type},
 };
 use rayon::prelude::*;
+use std::ops::Range;
 
 /// For each **query head**, for each unit: the sum over the chosen queries of the softmax weight
 /// that the query gives it; `[heads][units of its KV head]`.
@@ -35,7 +39,28 @@ pub fn observe_weights(
     key_rotation: Option<&RopeTable>,
     chosen: &[usize],
 ) -> Vec<Vec<f32>> {
-    weights_with(Isa::best(), q, heads, shape, key_rotation, chosen)
+    let call = Call::new(q, heads, shape, key_rotation, chosen);
+    weights_with(Isa::best(), &call)
+}
+
+/// For each **query head**, for each unit: the largest softmax weight that one of the chosen queries gives it, 0
+/// where none sees it; `[heads][units of its KV head]`. `factors`, one for each chosen query and none of them
+/// negative, are multiplied to its weights before.
+///
+/// Inputs as for [`observe_weights`], and a NaN goes as far.
+///
+/// # Panics
+/// As [`observe_weights`], and if there are not as many factors as chosen queries.
+pub fn observe_max_weights(
+    q: &[f32],
+    heads: &[&dyn KvTiles],
+    shape: AttnShape,
+    key_rotation: Option<&RopeTable>,
+    chosen: &[usize],
+    factors: Option<&[f32]>,
+) -> Vec<Vec<f32>> {
+    let call = Call::new(q, heads, shape, key_rotation, chosen).largest(factors);
+    weights_with(Isa::best(), &call)
 }
 
 /// For each **KV head**, for each unit: the largest `scale · q·k` over the chosen queries that see
@@ -75,8 +100,41 @@ struct Call<'a> {
     shape: AttnShape,
     rotation: Option<&'a RopeTable>,
     chosen: &'a [usize],
+    /// What becomes of the weights that a unit gets.
+    gather: Gather<'a>,
     /// Whether the calling thread does all.
     serial: bool,
+}
+
+/// What becomes of the weights that a unit gets from the chosen queries.
+#[derive(Clone, Copy)]
+enum Gather<'a> {
+    /// Their sum.
+    Sum,
+    /// The largest, after each query's are multiplied by a factor of its own.
+    Largest(Option<&'a [f32]>),
+}
+
+impl Gather<'_> {
+    /// The factor on what chosen query number `index` pays.
+    fn factor(self, index: usize) -> f32 {
+        match self {
+            Self::Largest(Some(factors)) => factors[index],
+            _ => 1.0,
+        }
+    }
+
+    fn and(self, a: f32, b: f32) -> f32 {
+        match self {
+            Self::Sum => a + b,
+            Self::Largest(_) => larger(a, b),
+        }
+    }
+}
+
+/// NaN if either is.
+fn larger(a: f32, b: f32) -> f32 {
+    if a > b || a.is_nan() { a } else { b }
 }
 
 impl<'a> Call<'a> {
@@ -97,7 +155,17 @@ impl<'a> Call<'a> {
             shape,
             rotation,
             chosen,
+            gather: Gather::Sum,
             serial: work < SERIAL || rayon::current_num_threads() == 1,
+        }
+    }
+
+    /// The same for the largest weights.
+    fn largest(self, factors: Option<&'a [f32]>) -> Self {
+        check_factors(self.chosen, factors);
+        Self {
+            gather: Gather::Largest(factors),
+            ..self
         }
     }
 
@@ -134,6 +202,16 @@ fn check_chosen(shape: AttnShape, chosen: &[usize]) {
     );
 }
 
+fn check_factors(chosen: &[usize], factors: Option<&[f32]>) {
+    if let Some(factors) = factors {
+        assert_eq!(
+            factors.len(),
+            chosen.len(),
+            "a factor for each chosen query"
+        );
+    }
+}
+
 /// For each **query head**, what [`observe_weights`] says of the last `last` queries (all, if there are fewer);
 /// and, from the same weights, for each distance between a query and a unit the sum over these queries: entry 0
 /// is what they pay to their own units. As many distances as units.
@@ -165,17 +243,10 @@ fn survey_with(
     [units, distances]
 }
 
-fn weights_with(
-    isa: Isa,
-    q: &[f32],
-    heads: &[&dyn KvTiles],
-    shape: AttnShape,
-    rotation: Option<&RopeTable>,
-    chosen: &[usize],
-) -> Vec<Vec<f32>> {
-    let call = Call::new(q, heads, shape, rotation, chosen);
+fn weights_with(isa: Isa, call: &Call<'_>) -> Vec<Vec<f32>> {
+    let (shape, chosen) = (call.shape, call.chosen);
     let g = shape.group();
-    let lens: Vec<usize> = heads.iter().map(|h| h.len()).collect();
+    let lens: Vec<usize> = call.heads.iter().map(|h| h.len()).collect();
     if (1..=FEW).contains(&chosen.len()) {
         let mut out: Vec<Vec<f32>> = (0..shape.heads).map(|h| vec![0.0; lens[h / g]]).collect();
         let rows = g * chosen.len();
@@ -188,19 +259,19 @@ fn weights_with(
             pieces.map(move |(piece, logits)| (head, piece * FEW_PIECE, logits))
         });
         call.each(tasks.collect(), |(head, start, logits)| {
-            dispatch!(isa, s => few_logits(s, &call, head, start, logits));
+            dispatch!(isa, s => few_logits(s, call, head, start, logits));
         });
         let tasks = out.chunks_mut(g).zip(&mut logits).enumerate();
         call.each(tasks.collect(), |(head, (out, logits))| {
-            dispatch!(isa, s => few_weights(s, &call, head, logits, out));
+            dispatch!(isa, s => few_weights(s, call, head, logits, out));
         });
         return out;
     }
-    let [units, _] = many(isa, &call, &lens, false);
+    let [units, _] = many(isa, call, &lens, false);
     units
 }
 
-/// Sums by unit and, if they are wanted, by distance: for each query head.
+/// Sums (or what else is gathered) by unit and, if they are wanted, by distance: for each query head.
 fn many(isa: Isa, call: &Call<'_>, lens: &[usize], distances: bool) -> [Vec<Vec<f32>>; 2] {
     let (shape, chosen) = (call.shape, call.chosen);
     let g = shape.group();
@@ -212,8 +283,10 @@ fn many(isa: Isa, call: &Call<'_>, lens: &[usize], distances: bool) -> [Vec<Vec<
     // Several tasks for each KV head, each with sums of its own, added up in a fixed order.
     let parts = 16usize.div_ceil(shape.kv_heads);
     let per_task = chosen.len().div_ceil(parts).next_multiple_of(BLOCK);
+    let starts = || (0..chosen.len()).step_by(per_task);
+    let parts = || starts().map(|start| start..(start + per_task).min(chosen.len()));
     let sums = (0..shape.kv_heads)
-        .flat_map(|head| chosen.chunks(per_task).map(move |part| (head, part)))
+        .flat_map(|head| parts().map(move |part| (head, part)))
         .map(|(head, part)| {
             let by_distance = if distances { g * lens[head] } else { 0 };
             (
@@ -223,18 +296,18 @@ fn many(isa: Isa, call: &Call<'_>, lens: &[usize], distances: bool) -> [Vec<Vec<
                 vec![0.0; by_distance],
             )
         });
-    let mut sums: Vec<(usize, &[usize], Vec<f32>, Vec<f32>)> = sums.collect();
+    let mut sums: Vec<(usize, Range<usize>, Vec<f32>, Vec<f32>)> = sums.collect();
     call.each(
         sums.iter_mut().collect(),
         |(head, part, units, distances)| {
-            dispatch!(isa, s => many_weights(s, call, *head, part, units, distances));
+            dispatch!(isa, s => many_weights(s, call, *head, part.clone(), units, distances));
         },
     );
     for (head, _, units, distances) in sums {
         for (out, sums) in out.iter_mut().zip([units, distances]) {
             for (h, sums) in sums.chunks_exact(lens[head].max(1)).enumerate() {
                 for (out, sum) in out[head * g + h].iter_mut().zip(sums) {
-                    *out += sum;
+                    *out = call.gather.and(*out, *sum);
                 }
             }
         }
@@ -242,18 +315,20 @@ fn many(isa: Isa, call: &Call<'_>, lens: &[usize], distances: bool) -> [Vec<Vec<
     out
 }
 
-/// Sums `[group, units]` over some queries of a KV head, and `[group, distances]` if there is room for them.
+/// Sums `[group, units]` over some of the chosen queries and a KV head, and `[group, distances]` if there is room
+/// for them.
 #[inline(always)]
 fn many_weights<S: Simd>(
     s: S,
     call: &Call<'_>,
     head: usize,
-    chosen: &[usize],
+    part: Range<usize>,
     sums: &mut [f32],
     distances: &mut [f32],
 ) {
-    let most = if S::LANES == 16 { 3 } else { 2 };
-    for block in chosen.chunks(most * S::LANES) {
+    let most = if S::LANES == 16 { 3 } else { 2 } * S::LANES;
+    for start in part.clone().step_by(most) {
+        let block = start..(start + most).min(part.end);
         match block.len().div_ceil(S::LANES) {
             1 => block_weights::<S, 1>(s, call, head, block, sums, distances),
             2 => block_weights::<S, 2>(s, call, head, block, sums, distances),
@@ -269,11 +344,12 @@ fn block_weights<S: Simd, const N: usize>(
     s: S,
     call: &Call<'_>,
     head: usize,
-    chosen: &[usize],
+    part: Range<usize>,
     sums: &mut [f32],
     distances: &mut [f32],
 ) {
     let (shape, width) = (call.shape, N * S::LANES);
+    let chosen = &call.chosen[part.clone()];
     let (g, d) = (shape.group(), shape.head_dim);
     let loader = call.loader(head, g * chosen.len());
     let len = loader.store.len();
@@ -338,19 +414,33 @@ fn block_weights<S: Simd, const N: usize>(
             store(s, &mut share[v * S::LANES..], one);
         }
         share[chosen.len()..].fill(0.0);
+        for (share, index) in share.iter_mut().zip(part.clone()) {
+            *share *= call.gather.factor(index);
+        }
         for (k, p) in p.chunks_exact(width).enumerate() {
             if k < all_see {
-                let mut sum = s.splat(0.0);
+                let mut gathered = s.splat(0.0);
                 for v in 0..N {
                     let at = v * S::LANES;
-                    sum = s.fma(load(s, &p[at..]), load(s, &share[at..]), sum);
+                    let (p, share) = (load(s, &p[at..]), load(s, &share[at..]));
+                    gathered = match call.gather {
+                        Gather::Sum => s.fma(p, share, gathered),
+                        Gather::Largest(_) => s.max_nan(gathered, s.mul(p, share)),
+                    };
                 }
-                sums[k] += s.sum(sum);
+                match call.gather {
+                    Gather::Sum => sums[k] += s.sum(gathered),
+                    Gather::Largest(_) => {
+                        let mut lanes = [0.0; 16];
+                        store(s, &mut lanes, gathered);
+                        sums[k] = lanes.into_iter().fold(sums[k], larger);
+                    }
+                }
             } else {
                 // A row that is NaN must not reach units that it does not see.
                 for lane in 0..chosen.len() {
                     if k < limits[lane] {
-                        sums[k] += p[lane] * share[lane];
+                        sums[k] = call.gather.and(sums[k], p[lane] * share[lane]);
                     }
                 }
             }
@@ -411,7 +501,7 @@ fn few_logits<S: Simd>(s: S, call: &Call<'_>, head: usize, start: usize, logits:
     }
 }
 
-/// Turns the scores of a KV head into weights, and adds them up over the chosen queries.
+/// Turns the scores of a KV head into weights, and gathers them over the chosen queries.
 #[inline(always)]
 fn few_weights<S: Simd>(
     s: S,
@@ -449,13 +539,13 @@ fn few_weights<S: Simd>(
                 store(s, x, weight);
             }
         }
-        let share = 1.0 / s.sum(total);
+        let share = call.gather.factor(row / g) / s.sum(total);
         let out = &mut out[row % g];
         for (piece, logits) in logits.chunks_exact(rows * FEW_PIECE).enumerate() {
             let weights = &logits[row * FEW_PIECE..][..visible(piece).0];
             let from = piece * FEW_PIECE;
             for (out, weight) in out[from.min(len)..].iter_mut().zip(weights) {
-                *out += weight * share;
+                *out = call.gather.and(*out, weight * share);
             }
         }
     }
@@ -562,7 +652,6 @@ fn piece_max<S: Simd>(
             }
         }
         for (out, best) in out.iter_mut().zip(best.chunks_exact(S::LANES)) {
-            let larger = |a: f32, b: f32| if a > b || a.is_nan() { a } else { b };
             *out = best.iter().copied().fold(f32::NEG_INFINITY, larger);
         }
     }
@@ -651,7 +740,7 @@ mod tests {
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(96))]
         #[test]
-        fn both_agree_with_the_textbook(
+        fn all_agree_with_the_textbook(
             (tokens, kv_heads, group) in (1usize..120, 1usize..4, 1usize..5),
             d in prop_oneof![1usize..20, Just(64), Just(80)],
             more in prop::collection::vec(prop_oneof![Just(0usize), 0usize..40, 0usize..700], 3),
@@ -680,8 +769,30 @@ mod tests {
             let expected = logits(&q, &keys, shape, table.as_ref(), &chosen);
             let tiles: Vec<DenseTiles<'_>> = keys.iter().map(|k| DenseTiles::new(&k[..], &k[..], d)).collect();
             let heads: Vec<&dyn KvTiles> = tiles.iter().map(|t| t as &dyn KvTiles).collect();
+            let factors: Vec<f32> = rng.take(chosen.len()).iter().map(|x| x.abs()).collect();
             for isa in Isa::all() {
-                let weights = weights_with(isa, &q, &heads, shape, table.as_ref(), &chosen);
+                let call = Call::new(&q, &heads, shape, table.as_ref(), &chosen);
+                let weights = weights_with(isa, &call);
+                for factors in [None, Some(&factors[..])] {
+                    let most = weights_with(isa, &call.largest(factors));
+                    for (head, most) in most.iter().enumerate() {
+                        let mut tops = vec![0.0f64; lens[head / group]];
+                        for (index, row) in expected[head].iter().enumerate() {
+                            let factor = factors.map_or(1.0, |f| f64::from(f[index]));
+                            let top = row.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+                            let total: f64 = row.iter().map(|x| (x - top).exp()).sum();
+                            for (most, x) in tops.iter_mut().zip(row) {
+                                let weight = factor * (x - top).exp() / total;
+                                if !(most.is_nan() || *most > weight) {
+                                    *most = weight;
+                                }
+                            }
+                        }
+                        if let Err(e) = same(most, &tops, 2e-5) {
+                            prop_assert!(false, "{isa:?} largest weights of head {head}: {e}");
+                        }
+                    }
+                }
                 for (head, weights) in weights.iter().enumerate() {
                     let mut sums = vec![0.0; lens[head / group]];
                     for row in &expected[head] {
@@ -776,6 +887,7 @@ mod tests {
                 pool.unwrap().install(|| {
                     (
                         observe_weights(&q, &heads, shape, None, &chosen),
+                        observe_max_weights(&q, &heads, shape, None, &chosen, None),
                         observe_max_logits(&q, &heads, shape, None, &chosen),
                     )
                 })
@@ -797,6 +909,8 @@ mod tests {
         let heads: [&dyn KvTiles; 1] = [&tiles];
         let q = [1.0; 2];
         assert_eq!(observe_weights(&q, &heads, shape, None, &[]), [[0.0; 3]]);
+        let most = observe_max_weights(&q, &heads, shape, None, &[], Some(&[]));
+        assert_eq!(most, [[0.0; 3]]);
         assert_eq!(
             observe_max_logits(&q, &heads, shape, None, &[]),
             [[f32::NEG_INFINITY; 3]]

@@ -136,7 +136,19 @@ pub(super) fn footprint(
     // A position, and what is carried.
     let widths = (0..spec.layers).map(|index| policy.carried_width(&spec.layer(index)));
     let metadata = 4 + 4 * widths.max().unwrap_or(1);
-    let longest = plan.peak.units_per_head.max(before);
+    let mut longest = plan.peak.units_per_head.max(before);
+    if shared {
+        // Plans know the mean of heads alone.
+        let limits = (0..spec.layers).map(|i| policy.limit(&spec.layer(i), request.tokens()));
+        let kept = limits.map(|limit| limit.unwrap_or(usize::MAX)).max();
+        let step = prefill.chunk.max(prefill.local);
+        let most = kept
+            .unwrap_or(usize::MAX)
+            .saturating_add(step)
+            .saturating_add(request.generate.max_new)
+            .min(request.tokens());
+        longest = longest.max(most);
+    }
     let parts = [
         reserves,
         units.saturating_mul(metadata),
