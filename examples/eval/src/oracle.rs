@@ -158,6 +158,8 @@ pub struct Oracle {
     pub positions: Positions,
     /// What labels are and how they are made, for results.
     pub labels: serde_json::Value,
+    /// No task is begun after this.
+    pub until: Option<Instant>,
 }
 
 /// Makes the labels of a task's context.
@@ -177,8 +179,7 @@ impl Oracle {
     }
 
     /// A full cache, and all points: those that `journal` has, and the others as they are run, each of which
-    /// is added to it at once. Points of whose budget nothing would be left to choose are left out. No task is
-    /// begun after `until`.
+    /// is added to it at once. Points of whose budget nothing would be left to choose are left out.
     ///
     /// # Errors
     /// Those of `labels`, the engine's and [`Journal::add`].
@@ -189,12 +190,11 @@ impl Oracle {
         encode: Encode<'_>,
         labels: Labelling<'_>,
         journal: &mut Journal,
-        until: Option<Instant>,
         on_event: &mut dyn FnMut(Event<'_>),
     ) -> Result<Vec<Record>> {
         let mut records = Vec::new();
         for task in &set.tasks {
-            if until.is_some_and(|until| Instant::now() >= until) {
+            if self.until.is_some_and(|until| Instant::now() >= until) {
                 break;
             }
             let ids = encode.encode(&task.context)?;
@@ -441,6 +441,7 @@ mod tests {
             floor: 0.2,
             positions: Positions::Compact,
             labels: json!("made up"),
+            until: None,
         }
     }
 
@@ -536,7 +537,6 @@ mod tests {
                 &bytes,
                 &labels,
                 &mut journal,
-                None,
                 &mut |e| match e {
                     Event::Known => known += 1,
                     Event::Done => done += 1,
@@ -550,6 +550,13 @@ mod tests {
         assert_eq!((records.len(), known, done, made.get()), (2 * 13, 0, 26, 2));
         assert_eq!(run(), (records.clone(), 26, 0));
         assert_eq!(made.get(), 2);
+        let late = Oracle {
+            until: Some(Instant::now()),
+            ..oracle.clone()
+        };
+        let mut nothing = Journal::default();
+        let none = late.run(&points, &set, &bytes, &labels, &mut nothing, &mut |_| {});
+        assert_eq!(none.unwrap().len(), 0);
         let full = &records[0].case;
         for record in &records[1..13] {
             let budget = record.policy.budget().unwrap();

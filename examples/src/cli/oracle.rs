@@ -138,7 +138,13 @@ pub fn run(args: &Args) -> Result<()> {
     }
     let frame = runtime.frame(args.tasks.plain.then_some(false))?;
     let model = runtime.model();
+    // A time that is never reached is none.
+    let until = args.minutes.and_then(|minutes| {
+        let time = Duration::try_from_secs_f64(60.0 * minutes.max(0.0)).ok()?;
+        Instant::now().checked_add(time)
+    });
     let oracle = Oracle {
+        until,
         ablation: Ablation {
             model: model.clone(),
             prefill: Prefill::new(args.chunk, 0),
@@ -173,12 +179,8 @@ pub fn run(args: &Args) -> Result<()> {
             &LabelOptions::default(),
         )?)
     };
-    let minutes = args
-        .minutes
-        .map(|minutes| Duration::from_secs_f64(60.0 * minutes.max(0.0)));
-    let until = minutes.map(|minutes| Instant::now() + minutes);
     let follow = &mut |event: Event<'_>| bar.follow(event);
-    let records = oracle.run(&points, &set, &runtime, &make, &mut journal, until, follow)?;
+    let records = oracle.run(&points, &set, &runtime, &make, &mut journal, follow)?;
     bar.finish();
     let longest = records.iter().map(|record| record.case.context_tokens);
     runtime.note_length(longest.max().unwrap_or(0));
