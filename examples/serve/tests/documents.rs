@@ -1,7 +1,10 @@
 //! Commands that the documents give for the examples and the server: they exist, and read these flags.
 
 use clap::Parser;
-use locret_examples::cli::{ablation, evaluate, generate, long_shapes, plan, trace, train_heads};
+use locret_examples::cli::{
+    ablation, budget_table, evaluate, generate, long_shapes, oracle, plan, rank_heads, trace,
+    train_heads,
+};
 use locret_serve::Args;
 use std::{
     fs,
@@ -96,10 +99,13 @@ fn commands_are_read() {
             let words = [vec![name.clone()], flags].concat();
             let parsed = match &*name {
                 "ablation" => read::<ablation::Args>(words),
+                "budget_table" => read::<budget_table::Args>(words),
                 "evaluate" => read::<evaluate::Args>(words),
                 "generate" => read::<generate::Args>(words),
                 "long_shapes" => read::<long_shapes::Args>(words),
+                "oracle" => read::<oracle::Args>(words),
                 "plan" => read::<plan::Args>(words),
+                "rank_heads" => read::<rank_heads::Args>(words),
                 "trace" => read::<trace::Args>(words),
                 "train_heads" => read::<train_heads::Args>(words),
                 "serve" => read::<Args>(words),

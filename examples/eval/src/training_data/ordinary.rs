@@ -233,8 +233,8 @@ impl Maker<'_> {
             lines.push(line(&columns.map(|_| "---".to_owned())));
         }
         let lists = words::lists();
-        // A row takes about 25 tokens.
-        for _ in 0..self.length / 12 {
+        // More than are needed, however tokens are counted.
+        for _ in 0..self.length {
             let list = self.rng.random_range(0..lists.len());
             let item = self.pick(lists[list]);
             let cells = [
@@ -265,7 +265,7 @@ impl Maker<'_> {
         const LEVELS: &[&str] = &["INFO", "INFO", "INFO", "DEBUG", "WARN", "ERROR"];
         let (date, mut second) = (self.date(), self.rng.random_range(0..40_000u32));
         let mut lines = Vec::new();
-        for _ in 0..self.length / 12 {
+        for _ in 0..self.length {
             second += self.rng.random_range(0..9);
             let (part, level) = (self.pick(PARTS), self.pick(LEVELS));
             let (a, b) = (self.digits(1, 5), self.digits(1, 3));
