@@ -125,7 +125,7 @@ impl KvCachePolicy for Thirds {
     }
 
     fn before(&self, at: &Step, _queries: &Rows, units: &LayerUnits<'_>) -> Result<Visible> {
-        let blocks = (0..Self::blocks(at.seen)).filter(|b| (b + at.seen) % 3 == 0);
+        let blocks = (0..Self::blocks(at.seen)).filter(|b| (b + at.seen).is_multiple_of(3));
         let ranges = blocks.map(|b| (b * BLOCK) as u32..((b + 1) * BLOCK) as u32);
         let rest = (Self::blocks(at.seen) * BLOCK) as u32..(at.seen + at.incoming) as u32;
         let view = View {
