@@ -25,6 +25,7 @@
 //! [`PolicyConfig`] is all of that as configuration.
 #![deny(missing_docs)]
 
+mod blocks;
 mod config;
 mod error;
 mod full;

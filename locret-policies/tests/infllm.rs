@@ -549,7 +549,7 @@ fn everything_conforms() {
             seeds: 30..38,
             dense: false,
             dtypes: vec![DType::F32],
-            tolerance: if coarse { 3.0 } else { 0.3 },
+            tolerance: if coarse { 0.3 } else { 0.02 },
             store_tolerance: if coarse { 0.1 } else { 0.01 },
             ..PolicyCheck::default()
         };

@@ -337,7 +337,7 @@ fn over_units_of_few_bits() {
             fills_budget: false,
             dense: false,
             dtypes: vec![DType::F32],
-            tolerance: if bits == 4 { 3.0 } else { 0.3 },
+            tolerance: if bits == 4 { 1.0 } else { 0.1 },
             store_tolerance: if bits == 4 { 0.1 } else { 0.01 },
             ..PolicyCheck::default()
         };

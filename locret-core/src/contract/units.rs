@@ -104,8 +104,8 @@ impl Observed {
     /// **query** head `head` paid. Those of KV head `j` are `j * group..(j + 1) * group`.
     ///
     /// # Errors
-    /// [`Error::Setting`] if something else than [`Observation::Weights`] was asked for, or there is no such
-    /// head.
+    /// [`Error::Setting`] if neither [`Observation::Weights`] nor [`Observation::NearWeights`] was asked for, or
+    /// there is no such head.
     pub fn weights(&self, head: usize) -> Result<&[f32]> {
         let what = match self.what {
             Observation::NearWeights => Observation::NearWeights,

@@ -459,28 +459,26 @@ fn same_units(found: &SequenceCache, due: &SequenceCache) {
     }
 }
 
-/// A folder in memory of so many bytes, until it is dropped; `None` where nobody may mount one.
+/// A disk with room for so many bytes, beyond which the system says what it says of a full one.
 #[cfg(target_os = "linux")]
-struct SmallDisk(tempfile::TempDir);
-
-#[cfg(target_os = "linux")]
-impl SmallDisk {
-    fn mounted(bytes: usize) -> Option<Self> {
-        let folder = tempfile::tempdir().unwrap();
-        let mut mount = std::process::Command::new("mount");
-        let size = format!("size={bytes}");
-        mount.args(["-t", "tmpfs", "-o", &size, "tmpfs"]);
-        let done = mount.arg(folder.path()).output();
-        done.is_ok_and(|out| out.status.success())
-            .then(|| Self(folder))
-    }
+#[derive(Debug)]
+struct SmallDisk {
+    file: std::fs::File,
+    full: std::fs::File,
+    room: u64,
 }
 
 #[cfg(target_os = "linux")]
-impl Drop for SmallDisk {
-    fn drop(&mut self) {
-        let mut unmount = std::process::Command::new("umount");
-        drop(unmount.arg("-l").arg(self.0.path()).output());
+impl Scratch for SmallDisk {
+    fn write_at(&self, bytes: &[u8], at: u64) -> io::Result<()> {
+        use std::os::unix::fs::FileExt;
+        let fits = at + bytes.len() as u64 <= self.room;
+        let file = if fits { &self.file } else { &self.full };
+        file.write_all_at(bytes, at)
+    }
+
+    fn read_at(&self, bytes: &mut [u8], at: u64) -> io::Result<()> {
+        std::os::unix::fs::FileExt::read_exact_at(&self.file, bytes, at)
     }
 }
 
@@ -488,12 +486,18 @@ impl Drop for SmallDisk {
 #[test]
 fn a_disk_that_fills_is_an_error_of_one_sequence() {
     let bound = BOUND * unit();
-    let Some(disk) = SmallDisk::mounted(64 << 10) else {
-        eprintln!("no file system could be mounted here: the full disk was not tried");
-        return;
-    };
-    let small = Tier::disk(Some(disk.0.path().into()));
-    let [full, fine] = lockstep([thirds(small, bound), thirds(Tier::disk(None), bound)], 400);
+    let small = Tier::new("a small disk", || {
+        let full = std::fs::OpenOptions::new().write(true).open("/dev/full")?;
+        Ok(Box::new(SmallDisk {
+            file: tempfile::tempfile()?,
+            full,
+            room: 2 << 10,
+        }))
+    });
+    let [full, fine] = lockstep(
+        [thirds(small, bound), thirds(Tier::disk(None), bound)],
+        1200,
+    );
     let error = full.unwrap_err();
     let Error::Tier { what, source } = &error else {
         panic!("{error}");

@@ -1,6 +1,7 @@
 //! InfLLM: everything is kept, and each block of queries fetches the distant blocks that it needs (arXiv
 //! 2402.04617).
 
+use crate::blocks;
 use locret_core::{
     Error, KvCachePolicy, LayerSpec, LayerUnits, ModelSpec, Needs, Observation, Positions, Prefill,
     Queries, Result, Rows, Scores, Step, Verdict, View, Views, Visible,
@@ -136,18 +137,6 @@ impl InfLlm {
         }
     }
 
-    fn check(&self, at: &Step, units: &LayerUnits<'_>) -> Result<()> {
-        let n = at.seen + at.incoming;
-        match (0..units.kv_heads()).find(|head| units.len(*head) != n) {
-            None => Ok(()),
-            Some(head) => {
-                let found = format!("{} units of {n} tokens are held", units.len(head));
-                let found = format!("is for caches that keep everything: {found}");
-                Err(Error::policy(self.name(), found))
-            }
-        }
-    }
-
     /// The blocks that are most like the mean query, ascending.
     fn retrieve(
         &self,
@@ -179,21 +168,15 @@ impl InfLlm {
         block: Range<usize>,
         paid: &[f32],
     ) -> Result<Vec<f32>> {
-        let (width, d) = (self.carried_width(&at.layer), at.layer.head_dim);
+        let width = self.carried_width(&at.layer);
         let block: Vec<u32> = (block.start as u32..block.end as u32).collect();
         let keys = units.stored_keys(head, &block)?;
         let keys = keys.values()?;
-        let mut all = Vec::with_capacity(at.layer.group() * d);
+        let mut all = Vec::with_capacity(at.layer.group() * at.layer.head_dim);
         for query in 0..at.layer.group() {
             let paid: Vec<f32> = paid.iter().skip(query).step_by(width).copied().collect();
-            let best = units.compute().select(&paid, self.representatives, &[])?;
-            let mut mean = vec![0.0; d];
-            for unit in &best {
-                let key = &keys[*unit as usize * d..][..d];
-                mean.iter_mut().zip(key).for_each(|(sum, x)| *sum += x);
-            }
-            mean.iter_mut().for_each(|x| *x /= best.len() as f32);
-            all.extend(mean);
+            let own = blocks::representative(units, &keys, &paid, self.representatives)?;
+            all.extend(own);
         }
         Ok(all)
     }
@@ -218,17 +201,6 @@ impl Parts {
     fn rest(&self) -> usize {
         self.init + self.blocks * self.block
     }
-}
-
-/// The mean of rows.
-fn mean(rows: &Rows) -> Result<Vec<f32>> {
-    let mut sum = vec![0.0; rows.width()];
-    for row in rows.values()?.chunks_exact(rows.width()) {
-        sum.iter_mut().zip(row).for_each(|(sum, x)| *sum += x);
-    }
-    let count = rows.rows().max(1) as f32;
-    sum.iter_mut().for_each(|x| *x /= count);
-    Ok(sum)
 }
 
 impl KvCachePolicy for InfLlm {
@@ -260,30 +232,18 @@ impl KvCachePolicy for InfLlm {
     }
 
     fn carried_width(&self, layer: &LayerSpec) -> usize {
-        // A block's units carry its representative once they have left the window.
-        let representative = layer.group() * layer.head_dim;
-        representative
-            .div_ceil(self.block.max(1))
-            .max(layer.group())
+        blocks::width(layer, self.block)
     }
 
     fn validate(&self, _model: &ModelSpec, prefill: &Prefill) -> Result<()> {
         let settings = [
             ("local window", self.local),
-            ("block", self.block),
-            ("number of retrieved blocks", self.topk),
             ("execution block", self.exec_block),
         ];
         if let Some((what, _)) = settings.into_iter().find(|(_, size)| *size == 0) {
             return Err(Error::setting(what, "at least 1", 0));
         }
-        if !(1..=self.block).contains(&self.representatives) {
-            return Err(Error::setting(
-                "number of keys in a representative",
-                format!("1 to {}, a block's units", self.block),
-                self.representatives,
-            ));
-        }
+        blocks::check_sizes(self.block, self.topk, self.representatives)?;
         if prefill.chunk > self.exec_block {
             return Err(Error::setting(
                 "chunk of infllm",
@@ -295,7 +255,7 @@ impl KvCachePolicy for InfLlm {
     }
 
     fn before(&self, at: &Step, _queries: &Rows, units: &LayerUnits<'_>) -> Result<Visible> {
-        self.check(at, units)?;
+        blocks::check_whole(self.name(), at, units)?;
         let n = at.seen + at.incoming;
         if n <= self.local {
             return Ok(Visible::All);
@@ -306,7 +266,7 @@ impl KvCachePolicy for InfLlm {
             true => (0..parts.blocks as u32).collect(),
             false => {
                 let queries = units.queries_at(distance)?;
-                self.retrieve(at, units, &parts, &mean(&queries)?)?
+                self.retrieve(at, units, &parts, &blocks::mean(&queries)?)?
             }
         };
         let narrow = |range: Range<usize>| range.start as u32..range.end as u32;
@@ -324,7 +284,7 @@ impl KvCachePolicy for InfLlm {
     }
 
     fn step(&self, at: &Step, units: &LayerUnits<'_>) -> Result<Verdict> {
-        self.check(at, units)?;
+        blocks::check_whole(self.name(), at, units)?;
         let width = self.carried_width(&at.layer);
         let (before, n) = (self.parts(at.seen), at.seen + at.incoming);
         let after = self.parts(n);

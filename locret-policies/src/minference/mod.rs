@@ -6,6 +6,7 @@ mod table;
 pub use search::{Found, recalled, search_layer};
 pub use table::{Pattern, Patterns};
 
+use crate::blocks;
 use locret_core::{
     Error, KvCachePolicy, LayerUnits, ModelSpec, Needs, Phase, Positions, Prefill, Result, Rows,
     Step, Survey, Verdict, View, Views, Visible,
@@ -100,11 +101,7 @@ impl KvCachePolicy for MInference {
             return Ok(Visible::All);
         }
         let (n, t) = (at.seen + at.incoming, at.incoming);
-        if let Some(head) = (0..units.kv_heads()).find(|head| units.len(*head) != n) {
-            let found = format!("{} units of {n} tokens are held", units.len(head));
-            let found = format!("is for caches that keep everything: {found}");
-            return Err(Error::policy(self.name(), found));
-        }
+        blocks::check_whole(self.name(), at, units)?;
         let patterns: Vec<Pattern> = (0..at.layer.heads)
             .map(|head| self.patterns.of(at.layer.index, head))
             .collect();

@@ -1,5 +1,6 @@
 //! What a policy evicts is put away, and comes back when queries ask for it.
 
+use crate::blocks;
 use locret_core::{
     Error, Held, Keep, KvCachePolicy, KvStore, LayerSpec, LayerUnits, ModelSpec, Needs,
     Observation, Observe, Placement, Positions, Prefill, Queries, Result, Rows, Scores, Selection,
@@ -79,22 +80,9 @@ impl<P: KvCachePolicy> PutAway<P> {
             Some(_) => self.inner.carried_width(layer),
             None => 0,
         };
-        let representative = layer.group() * layer.head_dim;
-        let own = representative
-            .div_ceil(self.block.max(1))
-            .max(layer.group());
-        Layout { inner, own }
-    }
-
-    fn check(&self, at: &Step, units: &LayerUnits<'_>) -> Result<()> {
-        let n = at.seen + at.incoming;
-        match (0..units.kv_heads()).find(|head| units.len(*head) != n) {
-            None => Ok(()),
-            Some(head) => {
-                let found = format!("{} units of {n} tokens are held", units.len(head));
-                let found = format!("is for caches that keep everything: {found}");
-                Err(Error::policy(self.name(), found))
-            }
+        Layout {
+            inner,
+            own: blocks::width(layer, self.block),
         }
     }
 
@@ -232,7 +220,7 @@ impl<P: KvCachePolicy> PutAway<P> {
         head: usize,
         numbers: &mut [f32],
     ) -> Result<Vec<Vec<u32>>> {
-        let (layout, d) = (self.layout(&at.layer), at.layer.head_dim);
+        let layout = self.layout(&at.layer);
         let marks = layout.marks(numbers);
         let made = marks.iter().copied().fold(0.0, f32::max);
         let waits = |unit: &u32| marks[*unit as usize] == WAITS;
@@ -241,19 +229,18 @@ impl<P: KvCachePolicy> PutAway<P> {
         for (index, block) in waiting.chunks_exact(self.block).enumerate() {
             let keys = units.keys_at(head, block)?;
             let keys = keys.values()?;
-            let mut means = Vec::with_capacity(at.layer.group() * d);
+            let mut means = Vec::with_capacity(at.layer.group() * at.layer.head_dim);
             for query in 0..at.layer.group() {
                 let own = layout.inner + 1 + query;
                 let paid: Vec<f32> = (block.iter())
                     .map(|unit| layout.of(numbers, *unit)[own])
                     .collect();
-                let best = units.compute().select(&paid, self.representatives, &[])?;
-                let mut mean = vec![0.0; d];
-                for row in &best {
-                    let key = &keys[*row as usize * d..][..d];
-                    mean.iter_mut().zip(key).for_each(|(sum, x)| *sum += x);
-                }
-                means.extend(mean.iter().map(|x| x / best.len() as f32));
+                means.extend(blocks::representative(
+                    units,
+                    &keys,
+                    &paid,
+                    self.representatives,
+                )?);
             }
             let mut parts = means.chunks(layout.own);
             for unit in block {
@@ -273,7 +260,7 @@ impl<P: KvCachePolicy> PutAway<P> {
 
     /// What is near of each KV head, and what it carries of the policy inside.
     fn near(&self, at: &Step, units: &LayerUnits<'_>) -> Result<(Selection, Vec<Vec<f32>>)> {
-        self.check(at, units)?;
+        blocks::check_whole(self.name(), at, units)?;
         let layout = self.layout(&at.layer);
         let (mut near, mut carried) = (Vec::new(), Vec::new());
         for head in 0..units.kv_heads() {
@@ -361,17 +348,6 @@ fn runs(units: &[u32]) -> impl Iterator<Item = Range<u32>> + '_ {
     runs.map(|run| run[0]..run[0] + run.len() as u32)
 }
 
-/// The mean of rows.
-fn mean(rows: &Rows) -> Result<Vec<f32>> {
-    let mut sum = vec![0.0; rows.width()];
-    for row in rows.values()?.chunks_exact(rows.width()) {
-        sum.iter_mut().zip(row).for_each(|(sum, x)| *sum += x);
-    }
-    let count = rows.rows().max(1) as f32;
-    sum.iter_mut().for_each(|x| *x /= count);
-    Ok(sum)
-}
-
 #[deny(clippy::missing_trait_methods)]
 impl<P: KvCachePolicy> KvCachePolicy for PutAway<P> {
     fn name(&self) -> String {
@@ -424,21 +400,7 @@ impl<P: KvCachePolicy> KvCachePolicy for PutAway<P> {
     }
 
     fn validate(&self, model: &ModelSpec, prefill: &Prefill) -> Result<()> {
-        for (what, size) in [
-            ("block", self.block),
-            ("number of retrieved blocks", self.topk),
-        ] {
-            if size == 0 {
-                return Err(Error::setting(what, "at least 1", 0));
-            }
-        }
-        if !(1..=self.block).contains(&self.representatives) {
-            return Err(Error::setting(
-                "number of keys in a representative",
-                format!("1 to {}, a block's units", self.block),
-                self.representatives,
-            ));
-        }
+        blocks::check_sizes(self.block, self.topk, self.representatives)?;
         let needs = self.inner.needs();
         let observed = needs.observe.map(|observe| observe.what);
         if needs.before || observed.is_some_and(|what| what != Observation::Weights) {
@@ -468,8 +430,8 @@ impl<P: KvCachePolicy> KvCachePolicy for PutAway<P> {
     }
 
     fn before(&self, at: &Step, queries: &Rows, units: &LayerUnits<'_>) -> Result<Visible> {
-        self.check(at, units)?;
-        let mean = mean(queries)?;
+        blocks::check_whole(self.name(), at, units)?;
+        let mean = blocks::mean(queries)?;
         let views = (0..units.kv_heads()).map(|head| self.view(at, &mean, units, head));
         let views = views.collect::<Result<Vec<_>>>()?;
         if views.iter().all(Option::is_none) {
