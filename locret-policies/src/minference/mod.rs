@@ -8,8 +8,8 @@ pub use table::{Pattern, Patterns};
 
 use crate::blocks;
 use locret_core::{
-    Error, KvCachePolicy, LayerUnits, ModelSpec, Needs, Phase, Positions, Prefill, Result, Rows,
-    Step, Survey, Verdict, View, Views, Visible,
+    KvCachePolicy, LayerUnits, ModelSpec, Needs, Phase, Positions, Prefill, Result, Rows, Step,
+    Survey, Verdict, View, Views, Visible,
 };
 use sha2::{Digest, Sha256};
 use std::ops::Range;
