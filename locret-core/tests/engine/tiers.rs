@@ -494,10 +494,7 @@ fn a_disk_that_fills_is_an_error_of_one_sequence() {
             room: 2 << 10,
         }))
     });
-    let [full, fine] = lockstep(
-        [thirds(small, bound), thirds(Tier::disk(None), bound)],
-        1200,
-    );
+    let [full, fine] = lockstep([thirds(small, bound), thirds(Tier::disk(None), bound)], 400);
     let error = full.unwrap_err();
     let Error::Tier { what, source } = &error else {
         panic!("{error}");
