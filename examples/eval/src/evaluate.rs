@@ -693,11 +693,11 @@ mod tests {
             task: "letters".into(),
             context: context.into(),
             queries: vec![Query {
-                judge: Some(Judge {
-                    references: references.iter().map(|r| (*r).to_owned()).collect(),
+                judge: Some(Judge::new(
                     rule,
-                    tokens: 5,
-                }),
+                    references.iter().map(|r| (*r).to_owned()).collect(),
+                    5,
+                )),
                 ..Query::exact("Who?", " fox")
             }],
         };
