@@ -118,7 +118,7 @@ pub struct PolicyArgs {
     /// Select on scores max-pooled over this many neighbours (odd)
     #[arg(long, value_name = "N")]
     pub pool: Option<usize>,
-    /// Keep keys and values as integers of this many bits: 8, 4 or 2
+    /// Keep keys and values as integers of this many bits: 8, 4, 3 or 2
     #[arg(long, value_name = "BITS")]
     pub quantize: Option<u8>,
     /// Share the budget out over layers, more for lower ones (PyramidKV's beta: 20)

@@ -3,6 +3,7 @@
 use clap::Parser;
 use locret_core::{KvCachePolicy, Prefill, Session};
 use locret_eval::{
+    ablation::Record,
     evaluate::Results,
     patterns::Recalling,
     tasks::{self, Query, Task},
@@ -349,4 +350,109 @@ fn a_part_of_attention_is_nearly_all_of_it() {
     println!("{recall:?}; {} and {}", top(&sparse), top(&full));
     assert!(recall.mean > 0.9, "{recall:?}");
     assert_eq!(top(&sparse), top(&full));
+}
+
+/// Set in a process that runs one part of a grid: its number, and the grid's folder.
+const SHARD: &str = "LOCRET_TEST_SHARD";
+
+#[test]
+fn three_processes_run_a_grid_and_their_parts_are_the_whole() {
+    let parsed = |words: &[&str]| {
+        let words = ["ablation"].iter().chain(words).copied();
+        ablation::Args::try_parse_from(words).map_err(|e| e.to_string())
+    };
+    let run = |words: &[&str]| ablation::run(&parsed(words)?).map_err(|e| e.chain());
+    if let Ok(shard) = std::env::var(SHARD) {
+        let (shard, folder) = shard.split_once(' ').unwrap();
+        let (grid, out) = (format!("{folder}/grid.toml"), format!("{folder}/parts"));
+        run(&["--grid", &grid, "--out", &out, "--shard", shard]).unwrap();
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let folder = dir.path().display().to_string();
+    let grid = format!("{folder}/grid.toml");
+    let text = "tasks = [\"passkey\", \"number\"]\nlengths = [300]\nsamples = 2\nbudgets = [64]\nchunk = 64\n\
+                local = 16\nmaps = []\n[[policies]]\npolicy = \"full\"\n[[policies]]\npolicy = \"window\"\n";
+    fs::write(&grid, text).unwrap();
+    let children: Vec<_> = (1..=3)
+        .map(|shard| {
+            let name = "three_processes_run_a_grid_and_their_parts_are_the_whole";
+            let mut child = std::process::Command::new(std::env::current_exe().unwrap());
+            child
+                .args(["--exact", name])
+                .env(SHARD, format!("{shard}/3 {folder}"));
+            child.stdout(std::process::Stdio::null()).spawn().unwrap()
+        })
+        .collect();
+    for mut child in children {
+        assert!(child.wait().unwrap().success());
+    }
+    let parts: Vec<String> = (1..=3)
+        .map(|i| format!("{folder}/parts/shard-{i}-of-3"))
+        .collect();
+    let lines = |path: &str| {
+        let text = fs::read_to_string(path).unwrap();
+        text.lines()
+            .map(|line| serde_json::from_str(line).unwrap())
+            .collect::<Vec<Record>>()
+    };
+    let counts: Vec<usize> = parts
+        .iter()
+        .map(|part| lines(&format!("{part}/results.jsonl")).len())
+        .collect();
+    assert_eq!(counts.iter().sum::<usize>(), 8);
+    assert!(counts.iter().all(|n| (2..=3).contains(n)), "{counts:?}");
+    // Two of three are not all of it.
+    let merged = format!("{folder}/merged");
+    let merge = |extra: &[&str], parts: &[String]| {
+        let mut words = vec!["merge", "--grid", &grid, "--out", &merged];
+        words.extend(extra);
+        words.extend(parts.iter().map(String::as_str));
+        run(&words)
+    };
+    let error = merge(&[], &parts[..2]).unwrap_err();
+    assert!(error.contains("cases are missing"), "{error}");
+    merge(&["--partial"], &parts[..2]).unwrap();
+    merge(&[], &parts).unwrap();
+    // What one process makes of the grid is the same.
+    let whole = format!("{folder}/whole");
+    run(&["--grid", &grid, "--out", &whole]).unwrap();
+    let of = |folder: &str| -> Vec<(String, String, Vec<_>, Option<f64>)> {
+        let all = lines(&format!("{folder}/results.jsonl")).into_iter();
+        let of = |r: Record| (r.label, r.case.id, r.case.queries, r.case.footprint);
+        let mut all: Vec<_> = all.map(of).collect();
+        all.sort_by_key(|(label, id, ..)| (label.clone(), id.clone()));
+        all
+    };
+    assert_eq!(of(&merged), of(&whole));
+    assert!(of(&whole).iter().all(|(.., footprint)| footprint.is_some()));
+    for file in [
+        "table.md",
+        "run.json",
+        "pareto-passkey-300.svg",
+        "quality-300.svg",
+    ] {
+        assert!(std::path::Path::new(&merged).join(file).exists(), "{file}");
+    }
+    // A merged run is one that goes on where it was.
+    let before = fs::read_to_string(format!("{merged}/results.jsonl")).unwrap();
+    run(&["--grid", &grid, "--out", &merged]).unwrap();
+    assert_eq!(
+        fs::read_to_string(format!("{merged}/results.jsonl")).unwrap(),
+        before
+    );
+    // Of other tasks they are no parts.
+    fs::write(&grid, text.replace("samples = 2", "samples = 1")).unwrap();
+    let error = merge(&[], &parts).unwrap_err();
+    assert!(error.contains("another grid"), "{error}");
+    for words in [
+        &["--grid", "g", "--out", "o", "--shard", "4/3"][..],
+        &["merge", "--grid", "g", "--out", "o"],
+        &[],
+    ] {
+        assert!(
+            parsed(words).map_or(true, |args| ablation::run(&args).is_err()),
+            "{words:?}"
+        );
+    }
 }

@@ -295,8 +295,8 @@ fn policies_compose_with_integers_shared_budgets_and_merging() {
             _ => assert_eq!(units(&trace), units(&exact), "{flags}"),
         }
     }
-    let error = run(dir.path(), &ids(50), &format!("{plain} --quantize 3")).unwrap_err();
-    assert!(error.contains("2, 4 or 8"), "{error}");
+    let error = run(dir.path(), &ids(50), &format!("{plain} --quantize 5")).unwrap_err();
+    assert!(error.contains("2, 3, 4 or 8"), "{error}");
 }
 
 /// Heads of `layers` layers with `inputs` features and `outputs` scores.

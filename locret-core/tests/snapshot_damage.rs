@@ -185,6 +185,8 @@ fn codes(bits: u8, layout: QuantLayout) -> Option<Quantization> {
         layout,
         group: 4,
         residual: 3,
+        first: 2,
+        hadamard: bits != 4,
     })
 }
 

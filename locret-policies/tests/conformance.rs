@@ -21,23 +21,27 @@ const SHAPES: [(&str, Option<f64>, Option<f64>, Option<Share>); 5] = [
     ("over the model", None, Some(0.1), Some(Share::Model)),
 ];
 
-/// Stores: name, quantisation, how far off a number and a hidden state may be.
+/// Stores: name, quantisation, how far off a number and a hidden state may be. Where keys and values are turned before
+/// they are coded, a number is a mean of all those of its block, each of which is off on its own.
 fn stores() -> Vec<(&'static str, Option<Quantization>, f32, f32)> {
-    let store = |bits, layout| Quantization {
+    let store = |bits, layout, hadamard| Quantization {
         bits,
         layout,
         group: 16,
         residual: 4,
+        first: 2,
+        hadamard,
     };
     let (rows, kivi) = (QuantLayout::PerToken, QuantLayout::Kivi);
     vec![
         ("dense", None, 0.0, 1e-4),
-        ("8 bit", Some(store(8, rows)), 0.01, 0.2),
-        ("8 bit KIVI", Some(store(8, kivi)), 0.01, 0.2),
-        ("4 bit", Some(store(4, rows)), 0.1, 2.0),
-        ("4 bit KIVI", Some(store(4, kivi)), 0.1, 2.0),
-        ("2 bit", Some(store(2, rows)), 0.5, 10.0),
-        ("2 bit KIVI", Some(store(2, kivi)), 0.5, 10.0),
+        ("8 bit", Some(store(8, rows, true)), 0.03, 0.2),
+        ("8 bit KIVI", Some(store(8, kivi, false)), 0.01, 0.2),
+        ("4 bit", Some(store(4, rows, true)), 0.45, 2.0),
+        ("4 bit KIVI", Some(store(4, kivi, false)), 0.1, 2.0),
+        ("3 bit", Some(store(3, rows, false)), 0.25, 5.0),
+        ("2 bit", Some(store(2, rows, false)), 0.5, 10.0),
+        ("2 bit KIVI", Some(store(2, kivi, true)), 2.2, 10.0),
     ]
 }
 

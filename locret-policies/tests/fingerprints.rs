@@ -92,6 +92,15 @@ fn changed(method: Method) -> Vec<(String, PolicyConfig)> {
         ("4 bits", plain),
         ("8 bits", Quantization { bits: 8, ..plain }),
         ("2 bits", Quantization { bits: 2, ..plain }),
+        ("3 bits", Quantization { bits: 3, ..plain }),
+        ("no first units", Quantization { first: 0, ..plain }),
+        (
+            "not turned",
+            Quantization {
+                hadamard: false,
+                ..plain
+            },
+        ),
         ("groups of 32", Quantization { group: 32, ..plain }),
         (
             "a residual of 33",

@@ -140,11 +140,14 @@ fn every_policy_goes_on_bit_for_bit_over_every_store() {
         layout,
         group: 8,
         residual: 3,
+        first: 1,
+        hadamard: bits < 8,
     };
     let dense = [DType::F32, DType::F16, DType::BF16].map(|dtype| (dtype, None));
     let codes = [
         (8, rows),
         (4, rows),
+        (3, rows),
         (2, rows),
         (8, kivi),
         (4, kivi),

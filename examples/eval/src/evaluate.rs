@@ -120,8 +120,42 @@ pub struct Case {
     pub kept_kv_bytes: usize,
     /// Tokens of the context and bytes of keys and values after each chunk.
     pub curve: Vec<(usize, usize)>,
+    /// The KV footprint (units × steps; arXiv 2506.17121) of reading the context, as a share of a full cache's:
+    /// for each token, the units that a KV head held when it was read, its own among them, as a mean over all heads.
+    /// Older results have none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub footprint: Option<f64>,
+    /// Wall-clock time until the first token of an answer was known: the context was read, and the first query.
+    /// `None` for continuations and older results.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub first_token_seconds: Option<f64>,
     /// Wall-clock time.
     pub seconds: f64,
+}
+
+/// Units by steps of reading a context.
+#[derive(Debug, Default)]
+struct Footprint {
+    tokens: usize,
+    /// Units in all heads after the last chunk.
+    units: usize,
+    sum: f64,
+}
+
+impl Footprint {
+    /// So many tokens have been read now, and so many units are left in all of so many heads.
+    fn chunk(&mut self, tokens: usize, units: usize, heads: usize) {
+        let new = tokens.saturating_sub(self.tokens) as f64;
+        let held = self.units as f64 / heads.max(1) as f64;
+        self.sum += new * held + new * (new + 1.0) / 2.0;
+        (self.tokens, self.units) = (tokens, units);
+    }
+
+    /// As a share of a full cache's.
+    fn share(&self) -> Option<f64> {
+        let n = self.tokens as f64;
+        (self.tokens > 0).then(|| self.sum / (n * (n + 1.0) / 2.0))
+    }
 }
 
 impl Reader {
@@ -143,7 +177,9 @@ impl Reader {
     ) -> Result<Case> {
         let started = Instant::now();
         let ids = encode.encode(&task.context)?;
-        let mut curve = Vec::new();
+        let (mut curve, mut footprint) = (Vec::new(), Footprint::default());
+        let spec = self.model.spec();
+        let heads = spec.layers * spec.kv_heads;
         let mut read = |ids: &[u32]| -> Result<Session> {
             let mut session =
                 Session::with_options(self.model.clone(), self.policy.clone(), self.cache)?;
@@ -152,6 +188,7 @@ impl Reader {
             session.prefill_with(ids, &self.prefill, &mut |chunk| {
                 if first {
                     curve.push((chunk.done, chunk.cache.bytes()));
+                    footprint.chunk(chunk.done, chunk.cache.units(), heads);
                 }
                 on_chunk(chunk);
                 Ok(())
@@ -159,11 +196,23 @@ impl Reader {
             Ok(session)
         };
         let (mut kept, mut peak, mut queries) = (0, 0, Vec::with_capacity(task.queries.len()));
+        let mut first_token_seconds = None;
+        // On a fork of its own, so that nothing else depends on it.
+        let mut asked_first = |session: &Session| -> Result<()> {
+            if let Some(query) = task.queries.first().filter(|_| !task.is_continuation())
+                && first_token_seconds.is_none()
+            {
+                session.fork()?.score(&encode.encode(&query.query)?)?;
+                first_token_seconds = Some(started.elapsed().as_secs_f64());
+            }
+            Ok(())
+        };
         // A text that is only continued has no query.
         match self.query_aware.filter(|_| !task.is_continuation()) {
             None => {
                 let session = read(&ids)?;
                 kept = session.report().kv_bytes;
+                asked_first(&session)?;
                 (queries, peak) = answers(&session, task, encode)?;
             }
             Some(QueryAware { tokens, after }) => {
@@ -171,6 +220,7 @@ impl Reader {
                     let asked = encode.encode(&query.query)?;
                     let session = read(&query_first(&ids, &asked, tokens, after))?;
                     kept = kept.max(session.report().kv_bytes);
+                    asked_first(&session)?;
                     let (answered, most) = answer(&session, task, i, encode)?;
                     peak = peak.max(most);
                     queries.push(answered);
@@ -182,6 +232,8 @@ impl Reader {
             queries,
             peak_kv_bytes: peak,
             kept_kv_bytes: kept,
+            footprint: footprint.share(),
+            first_token_seconds,
             curve,
             seconds: started.elapsed().as_secs_f64(),
             ..Case::from(task)
@@ -262,6 +314,8 @@ impl From<&Task> for Case {
             peak_kv_bytes: 0,
             kept_kv_bytes: 0,
             curve: Vec::new(),
+            footprint: None,
+            first_token_seconds: None,
             seconds: 0.0,
         }
     }
@@ -537,6 +591,28 @@ impl Scores {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_footprint_counts_what_each_token_met() {
+        // Chunks of 4 tokens, of which two heads keep 3 units and 1 unit of all that they have.
+        let mut footprint = Footprint::default();
+        assert_eq!(footprint.share(), None);
+        for tokens in [4, 8, 10] {
+            footprint.chunk(tokens, 4, 2);
+        }
+        let mut units = Vec::new();
+        for (chunk, held) in [(4, 0), (4, 2), (2, 2)] {
+            units.extend((1..=chunk).map(|own| held + own));
+        }
+        let all: usize = (1..=10).sum();
+        assert_eq!(
+            footprint.share(),
+            Some(units.iter().sum::<usize>() as f64 / all as f64)
+        );
+        let mut full = Footprint::default();
+        (1..=3).for_each(|chunk| full.chunk(3 * chunk, 5 * 3 * chunk, 5));
+        assert_eq!(full.share(), Some(1.0));
+    }
     use crate::{
         random,
         tasks::{Judge, Query, Rule},
@@ -565,6 +641,8 @@ mod tests {
             peak_kv_bytes: 100 * queries.len(),
             kept_kv_bytes: 50,
             curve: vec![(10, 50)],
+            footprint: None,
+            first_token_seconds: None,
             seconds: 1.5,
         }
     }
@@ -615,11 +693,11 @@ mod tests {
             task: "letters".into(),
             context: context.into(),
             queries: vec![Query {
-                judge: Some(Judge {
-                    references: references.iter().map(|r| (*r).to_owned()).collect(),
+                judge: Some(Judge::new(
                     rule,
-                    tokens: 5,
-                }),
+                    references.iter().map(|r| (*r).to_owned()).collect(),
+                    5,
+                )),
                 ..Query::exact("Who?", " fox")
             }],
         };

@@ -18,6 +18,8 @@ pub struct Series {
     pub name: String,
     /// Points in the order of `x`; a single one is drawn as a mark alone.
     pub points: Vec<(f64, f64)>,
+    /// Whether a line goes through the points, or they are marks alone.
+    pub joined: bool,
 }
 
 /// How an axis counts.
@@ -25,6 +27,8 @@ pub struct Series {
 pub enum Scale {
     /// Plain numbers from 0.
     Linear,
+    /// Plain numbers, from the smallest to the largest.
+    Near,
     /// Shares from 0 to 1.
     Share,
     /// Bytes from 0.
@@ -142,8 +146,10 @@ impl Chart {
             // Curves of many points need no marks.
             let marked = if points.len() <= 24 { &points[..] } else { &[] };
             let marks: Vec<_> = marked.iter().map(|p| mark(i, *p, colour)).collect();
-            let line = PathElement::new(points, stroke(i, colour));
-            chart.draw_series([line]).map_err(text)?;
+            if series.joined {
+                let line = PathElement::new(points, stroke(i, colour));
+                chart.draw_series([line]).map_err(text)?;
+            }
             chart.draw_series(marks).map_err(text)?;
         }
         self.legend(&right)?;
@@ -158,9 +164,11 @@ impl Chart {
         for (i, series) in self.series.iter().enumerate() {
             let y = 20 + 20 * i as i32;
             let colour = COLOURS[i % COLOURS.len()];
-            let line = PathElement::new(vec![(4, y), (28, y)], stroke(i, colour));
+            if series.joined {
+                let line = PathElement::new(vec![(4, y), (28, y)], stroke(i, colour));
+                area.draw(&line).map_err(text)?;
+            }
             let name = Text::new(series.name.as_str(), (36, y), style.clone());
-            area.draw(&line).map_err(text)?;
             area.draw(&mark(i, (16, y), colour)).map_err(text)?;
             area.draw(&name).map_err(text)?;
         }
@@ -218,6 +226,11 @@ impl Scale {
             Self::Share => 0.0..1.0,
             Self::LogBytes => low.floor()..(high.ceil().max(low.floor() + 1.0)),
             Self::Linear | Self::Bytes => 0.0..high * 1.05,
+            Self::Near => {
+                // A twentieth more on both sides, and never nothing.
+                let room = ((high - low) / 20.0).max(1e-3);
+                low - room..high + room
+            }
         }
     }
 
@@ -226,7 +239,7 @@ impl Scale {
         let step = match self {
             Self::LogBytes => 1.0,
             Self::Share => 0.2,
-            Self::Linear | Self::Bytes => {
+            Self::Linear | Self::Bytes | Self::Near => {
                 // The round number next above an eighth of the axis.
                 let least = (range.end - range.start) / 8.0;
                 let power = 10f64.powf(least.log10().floor());
@@ -234,8 +247,12 @@ impl Scale {
                 round.into_iter().find(|n| *n >= least).unwrap_or(least)
             }
         };
-        let count = ((range.end - range.start) / step + 1e-6) as usize;
-        (0..=count).map(|i| range.start + i as f64 * step).collect()
+        let first = match self {
+            Self::Near => (range.start / step).ceil() * step,
+            _ => range.start,
+        };
+        let count = ((range.end - first) / step + 1e-6) as usize;
+        (0..=count).map(|i| first + i as f64 * step).collect()
     }
 
     fn label(self, place: f64) -> String {
@@ -245,7 +262,7 @@ impl Scale {
             _ => place,
         };
         match self {
-            Self::Linear => {
+            Self::Linear | Self::Near => {
                 if value >= 1000.0 {
                     report::grouped(value.round() as usize)
                 } else {
@@ -486,6 +503,7 @@ mod tests {
             points: (1..5)
                 .map(|i| (f64::from(i) * 1e6, 0.2 * f64::from(i) / (k + 1) as f64))
                 .collect(),
+            joined: k.is_multiple_of(2),
         };
         Chart {
             title: "Quality & bytes".into(),
@@ -497,7 +515,7 @@ mod tests {
 
     #[test]
     fn charts_name_every_series_and_stay_small() {
-        for x in [Scale::LogBytes, Scale::Bytes, Scale::Linear] {
+        for x in [Scale::LogBytes, Scale::Bytes, Scale::Linear, Scale::Near] {
             let svg = chart(x).svg().unwrap();
             assert!(svg.starts_with("<svg") && svg.trim_end().ends_with("</svg>"));
             for k in 0..9 {
@@ -509,6 +527,15 @@ mod tests {
 
     #[test]
     fn axes_have_round_numbers() {
+        let near = Scale::Near.range([3.02, 3.37].into_iter());
+        assert!((3.0..3.02).contains(&near.start) && (3.37..3.4).contains(&near.end));
+        let ticks = Scale::Near.ticks(&near);
+        let labels: Vec<String> = ticks.iter().map(|t| Scale::Near.label(*t)).collect();
+        assert_eq!(
+            labels,
+            ["3.05", "3.1", "3.15", "3.2", "3.25", "3.3", "3.35"]
+        );
+        assert!(!Scale::Near.range([2.0, 2.0].into_iter()).is_empty());
         assert_eq!(
             Scale::LogBytes.ticks(&(20.0..23.0)),
             [20.0, 21.0, 22.0, 23.0]

@@ -2,8 +2,8 @@
 
 use clap::Parser;
 use locret_examples::cli::{
-    ablation, budget_table, evaluate, generate, long_shapes, oracle, plan, rank_heads, trace,
-    train_heads,
+    ablation, benchmarks, budget_table, evaluate, generate, long_shapes, oracle, plan, rank_heads,
+    trace, train_heads,
 };
 use locret_serve::Args;
 use std::{
@@ -99,6 +99,7 @@ fn commands_are_read() {
             let words = [vec![name.clone()], flags].concat();
             let parsed = match &*name {
                 "ablation" => read::<ablation::Args>(words),
+                "benchmarks" => read::<benchmarks::Args>(words),
                 "budget_table" => read::<budget_table::Args>(words),
                 "evaluate" => read::<evaluate::Args>(words),
                 "generate" => read::<generate::Args>(words),
@@ -125,6 +126,7 @@ fn commands_are_read() {
         "generate",
         "evaluate",
         "ablation",
+        "benchmarks",
         "train_heads",
         "plan",
         "long_shapes",

@@ -8,10 +8,11 @@ use crate::{
     runtime::{self, Runtime},
     shipped_heads,
 };
-use clap::Parser;
+use clap::{Parser, Subcommand};
 use locret_core::Session;
 use locret_eval::{
-    ablation::{self, Ablation, Grid, Journal, Origin, Point, Record, TaskSet},
+    ablation::{self, Ablation, Grid, Journal, Origin, Point, Record, Run, Shard, TaskSet},
+    evaluate::Event,
     files::write_text,
     pictures,
     tasks::Kind,
@@ -22,13 +23,19 @@ use std::path::{Path, PathBuf};
 
 /// Compares policies, budgets, stores and positions
 #[derive(Debug, Parser)]
+#[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
 pub struct Args {
+    #[command(subcommand)]
+    command: Option<Command>,
     /// What is compared, as TOML
-    #[arg(long, value_name = "FILE.toml")]
-    grid: PathBuf,
+    #[arg(long, value_name = "FILE.toml", required = true)]
+    grid: Option<PathBuf>,
     /// Folder for results, tables and pictures
-    #[arg(long, value_name = "DIR")]
-    out: PathBuf,
+    #[arg(long, value_name = "DIR", required = true)]
+    out: Option<PathBuf>,
+    /// One of N parts of the grid, from 1/N to N/N, in a folder of its own below DIR
+    #[arg(long, value_name = "I/N")]
+    shard: Option<Shard>,
     /// Retaining heads for each Locret that names none; by default those that are shipped
     #[arg(long, value_name = "FILE")]
     heads: Option<PathBuf>,
@@ -36,19 +43,70 @@ pub struct Args {
     model: ModelArgs,
 }
 
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Joins the parts of a grid that several machines have run
+    Merge(MergeArgs),
+}
+
+/// What is joined.
+#[derive(Debug, clap::Args)]
+struct MergeArgs {
+    /// What was compared
+    #[arg(long, value_name = "FILE.toml")]
+    grid: PathBuf,
+    /// Folder for results, tables and pictures
+    #[arg(long, value_name = "DIR")]
+    out: PathBuf,
+    /// Whether cases may be missing
+    #[arg(long)]
+    partial: bool,
+    /// Folders of runs
+    #[arg(value_name = "RUN", required = true)]
+    runs: Vec<PathBuf>,
+}
+
 /// The example.
 ///
 /// # Errors
 /// Those of its parts.
 pub fn run(args: &Args) -> Result<()> {
-    let mut grid = Grid::load(&args.grid)?;
+    match (&args.command, &args.grid, &args.out) {
+        (Some(Command::Merge(args)), ..) => merge(args),
+        (None, Some(grid), Some(out)) => run_grid(args, grid, out),
+        // The parser asks for both.
+        (None, ..) => Err(Error::Usage("no --grid, or no --out".into())),
+    }
+}
+
+fn merge(args: &MergeArgs) -> Result<()> {
+    let grid = Grid::load(&args.grid)?;
+    let merged = ablation::merge(&grid, &args.runs)?;
+    let (missing, cases) = (merged.missing, merged.run.cases);
+    if missing > 0 && !args.partial {
+        return Err(Error::Usage(format!(
+            "{missing} of {cases} cases are missing; --partial joins what is there"
+        )));
+    }
+    merged.write(&args.out)?;
+    let lengths = lengths(&grid.points());
+    tables(&merged.records, &lengths, merged.run.unit_bytes, &args.out)
+}
+
+fn run_grid(args: &Args, grid: &Path, out: &Path) -> Result<()> {
+    let mut grid = Grid::load(grid)?;
     let runtime = args.model.load()?;
     for entry in &mut grid.policies {
         if entry.config.policy == Method::Locret && entry.config.heads.is_none() {
             entry.config.heads = args.heads.clone().or_else(|| shipped_heads(&runtime));
         }
     }
-    std::fs::create_dir_all(&args.out).map_err(|e| Error::write(&args.out, e))?;
+    let shard = args.shard.unwrap_or(Shard::whole());
+    let out = &match args.shard {
+        Some(shard) => out.join(shard.folder()),
+        None => out.to_owned(),
+    };
+    std::fs::create_dir_all(out).map_err(|e| Error::write(out, e))?;
     let frame = runtime.frame(grid.chat)?;
     let texts = |kinds: &[Kind]| runtime::texts(kinds, &args.model.fetch());
     let sets = grid.task_sets(&frame, &texts, &|text| runtime.count(text))?;
@@ -57,28 +115,34 @@ pub fn run(args: &Args) -> Result<()> {
         prefill: grid.prefill(),
         origin: Origin::here(runtime.name.clone(), runtime.sha256()?),
     };
-    let mut journal = Journal::open(&args.out.join("results.jsonl"))?;
-    let points = grid.points();
-    let all: usize = (points.iter())
-        .flat_map(|p| sets.iter().filter(|set| p.takes(set)))
-        .map(|set| set.tasks.len())
-        .sum();
+    let mut journal = Journal::open(&out.join(ablation::RESULTS))?;
+    let unit_bytes = ablation.model.spec().full_cache_bytes(1, 2);
+    let run = Run::new(&grid, &sets, ablation.origin.clone(), unit_bytes)?.part(shard);
+    run.write(out)?;
+    let all = shard.deal(run.cases).iter().filter(|own| **own).count();
     let mut bar = Progress::new("cases", Some(all as u64), Unit::Cases);
-    let records = ablation.run_grid(&grid, &sets, &runtime, &mut journal, &mut |event| {
-        bar.follow(event);
-    })?;
+    let follow = &mut |event: Event<'_>| bar.follow(event);
+    let records = ablation.run_grid(&grid, &sets, shard, &runtime, &mut journal, follow)?;
     bar.finish_with_line();
     let longest = records.iter().map(|r| r.case.context_tokens).max();
     runtime.note_length(longest.unwrap_or(0));
+    tables(&records, &lengths(&grid.points()), unit_bytes, out)?;
+    match shard.is_whole() {
+        true => maps(&grid, &sets, &ablation, &runtime, out),
+        false => Ok(()),
+    }
+}
+
+/// Tokens of contexts, each once.
+fn lengths(points: &[Point]) -> Vec<usize> {
     let mut lengths: Vec<usize> = points.iter().map(|p| p.length).collect();
     lengths.dedup();
-    tables(&records, &lengths, &ablation, &args.out)?;
-    maps(&grid, &sets, &ablation, &runtime, &args.out)
+    lengths
 }
 
 /// The tables and curves of a run.
-fn tables(records: &[Record], lengths: &[usize], ablation: &Ablation, out: &Path) -> Result<()> {
-    let rows = ablation::rows(records, ablation.model.spec().full_cache_bytes(1, 2));
+fn tables(records: &[Record], lengths: &[usize], unit_bytes: usize, out: &Path) -> Result<()> {
+    let rows = ablation::rows(records, unit_bytes);
     let table = ablation::markdown(&rows);
     write_text(&out.join("table.md"), &table)?;
     println!("{table}");
@@ -95,6 +159,9 @@ fn tables(records: &[Record], lengths: &[usize], ablation: &Ablation, out: &Path
             if let Some(chart) = chart {
                 chart.write(&out.join(format!("{name}{end}.svg")))?;
             }
+        }
+        for (task, chart) in ablation::pareto_charts(&rows, length) {
+            chart.write(&out.join(format!("pareto-{}{end}.svg", slug(&task))))?;
         }
     }
     Ok(())

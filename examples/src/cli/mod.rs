@@ -1,6 +1,7 @@
 //! The examples that are longer than a screen: flags, and what is done with them.
 
 pub mod ablation;
+pub mod benchmarks;
 pub mod budget_table;
 pub mod evaluate;
 pub mod generate;

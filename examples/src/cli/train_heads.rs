@@ -532,6 +532,7 @@ fn pictures(out: &Path, trained: &Trained) -> Result<()> {
     let line = |name: &str, points| Series {
         name: name.into(),
         points,
+        joined: true,
     };
     Chart {
         title: "Training of retaining heads".into(),

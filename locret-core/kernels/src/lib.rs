@@ -13,6 +13,7 @@
 //! | module | what |
 //! |---|---|
 //! | [`dtype`] | the types that numbers are stored in, and their conversion |
+//! | [`codes`] | numbers as packed integers, and Hadamard's matrix |
 //! | [`tiles`] | how attention reads keys and values, in whatever type they are stored |
 //! | [`visible`] | what queries see, where it is not everything before them |
 //! | [`rope`] | cosine and sine tables, rotation and its inverse |
@@ -38,6 +39,7 @@ compile_error!(
 
 pub mod attention;
 pub mod awake;
+pub mod codes;
 pub mod dtype;
 pub mod elementwise;
 pub mod linear;

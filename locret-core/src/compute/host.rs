@@ -13,6 +13,7 @@ use half::{bf16, f16};
 use locret_kernels::{
     attention::{self, AttnShape, Seeing},
     awake::awake,
+    codes::hadamard,
     elementwise, linear, observe,
     perceptron::perceptron,
     rope::{self, RopeTable},
@@ -188,7 +189,7 @@ impl Compute for Host {
         let heads = content.heads(over)?;
         let heads: Vec<&dyn KvTiles> = heads.iter().map(|head| &**head).collect();
         let mut out = self.out(q.rows(), q.width());
-        let (rotation, values) = (over.rotation, q.values()?);
+        let (rotation, values) = (over.rotation, content.queries(&q)?);
         match over.sight {
             None => attention::attend(&values, &heads, shape, rotation, &mut out.values),
             Some(sight) => {
@@ -202,6 +203,9 @@ impl Compute for Host {
             }
         }
         drop(values);
+        if let Some(turned) = content.turned {
+            hadamard(&mut out.values, turned.block);
+        }
         Ok(self.done(out, q.shape()))
     }
 
@@ -219,7 +223,7 @@ impl Compute for Host {
         let queries = what.queries.count(q.rows());
         super::check_factors(what.what, queries, factors)?;
         let chosen: Vec<usize> = (q.rows() - queries..q.rows()).collect();
-        let (q, rotation) = (q.values()?, over.rotation);
+        let (q, rotation) = (content.queries(q)?, over.rotation);
         let far = over.sight.and_then(|sight| sight.far).map(Rows::values);
         let far = far.transpose()?;
         let seeing = over.sight.map(|sight| Seeing {
@@ -263,7 +267,8 @@ impl Compute for Host {
         let content = Content::of(over)?;
         let heads = content.heads(over)?;
         let heads: Vec<&dyn KvTiles> = heads.iter().map(|head| &**head).collect();
-        let [units, distances] = observe::survey(&q.values()?, &heads, shape, over.rotation, last);
+        let [units, distances] =
+            observe::survey(&content.queries(q)?, &heads, shape, over.rotation, last);
         Ok(Survey { units, distances })
     }
 
@@ -348,23 +353,63 @@ impl Attention<'_> {
     }
 }
 
-/// Keys and values of a store that has no tiles.
-struct Content(Vec<[Rows; 2]>);
+/// How the CPU kernels get at a store's keys and values.
+struct Content {
+    /// Those of a store that has no tiles, by head.
+    read: Vec<[Rows; 2]>,
+    /// Set where tiles are handed out as Hadamard's matrix left them.
+    turned: Option<Turned>,
+}
+
+/// Which numbers are multiplied with Hadamard's matrix; values are.
+#[derive(Clone, Copy)]
+struct Turned {
+    /// Features of a block.
+    block: usize,
+    /// Whether keys are, too, and queries have to be. Not where they are rotated by position first.
+    keys: bool,
+}
 
 impl Content {
     fn of(over: &Attention<'_>) -> Result<Self> {
         let heads = 0..over.layer.kv_heads;
         if heads.clone().all(|head| over.tiles(head).is_some()) {
-            return Ok(Self(Vec::new()));
+            let block = over.store.turned_block();
+            let far = over.sight.is_some_and(|sight| sight.far.is_some());
+            let keys = over.rotation.is_none() && !far;
+            return Ok(Self {
+                read: Vec::new(),
+                turned: (block > 1).then_some(Turned { block, keys }),
+            });
         }
         let read = |head| Ok([over.store.keys(head)?, over.store.values(head)?]);
-        Ok(Self(heads.map(read).collect::<Result<_>>()?))
+        Ok(Self {
+            read: heads.map(read).collect::<Result<_>>()?,
+            turned: None,
+        })
+    }
+
+    /// Queries as they meet the keys.
+    fn queries<'q>(&self, q: &'q Rows) -> Result<Cow<'q, [f32]>> {
+        let q = q.values()?;
+        Ok(match self.turned {
+            Some(Turned { block, keys: true }) => {
+                let mut q = q.into_owned();
+                hadamard(&mut q, block);
+                Cow::Owned(q)
+            }
+            _ => q,
+        })
     }
 
     fn heads<'a>(&'a self, over: &Attention<'a>) -> Result<Vec<Box<dyn KvTiles + 'a>>> {
-        if self.0.is_empty() {
+        if self.read.is_empty() {
             let heads = 0..over.layer.kv_heads;
-            return Ok(heads.filter_map(|head| over.tiles(head)).collect());
+            let tiles = |head| match self.turned {
+                Some(turned) => over.store.turned_tiles(head, turned.keys),
+                None => over.tiles(head),
+            };
+            return Ok(heads.filter_map(tiles).collect());
         }
         let tiles = |[keys, values]: &'a [Rows; 2]| -> Result<Box<dyn KvTiles + 'a>> {
             Ok(match (keys.values()?, values.values()?) {
@@ -378,7 +423,7 @@ impl Content {
                 }),
             })
         };
-        self.0.iter().map(tiles).collect()
+        self.read.iter().map(tiles).collect()
     }
 }
 

@@ -2,8 +2,9 @@
 
 use super::{ConformanceError, Dice, Promise};
 use crate::{
-    Attention, Compute, DType, Error, KvStore, LayerSpec, Observation, Observe, Queries, Result,
-    RopeConfig, RopeTable, Rotation, Rows, Sight, TableRows, View, Views, Weight,
+    Attention, Compute, DType, Error, KvStore, LayerSpec, Observation, Observe, Placement,
+    QuantLayout, Quantization, QuantizedStore, Queries, Result, RopeConfig, RopeTable, Rotation,
+    Rows, Sight, TableRows, View, Views, Weight,
 };
 use std::{ops::Range, sync::Arc};
 
@@ -405,7 +406,25 @@ impl Checking<'_> {
         };
         let (d, width) = (layer.head_dim, kv_heads * layer.head_dim);
         let old = dice.between(0, 70);
-        let mut store = self.compute.store(&layer, DType::F32)?;
+        // Of codes, what a store hands out is what is attended to.
+        let coded = dice.chance(0.4).then(|| Quantization {
+            bits: dice.pick(&[2, 3, 4, 8]),
+            layout: dice.pick(&[QuantLayout::PerToken, QuantLayout::Kivi]),
+            group: dice.between(1, 20),
+            residual: dice.between(0, 9),
+            first: dice.between(0, 5),
+            hadamard: dice.chance(0.7),
+        });
+        let mut store = match coded {
+            None => self.compute.store(&layer, DType::F32)?,
+            Some(config) => {
+                let place = Placement {
+                    compute: Arc::clone(self.compute),
+                    dtype: DType::F32,
+                };
+                QuantizedStore::boxed(&layer, &place, config)?
+            }
+        };
         let mut kept: Vec<[Vec<f32>; 2]> = vec![Default::default(); kv_heads];
         let mut append = |store: &mut dyn KvStore, dice: &mut Dice, n: usize| -> Checked {
             let parts = [(); 2].map(|()| dice.values(n * width));
@@ -420,6 +439,7 @@ impl Checking<'_> {
             Ok(())
         };
         append(&mut *store, dice, old)?;
+        store.settle()?;
         // Heads of different lengths.
         let lists: Vec<Vec<u32>> = (0..kv_heads)
             .map(|_| (0..old as u32).filter(|_| dice.chance(0.7)).collect())
@@ -435,6 +455,14 @@ impl Checking<'_> {
                 for part in 0..2 {
                     rest[part].extend_from_slice(&kept[part][unit * d..(unit + 1) * d]);
                 }
+            }
+        }
+        if coded.is_some() {
+            for (head, rest) in rest.iter_mut().enumerate() {
+                *rest = [
+                    store.keys(head)?.into_values()?,
+                    store.values(head)?.into_values()?,
+                ];
             }
         }
         let rotary = 2 * dice.between(1, d / 2);

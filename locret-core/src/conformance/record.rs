@@ -554,6 +554,14 @@ impl KvStore for Watched {
         Ok(other)
     }
 
+    fn turned_block(&self) -> usize {
+        self.inner.turned_block()
+    }
+
+    fn turned_tiles(&self, head: usize, keys: bool) -> Option<Box<dyn KvTiles + '_>> {
+        self.inner.turned_tiles(head, keys)
+    }
+
     fn turns_keys(&self) -> bool {
         self.turns && self.inner.turns_keys()
     }

@@ -208,6 +208,22 @@ struct Pair<'a> {
     log: Vec<String>,
 }
 
+/// Blocks times Hadamard's matrix, whose signs are the parities of the bits that row and column share.
+fn turned(x: &[f32], block: usize) -> Vec<f32> {
+    let of_block = |x: &[f32]| -> Vec<f32> {
+        let row = |row: usize| {
+            let term = |(column, x): (usize, &f32)| match (row & column).count_ones() % 2 {
+                0 => f64::from(*x),
+                _ => -f64::from(*x),
+            };
+            let sum: f64 = x.iter().enumerate().map(term).sum();
+            (sum / (block as f64).sqrt()) as f32
+        };
+        (0..block).map(row).collect()
+    };
+    x.chunks(block).flat_map(of_block).collect()
+}
+
 const PARTS: [&str; 2] = ["keys", "values"];
 
 impl Pair<'_> {
@@ -735,13 +751,15 @@ impl Pair<'_> {
                 ));
             }
             // Ranges of all lengths, aligned to nothing.
-            for range in [
+            let ranges = [
                 0..n,
                 n / 3..n / 2,
                 n.saturating_sub(1)..n,
                 n / 2..n,
                 0..n.min(7),
-            ] {
+            ];
+            self.turned(head, parts, &ranges)?;
+            for range in ranges {
                 let mut scratch = vec![f32::NAN; range.len() * d];
                 let at = range.start * d..range.end * d;
                 for (part, what) in PARTS.iter().enumerate() {
@@ -754,6 +772,46 @@ impl Pair<'_> {
                             Promise::Tiles,
                             format!("{what} {range:?} of KV head {head} differ"),
                         ));
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Tiles as Hadamard's matrix left them are those of the store's keys and values.
+    fn turned(
+        &self,
+        head: usize,
+        parts: &[Vec<f32>; 2],
+        ranges: &[Range<usize>],
+    ) -> Result<(), ConformanceError> {
+        let (block, d) = (self.store.turned_block(), self.layer.head_dim);
+        if block == 0 || !d.is_multiple_of(block) {
+            let found = format!("blocks of {block} in a head of {d}");
+            return Err(self.broken(Promise::Tiles, found));
+        }
+        for keys in [false, true] {
+            let Some(tiles) = self.store.turned_tiles(head, keys) else {
+                return Err(self.broken(Promise::Tiles, "tiles, and none that are turned"));
+            };
+            for range in ranges {
+                let mut scratch = vec![f32::NAN; range.len() * d];
+                for (part, what) in PARTS.iter().enumerate() {
+                    let of_part = &parts[part][range.start * d..range.end * d];
+                    let due = match part == 1 || keys {
+                        true => turned(of_part, block),
+                        false => of_part.to_vec(),
+                    };
+                    let rows = match part {
+                        0 => tiles.keys(range.clone(), &mut scratch),
+                        _ => tiles.values(range.clone(), &mut scratch),
+                    };
+                    let allowed = 1e-5 * self.largest;
+                    let near = |(a, b): (&f32, &f32)| a == b || (a - b).abs() <= allowed;
+                    if rows.len() != due.len() || !rows.iter().zip(&due).all(near) {
+                        let found = format!("turned {what} {range:?} of KV head {head} differ");
+                        return Err(self.broken(Promise::Tiles, found));
                     }
                 }
             }

@@ -9,6 +9,7 @@ use crate::{Error, LayerSpec, Result, Rows, SnapshotError};
 use burn::tensor::Device;
 use half::f16;
 use locret_kernels::{
+    codes::{Packing, block_of, decode_rows, decode_run, hadamard},
     select::compact_rows,
     tiles::{Floats, KvTiles},
 };
@@ -25,7 +26,7 @@ use std::{
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Quantization {
-    /// Bits of a code: 2, 4 or 8.
+    /// Bits of a code: 2, 3, 4 or 8.
     pub bits: u8,
     /// Which numbers share a group.
     pub layout: QuantLayout,
@@ -33,6 +34,13 @@ pub struct Quantization {
     pub group: usize,
     /// The newest units that stay in 32 bits, at least.
     pub residual: usize,
+    /// The first units, which stay in 16 bits. Models put what is by far the largest into the keys of a text's
+    /// beginning, and most of their attention there.
+    pub first: usize,
+    /// Whether keys and values are multiplied with Hadamard's matrix before they become codes, in blocks of as many
+    /// features as the largest power of two that divides the head's (64 of 64, 32 of 96): what is large in one
+    /// feature is spread over all of them, and steps are smaller.
+    pub hadamard: bool,
 }
 
 /// Which numbers share a `low` and a `step`.
@@ -56,6 +64,8 @@ impl Default for Quantization {
             layout: QuantLayout::PerToken,
             group: 64,
             residual: 32,
+            first: 4,
+            hadamard: true,
         }
     }
 }
@@ -63,9 +73,10 @@ impl Default for Quantization {
 impl Quantization {
     /// Codes of this many bits in the layout that goes with them.
     ///
-    /// That is by token for 4 and 8 bits, and KIVI's in groups of 32 for 2, measured as `-ln p` of
+    /// That is by token for 3, 4 and 8 bits, and KIVI's in groups of 32 for 2, measured as `-ln p` of
     /// a continuation of 1,500 tokens of essays (SmolLM2-135M; 3.176 from 65.2 MiB of 32-bit keys
-    /// and values):
+    /// and values), without Hadamard's matrix and with no first units of 16 bits
+    /// (`hadamard: false, first: 0`):
     ///
     /// | bits | by token, groups of 64 | KIVI, groups of 32 |
     /// |---|---|---|
@@ -74,6 +85,9 @@ impl Quantization {
     /// | 2 | 5.441, 7.8 MiB | 3.399, 9.3 MiB |
     /// | 4, KeyDiff keeps 256 units (exact: 3.276, 12.7 MiB) | 3.292, 4.4 MiB | 3.278, 5.3 MiB |
     /// | 2, KeyDiff keeps 256 units | 4.636, 3.7 MiB | 3.474, 4.6 MiB |
+    ///
+    /// With both, 2 bits lose a sixth of what they lose without: over 4,096 tokens of an essay 3.297 and
+    /// 3.499, of 3.256 in 32 bits (`docs/ablation.md`).
     pub fn bits(bits: u8) -> Self {
         let default = Self {
             bits,
@@ -92,10 +106,10 @@ impl Quantization {
     /// Checks the settings.
     ///
     /// # Errors
-    /// [`Error::Setting`] for other bits than 2, 4 and 8, and for empty groups.
+    /// [`Error::Setting`] for other bits than 2, 3, 4 and 8, and for empty groups.
     pub fn validate(&self) -> Result<()> {
-        if ![2, 4, 8].contains(&self.bits) {
-            return Err(Error::setting("bits of a code", "2, 4 or 8", self.bits));
+        if ![2, 3, 4, 8].contains(&self.bits) {
+            return Err(Error::setting("bits of a code", "2, 3, 4 or 8", self.bits));
         }
         if self.group == 0 {
             return Err(Error::setting("group", "at least 1 number", 0));
@@ -105,10 +119,32 @@ impl Quantization {
 
     /// A short name for tables and messages.
     pub fn name(&self) -> String {
+        let layout = match self.layout {
+            QuantLayout::PerToken => "",
+            QuantLayout::Kivi => "-kivi",
+        };
+        let turned = if self.hadamard { "" } else { "-plain" };
+        format!("{}bit{layout}{turned}", self.bits)
+    }
+
+    /// What becomes of `tail` units that are numbers, beside `first` that stay for good and `coded` that are codes: how
+    /// many more stay, and how many become codes.
+    pub(super) fn due(&self, first: usize, coded: usize, tail: usize) -> [usize; 2] {
+        let units = tail.saturating_sub(self.residual);
+        let stay = match coded {
+            0 => units.min(self.first.saturating_sub(first)),
+            _ => 0,
+        };
+        let left = units - stay;
         match self.layout {
-            QuantLayout::PerToken => format!("{}bit", self.bits),
-            QuantLayout::Kivi => format!("{}bit-kivi", self.bits),
+            QuantLayout::PerToken => [stay, left],
+            QuantLayout::Kivi => [stay, left - left % self.group.max(1)],
         }
+    }
+
+    /// How the codes of a head of `dim` features are packed.
+    pub(super) fn packing(&self, dim: usize) -> Packing {
+        Packing::new(self.bits, dim)
     }
 }
 
@@ -143,9 +179,11 @@ struct Head {
     runs: Vec<u32>,
 }
 
-/// Keys or values of one head: first the quantised units, then the others.
+/// Keys or values of one head: the first units, those that are codes, and the newest ones.
 #[derive(Debug, Clone, Default)]
 struct Part {
+    /// `[units, dim]`
+    first: Vec<f16>,
     /// `[units, row_bytes]`
     codes: Vec<u8>,
     /// Step and low of each group: by unit `[groups, 2]`, or, for keys in KIVI's layout, by run
@@ -197,14 +235,26 @@ impl QuantizedStore {
 }
 
 impl Shape {
-    /// Codes in a byte.
-    fn per_byte(self) -> usize {
-        8 / usize::from(self.config.bits)
+    fn packing(self) -> Packing {
+        self.config.packing(self.dim)
     }
 
     /// Bytes of a unit's codes.
     fn row_bytes(self) -> usize {
-        self.dim.div_ceil(self.per_byte())
+        self.packing().row_bytes()
+    }
+
+    /// Features that are turned together before they are coded; 1 if they are not.
+    fn block(self) -> usize {
+        match self.config.hadamard {
+            true => block_of(self.dim),
+            false => 1,
+        }
+    }
+
+    /// Features that are turned back together where numbers are read as appended (`turned`: as they were coded).
+    fn back(self, turned: bool) -> usize {
+        if turned { 1 } else { self.block() }
     }
 
     /// The largest code.
@@ -225,37 +275,28 @@ impl Shape {
     /// All that decides what a saved store means.
     fn saved_name(self) -> String {
         let Quantization {
-            group, residual, ..
+            group,
+            residual,
+            first,
+            hadamard,
+            ..
         } = self.config;
-        format!("{} g{group} r{residual}", self.config.name())
+        let turned = if hadamard { " h" } else { "" };
+        let name = Quantization {
+            hadamard: true,
+            ..self.config
+        }
+        .name();
+        format!("{name} g{group} r{residual} f{first}{turned}")
     }
 
     fn kivi(self) -> bool {
         self.config.layout == QuantLayout::Kivi
     }
 
-    /// Puts the code of feature `at` into the bytes of its unit: the first `row_bytes` features
-    /// are the lowest bits of each byte, and so on, so that unpacking runs along bytes.
-    fn put(self, row: &mut [u8], at: usize, code: u8) {
-        let stride = row.len();
-        row[at % stride] |= code << (at / stride * usize::from(self.config.bits));
-    }
-
-    /// The codes of a unit, as numbers.
-    fn unpack(self, bytes: &[u8], out: &mut [f32]) {
-        let (stride, bits) = (self.row_bytes(), u32::from(self.config.bits));
-        let mask = u8::MAX >> (8 - bits);
-        for (part, out) in out.chunks_mut(stride).enumerate() {
-            let shift = part as u32 * bits;
-            for (out, byte) in out.iter_mut().zip(bytes) {
-                *out = f32::from((byte >> shift) & mask);
-            }
-        }
-    }
-
-    /// Quantises one unit by groups of features.
+    /// Quantises one unit, turned already, by groups of features.
     fn encode_row(self, row: &[f32], codes: &mut Vec<u8>, scales: &mut Vec<f16>) {
-        let start = codes.len();
+        let (start, packing) = (codes.len(), self.packing());
         codes.resize(start + self.row_bytes(), 0);
         for (index, group) in row.chunks(self.width()).enumerate() {
             let (step, low) = scale(group.iter().copied(), self.top());
@@ -263,14 +304,15 @@ impl Shape {
             let (step, low) = (step.to_f32(), low.to_f32());
             for (i, x) in group.iter().enumerate() {
                 let code = code(*x, step, low, self.top());
-                self.put(&mut codes[start..], index * self.width() + i, code);
+                packing.put(&mut codes[start..], index * self.width() + i, code);
             }
         }
     }
 
-    /// Quantises a group of units by features.
+    /// Quantises a group of units, turned already, by features.
     fn encode_group(self, rows: &[f32], codes: &mut Vec<u8>, scales: &mut Vec<f16>) {
         let (d, start, stride) = (self.dim, codes.len(), self.row_bytes());
+        let packing = self.packing();
         codes.resize(start + rows.len() / d * stride, 0);
         let mut lows = Vec::with_capacity(d);
         for feature in 0..d {
@@ -280,48 +322,48 @@ impl Shape {
             lows.push(low);
             let (step, low) = (step.to_f32(), low.to_f32());
             for (row, x) in codes[start..].chunks_mut(stride).zip(column) {
-                self.put(row, feature, code(x, step, low, self.top()));
+                packing.put(row, feature, code(x, step, low, self.top()));
             }
         }
         scales.extend(lows);
     }
 
     /// Quantised units by groups of features, as numbers `[range.len(), dim]`.
-    fn decode_rows(self, part: &Part, range: Range<usize>, out: &mut [f32]) {
-        let (bytes, scales) = (self.row_bytes(), self.row_scales());
-        for (unit, out) in range.zip(out.chunks_mut(self.dim)) {
-            self.unpack(&part.codes[unit * bytes..(unit + 1) * bytes], out);
-            let scales = &part.scales[unit * scales..(unit + 1) * scales];
-            for (out, pair) in out.chunks_mut(self.width()).zip(scales.chunks(2)) {
-                let (step, low) = (pair[0].to_f32(), pair[1].to_f32());
-                for x in out {
-                    *x = *x * step + low;
-                }
-            }
-        }
+    fn decode_rows(self, part: &Part, range: Range<usize>, turned: bool, out: &mut [f32]) {
+        let of = |width: usize| range.start * width..range.end * width;
+        let codes = &part.codes[of(self.row_bytes())];
+        let scales = &part.scales[of(self.row_scales())];
+        decode_rows(
+            self.packing(),
+            codes,
+            scales,
+            self.width(),
+            self.back(turned),
+            out,
+        );
     }
 
     /// Quantised keys in KIVI's layout, as numbers `[range.len(), dim]`.
-    fn decode_runs(self, part: &Part, runs: &[u32], range: Range<usize>, out: &mut [f32]) {
+    fn decode_runs(
+        self,
+        part: &Part,
+        runs: &[u32],
+        range: Range<usize>,
+        turned: bool,
+        out: &mut [f32],
+    ) {
         let (d, bytes) = (self.dim, self.row_bytes());
-        let mut scales = vec![0.0; 2 * d];
         let mut start = 0;
-        for (run, len) in runs.iter().enumerate() {
+        for (len, scales) in runs.iter().zip(part.scales.chunks_exact(2 * d)) {
             let units = start..start + *len as usize;
             start = units.end;
             let wanted = units.start.max(range.start)..units.end.min(range.end);
             if wanted.is_empty() {
                 continue;
             }
-            Floats::F16(&part.scales).to_f32(run * 2 * d..(run + 1) * 2 * d, &mut scales);
-            let (steps, lows) = scales.split_at(d);
-            for unit in wanted {
-                let out = &mut out[(unit - range.start) * d..][..d];
-                self.unpack(&part.codes[unit * bytes..(unit + 1) * bytes], out);
-                for ((x, step), low) in out.iter_mut().zip(steps).zip(lows) {
-                    *x = *x * step + low;
-                }
-            }
+            let out = &mut out[(wanted.start - range.start) * d..(wanted.end - range.start) * d];
+            let codes = &part.codes[wanted.start * bytes..wanted.end * bytes];
+            decode_run(self.packing(), codes, scales, self.back(turned), out);
         }
     }
 }
@@ -374,38 +416,60 @@ impl Head {
         self.values.codes.len() / shape.row_bytes()
     }
 
+    /// Units that are not, by their place: the first, and the newest.
+    fn plain(&self, shape: Shape) -> [usize; 2] {
+        let Part { first, tail, .. } = &self.values;
+        [first.len(), tail.len()].map(|numbers| numbers / shape.dim)
+    }
+
     fn len(&self, shape: Shape) -> usize {
-        self.coded(shape) + self.values.tail.len() / shape.dim
+        self.coded(shape) + self.plain(shape).iter().sum::<usize>()
     }
 
-    /// Keys of any range, `[range.len(), dim]`.
-    fn keys(&self, shape: Shape, range: Range<usize>, out: &mut [f32]) {
-        let coded = self.coded(shape);
-        let (first, rest) = split(range, coded);
-        let (out, tail) = out.split_at_mut(first.len() * shape.dim);
+    /// The parts of a range of units: of the first, of those that are codes, and of the newest.
+    fn split(&self, shape: Shape, range: Range<usize>) -> [Range<usize>; 3] {
+        let (first, coded) = (self.plain(shape)[0], self.coded(shape));
+        let ends = [0, first, first + coded, self.len(shape)];
+        [0, 1, 2].map(|part| {
+            let at = |unit: usize| unit.clamp(ends[part], ends[part + 1]) - ends[part];
+            at(range.start)..at(range.end)
+        })
+    }
+
+    /// Keys of any range, `[range.len(), dim]`, as appended or turned.
+    fn keys(&self, shape: Shape, range: Range<usize>, turned: bool, out: &mut [f32]) {
+        let [first, coded, tail] = self.split(shape, range);
+        let out = self.keys.copy_first(shape, first, turned, out);
+        let (out, rest) = out.split_at_mut(coded.len() * shape.dim);
         if shape.kivi() {
-            shape.decode_runs(&self.keys, &self.runs, first, out);
+            shape.decode_runs(&self.keys, &self.runs, coded, turned, out);
         } else {
-            shape.decode_rows(&self.keys, first, out);
+            shape.decode_rows(&self.keys, coded, turned, out);
         }
-        tail[..rest.len() * shape.dim].copy_from_slice(self.keys.rows(shape, rest));
+        self.keys.copy_tail(shape, tail, turned, rest);
     }
 
-    /// Values of any range, `[range.len(), dim]`.
-    fn values(&self, shape: Shape, range: Range<usize>, out: &mut [f32]) {
-        let (first, rest) = split(range, self.coded(shape));
-        let (out, tail) = out.split_at_mut(first.len() * shape.dim);
-        shape.decode_rows(&self.values, first, out);
-        tail[..rest.len() * shape.dim].copy_from_slice(self.values.rows(shape, rest));
+    /// Values of any range, `[range.len(), dim]`, as appended or turned.
+    fn values(&self, shape: Shape, range: Range<usize>, turned: bool, out: &mut [f32]) {
+        let [first, coded, tail] = self.split(shape, range);
+        let out = self.values.copy_first(shape, first, turned, out);
+        let (out, rest) = out.split_at_mut(coded.len() * shape.dim);
+        shape.decode_rows(&self.values, coded, turned, out);
+        self.values.copy_tail(shape, tail, turned, rest);
     }
 
     /// Quantises the oldest of the units that are not yet.
     fn settle(&mut self, shape: Shape) {
         let d = shape.dim;
-        let tail = self.values.tail.len() / d;
-        let mut units = tail.saturating_sub(shape.config.residual);
-        if shape.kivi() {
-            units -= units % shape.config.group;
+        let [first, tail] = self.plain(shape);
+        let [stay, units] = shape.config.due(first, self.coded(shape), tail);
+        if stay > 0 {
+            for part in [&mut self.keys, &mut self.values] {
+                part.first.reserve_exact(stay * d);
+                let first = part.tail.drain(..stay * d);
+                part.first.extend(first.map(rounded));
+                trim_tail(&mut part.tail, d, stay);
+            }
         }
         if units == 0 {
             return;
@@ -413,12 +477,14 @@ impl Head {
         let (bytes, scales) = (shape.row_bytes(), shape.row_scales());
         for part in [&mut self.keys, &mut self.values] {
             reserve(&mut part.codes, units, bytes);
+            hadamard(&mut part.tail[..units * d], shape.block());
         }
         reserve(&mut self.values.scales, units, scales);
         let Part {
             codes,
             scales: made,
             tail,
+            ..
         } = &mut self.values;
         for row in tail[..units * d].chunks(d) {
             shape.encode_row(row, codes, made);
@@ -427,6 +493,7 @@ impl Head {
             codes,
             scales: made,
             tail,
+            ..
         } = &mut self.keys;
         if shape.kivi() {
             let rows = shape.config.group;
@@ -449,16 +516,23 @@ impl Head {
     }
 
     fn retain(&mut self, shape: Shape, kept: &[u32]) {
-        let coded = self.coded(shape);
-        let tail = self.len(shape) - coded;
+        let ([before, tail], coded) = (self.plain(shape), self.coded(shape));
         let dropped = self.len(shape) - kept.len();
         if dropped == 0 {
             return;
         }
-        let (first, rest) = kept.split_at(kept.partition_point(|u| (*u as usize) < coded));
-        let rest: Vec<u32> = rest.iter().map(|u| u - coded as u32).collect();
+        let below = |end: usize| kept.partition_point(|u| (*u as usize) < end);
+        let from = |units: &[u32], start: usize| -> Vec<u32> {
+            units.iter().map(|u| u - start as u32).collect()
+        };
+        let (begin, end) = (below(before), below(before + coded));
+        let oldest = &kept[..begin];
+        let first = &from(&kept[begin..end], before)[..];
+        let rest = from(&kept[end..], before + coded);
         let (d, bytes, scales) = (shape.dim, shape.row_bytes(), shape.row_scales());
         for part in [&mut self.keys, &mut self.values] {
+            compact_rows(&mut part.first, d, oldest);
+            part.first.shrink_to_fit();
             compact_rows(&mut part.codes, bytes, first);
             compact_rows(&mut part.tail, d, &rest);
             trim(&mut part.codes, bytes, dropped);
@@ -492,13 +566,22 @@ impl Head {
 
     /// Replaces the value of one unit.
     fn set_value(&mut self, shape: Shape, unit: usize, value: &[f32]) {
-        let (coded, d) = (self.coded(shape), shape.dim);
+        let ([first, _], coded, d) = (self.plain(shape), self.coded(shape), shape.dim);
+        if unit < first {
+            let old = &mut self.values.first[unit * d..][..d];
+            let pairs = old.iter_mut().zip(value);
+            pairs.for_each(|(old, value)| *old = rounded(*value));
+            return;
+        }
+        let unit = unit - first;
         if unit >= coded {
             self.values.tail[(unit - coded) * d..][..d].copy_from_slice(value);
             return;
         }
         let (mut codes, mut made) = (Vec::new(), Vec::new());
-        shape.encode_row(value, &mut codes, &mut made);
+        let mut value = value.to_vec();
+        hadamard(&mut value, shape.block());
+        shape.encode_row(&value, &mut codes, &mut made);
         let (bytes, scales) = (shape.row_bytes(), shape.row_scales());
         self.values.codes[unit * bytes..][..bytes].copy_from_slice(&codes);
         self.values.scales[unit * scales..][..scales].copy_from_slice(&made);
@@ -506,6 +589,12 @@ impl Head {
 
     fn read(shape: Shape, from: &mut Take<&mut dyn Read>) -> Result<Self> {
         let width = shape.row_bytes().max(shape.row_scales()).max(shape.dim);
+        let first = saved::read_count(from, width)?;
+        if first > shape.config.first {
+            let most = shape.config.first;
+            let found = format!("{first} first units, {most} at most are due");
+            return Err(SnapshotError::Damaged(found).into());
+        }
         let coded = saved::read_count(from, width)?;
         let tail = saved::read_count(from, width)?;
         let runs = saved::read_count(from, 2 * shape.dim)?;
@@ -526,6 +615,7 @@ impl Head {
         };
         let mut part = |scales| -> Result<Part> {
             Ok(Part {
+                first: saved::read(from, first * shape.dim)?,
                 codes: saved::read(from, coded * shape.row_bytes())?,
                 scales: saved::read(from, scales)?,
                 tail: saved::read(from, tail * shape.dim)?,
@@ -540,7 +630,8 @@ impl Head {
 
     fn bytes(&self) -> usize {
         let part = |part: &Part| {
-            part.codes.capacity() + 2 * part.scales.capacity() + 4 * part.tail.capacity()
+            let halves = part.first.capacity() + part.scales.capacity();
+            part.codes.capacity() + 2 * halves + 4 * part.tail.capacity()
         };
         part(&self.keys) + part(&self.values) + 4 * self.runs.capacity()
     }
@@ -551,13 +642,40 @@ impl Part {
     fn rows(&self, shape: Shape, rows: Range<usize>) -> &[f32] {
         &self.tail[rows.start * shape.dim..rows.end * shape.dim]
     }
+
+    /// Rows of the tail, as they are or turned.
+    fn copy_tail(&self, shape: Shape, rows: Range<usize>, turned: bool, out: &mut [f32]) {
+        let out = &mut out[..rows.len() * shape.dim];
+        out.copy_from_slice(self.rows(shape, rows));
+        if turned {
+            hadamard(out, shape.block());
+        }
+    }
+
+    /// The same of the first units; what is left of `out`.
+    fn copy_first<'a>(
+        &self,
+        shape: Shape,
+        rows: Range<usize>,
+        turned: bool,
+        out: &'a mut [f32],
+    ) -> &'a mut [f32] {
+        let (out, rest) = out.split_at_mut(rows.len() * shape.dim);
+        Floats::F16(&self.first).to_f32(rows.start * shape.dim..rows.end * shape.dim, out);
+        if turned {
+            hadamard(out, shape.block());
+        }
+        rest
+    }
 }
 
-/// The part of a range of units that is coded, and the rows of the tail.
-fn split(range: Range<usize>, coded: usize) -> (Range<usize>, Range<usize>) {
-    let middle = coded.clamp(range.start, range.end);
-    let rest = middle.max(coded) - coded..range.end.max(coded) - coded;
-    (range.start..middle, rest)
+/// A number in 16 bits, the largest there is for what is larger.
+fn rounded(x: f32) -> f16 {
+    let bound = f16::MAX.to_f32();
+    match x.is_finite() {
+        true => f16::from_f32(x.clamp(-bound, bound)),
+        false => f16::NAN,
+    }
 }
 
 /// Room for `units` more rows: exactly for a chunk, in steps for single tokens.
@@ -627,7 +745,7 @@ impl KvStore for QuantizedStore {
         check_folds(folds, head.len(shape))?;
         let value = |head: &Head, unit: u32| {
             let mut out = vec![0.0; shape.dim];
-            head.values(shape, unit as usize..unit as usize + 1, &mut out);
+            head.values(shape, unit as usize..unit as usize + 1, false, &mut out);
             out
         };
         for (unit, value) in folded(folds, |unit| value(head, unit)) {
@@ -656,19 +774,33 @@ impl KvStore for QuantizedStore {
     fn keys(&self, head: usize) -> Result<Rows> {
         let (head, shape) = (&self.heads[head], self.shape);
         let n = head.len(shape);
-        self.rows(n, |out| head.keys(shape, 0..n, out))
+        self.rows(n, |out| head.keys(shape, 0..n, false, out))
     }
 
     fn values(&self, head: usize) -> Result<Rows> {
         let (head, shape) = (&self.heads[head], self.shape);
         let n = head.len(shape);
-        self.rows(n, |out| head.values(shape, 0..n, out))
+        self.rows(n, |out| head.values(shape, 0..n, false, out))
     }
 
     fn tiles(&self, head: usize) -> Option<Box<dyn KvTiles + '_>> {
         Some(Box::new(Tiles {
             head: &self.heads[head],
             shape: self.shape,
+            turned: [false; 2],
+        }))
+    }
+
+    fn turned_block(&self) -> usize {
+        self.shape.block()
+    }
+
+    fn turned_tiles(&self, head: usize, keys: bool) -> Option<Box<dyn KvTiles + '_>> {
+        let turned = self.shape.block() > 1;
+        Some(Box::new(Tiles {
+            head: &self.heads[head],
+            shape: self.shape,
+            turned: [turned && keys, turned],
         }))
     }
 
@@ -676,11 +808,14 @@ impl KvStore for QuantizedStore {
         let shape = self.shape;
         saved::write_header(to, &shape.saved_name(), self.heads.len(), shape.dim)?;
         for head in &self.heads {
+            let [first, tail] = head.plain(shape);
+            saved::write_count(to, first)?;
             saved::write_count(to, head.coded(shape))?;
-            saved::write_count(to, head.len(shape) - head.coded(shape))?;
+            saved::write_count(to, tail)?;
             saved::write_count(to, head.runs.len())?;
             saved::write(to, &head.runs)?;
             for part in [&head.keys, &head.values] {
+                saved::write(to, &part.first)?;
                 saved::write(to, &part.codes)?;
                 saved::write(to, &part.scales)?;
                 saved::write(to, &part.tail)?;
@@ -706,14 +841,27 @@ impl KvStore for QuantizedStore {
 struct Tiles<'a> {
     head: &'a Head,
     shape: Shape,
+    /// Whether keys, and values, are handed out as they were coded.
+    turned: [bool; 2],
 }
 
 impl Tiles<'_> {
     /// A range that is not coded, as it lies there.
-    fn plain<'s>(&self, part: &'s Part, range: &Range<usize>) -> Option<&'s [f32]> {
-        let coded = self.head.coded(self.shape);
-        let rows = range.start.checked_sub(coded)?..range.end - coded;
+    fn plain<'s>(&self, part: &'s Part, turned: bool, range: &Range<usize>) -> Option<&'s [f32]> {
+        if turned {
+            return None;
+        }
+        let before = self.head.plain(self.shape)[0] + self.head.coded(self.shape);
+        let rows = range.start.checked_sub(before)?..range.end - before;
         Some(part.rows(self.shape, rows))
+    }
+
+    fn plain_keys(&self, range: &Range<usize>) -> Option<&[f32]> {
+        self.plain(&self.head.keys, self.turned[0], range)
+    }
+
+    fn plain_values(&self, range: &Range<usize>) -> Option<&[f32]> {
+        self.plain(&self.head.values, self.turned[1], range)
     }
 }
 
@@ -723,29 +871,29 @@ impl KvTiles for Tiles<'_> {
     }
 
     fn keys<'a>(&'a self, range: Range<usize>, scratch: &'a mut [f32]) -> &'a [f32] {
-        if let Some(rows) = self.plain(&self.head.keys, &range) {
+        if let Some(rows) = self.plain_keys(&range) {
             return rows;
         }
         let out = &mut scratch[..range.len() * self.shape.dim];
-        self.head.keys(self.shape, range, out);
+        self.head.keys(self.shape, range, self.turned[0], out);
         out
     }
 
     fn values<'a>(&'a self, range: Range<usize>, scratch: &'a mut [f32]) -> &'a [f32] {
-        if let Some(rows) = self.plain(&self.head.values, &range) {
+        if let Some(rows) = self.plain_values(&range) {
             return rows;
         }
         let out = &mut scratch[..range.len() * self.shape.dim];
-        self.head.values(self.shape, range, out);
+        self.head.values(self.shape, range, self.turned[1], out);
         out
     }
 
     fn stored_keys(&self, range: Range<usize>) -> Option<Floats<'_>> {
-        self.plain(&self.head.keys, &range).map(Floats::F32)
+        self.plain_keys(&range).map(Floats::F32)
     }
 
     fn stored_values(&self, range: Range<usize>) -> Option<Floats<'_>> {
-        self.plain(&self.head.values, &range).map(Floats::F32)
+        self.plain_values(&range).map(Floats::F32)
     }
 }
 
@@ -801,9 +949,10 @@ mod tests {
     }
 
     fn any_config() -> impl Strategy<Value = Quantization> {
-        let bits = prop::sample::select(vec![2u8, 4, 8]);
-        (bits, any::<bool>(), 1usize..40, 0usize..20).prop_map(|(bits, kivi, group, residual)| {
-            Quantization {
+        let bits = prop::sample::select(vec![2u8, 3, 4, 8]);
+        let all = (bits, any::<[bool; 2]>(), 1usize..40, 0usize..20, 0usize..6);
+        all.prop_map(
+            |(bits, [kivi, hadamard], group, residual, first)| Quantization {
                 bits,
                 layout: if kivi {
                     QuantLayout::Kivi
@@ -812,8 +961,29 @@ mod tests {
                 },
                 group,
                 residual,
-            }
-        })
+                first,
+                hadamard,
+            },
+        )
+    }
+
+    /// Blocks times Sylvester's matrix.
+    fn turned(x: &[f32], block: usize) -> Vec<f32> {
+        let sign = |i: usize, j: usize| match (i & j).count_ones() % 2 {
+            0 => 1.0,
+            _ => -1.0,
+        };
+        let of_block = |x: &[f32]| -> Vec<f32> {
+            let row = |i: usize| -> f64 {
+                let terms = x
+                    .iter()
+                    .enumerate()
+                    .map(|(j, x)| sign(i, j) * f64::from(*x));
+                terms.sum::<f64>() / (block as f64).sqrt()
+            };
+            (0..x.len()).map(|i| row(i) as f32).collect()
+        };
+        x.chunks(block).flat_map(of_block).collect()
     }
 
     proptest! {
@@ -836,36 +1006,48 @@ mod tests {
             prop_assert_eq!(read(&store, 0), [k.to_vec(), v.to_vec()]);
             store.settle().unwrap();
             let coded = store.quantized(0);
-            let whole = tokens.saturating_sub(config.residual);
+            let old = tokens.saturating_sub(config.residual);
+            let first = old.min(config.first);
             let whole = match config.layout {
-                QuantLayout::PerToken => whole,
-                QuantLayout::Kivi => whole - whole % config.group,
+                QuantLayout::PerToken => old - first,
+                QuantLayout::Kivi => (old - first) - (old - first) % config.group,
             };
             prop_assert_eq!(coded, whole);
+            prop_assert_eq!(store.heads[0].plain(store.shape), [first, tokens - first - whole]);
+            let block = store.shape.block();
             let found = read(&store, 0);
+            let exact = [k.to_vec(), v.to_vec()];
+            for (found, exact) in found.iter().zip(&exact) {
+                prop_assert_eq!(&found[(first + coded) * dim..], &exact[(first + coded) * dim..]);
+                for (found, exact) in found[..first * dim].iter().zip(exact) {
+                    prop_assert_eq!(*found, f16::from_f32(*exact).to_f32());
+                }
+            }
+            // Where codes are made.
+            let [found, exact] = [found, exact].map(|parts| parts.map(|x| turned(&x, block)));
+            let largest = 4.0 * scale * (block as f32).sqrt();
             let top = f32::from(u16::MAX >> (16 - config.bits));
-            for (part, given) in [k, v].into_iter().enumerate() {
+            for (part, given) in exact.iter().enumerate() {
                 let by_token = part == 1 || config.layout == QuantLayout::PerToken;
                 for unit in 0..tokens {
                     for c in 0..dim {
                         let at = unit * dim + c;
-                        if unit >= coded {
-                            prop_assert_eq!(found[part][at], given[at]);
+                        if !(first..first + coded).contains(&unit) {
                             continue;
                         }
                         let group: Vec<f32> = if by_token {
-                            let first = c - c % config.group;
-                            given[unit * dim + first..unit * dim + dim.min(first + config.group)].to_vec()
+                            let start = c - c % config.group;
+                            given[unit * dim + start..unit * dim + dim.min(start + config.group)].to_vec()
                         } else {
-                            let first = unit - unit % config.group;
-                            (first..first + config.group).map(|u| given[u * dim + c]).collect()
+                            let start = unit - (unit - first) % config.group;
+                            (start..start + config.group).map(|u| given[u * dim + c]).collect()
                         };
                         let high = group.iter().copied().fold(f32::MIN, f32::max);
                         let low = group.iter().copied().fold(f32::MAX, f32::min);
                         // `low` may have been rounded down by a 1024th, the step up by one.
                         let step = (high - low + low.abs() / 1024.0) / top * (1.0 + 1.0 / 1024.0) + 6e-8;
                         let off = (found[part][at] - given[at]).abs();
-                        prop_assert!(off <= step * 0.501 + high.abs() * 1e-6, "unit {unit}, feature {c}: {} for {}, step {step}", found[part][at], given[at]);
+                        prop_assert!(off <= step * 0.501 + largest * 2e-6, "unit {unit}, feature {c}: {} for {}, step {step}", found[part][at], given[at]);
                     }
                 }
             }
@@ -893,7 +1075,10 @@ mod tests {
                     (0..lots.len() as u32).filter(|u| drop == 0 || lots[*u as usize] > drop as f32 / 2.0 - 1.0).collect()
                 }).collect();
                 let before: Vec<_> = (0..2).map(|h| read(&store, h)).collect();
-                let coded: Vec<_> = (0..2).map(|h| store.quantized(h)).collect();
+                let coded: Vec<_> = (0..2).map(|h| {
+                    let first = store.heads[h].plain(store.shape)[0];
+                    first..first + store.quantized(h)
+                }).collect();
                 store.retain(&kept).unwrap();
                 for head in 0..2 {
                     let after = read(&store, head);
@@ -905,7 +1090,7 @@ mod tests {
                         prop_assert_eq!(bits(&after[part]), bits(&pick(&before[head][part])));
                         exact[head][part] = pick(&exact[head][part]);
                     }
-                    let left = kept[head].iter().filter(|u| (**u as usize) < coded[head]).count();
+                    let left = kept[head].iter().filter(|u| coded[head].contains(&(**u as usize))).count();
                     prop_assert_eq!(store.quantized(head), left);
                     if config.layout == QuantLayout::Kivi {
                         let runs = &store.heads[head].runs;
@@ -921,17 +1106,27 @@ mod tests {
                     // All ranges of tiles are what keys and values are.
                     let all = read(&store, head);
                     let tiles = store.tiles(head).unwrap();
+                    let block = store.shape.block();
+                    let coded_so = [true, false].map(|keys| store.turned_tiles(head, keys).unwrap());
                     for range in [0..n, n / 3..n, n / 2..n / 2 + n / 4, n..n] {
                         let mut scratch = vec![f32::NAN; range.len() * dim];
                         let at = range.start * dim..range.end * dim;
                         prop_assert_eq!(tiles.keys(range.clone(), &mut scratch), &all[0][at.clone()]);
-                        prop_assert_eq!(tiles.values(range, &mut scratch), &all[1][at]);
+                        prop_assert_eq!(tiles.values(range.clone(), &mut scratch), &all[1][at.clone()]);
+                        let near = |a: &[f32], b: &[f32]| a.iter().zip(b).all(|(a, b)| (a - b).abs() < 3e-5);
+                        let due = [0, 1].map(|part| turned(&all[part][at.clone()], block));
+                        prop_assert!(near(coded_so[0].keys(range.clone(), &mut scratch), &due[0]));
+                        prop_assert!(near(coded_so[0].values(range.clone(), &mut scratch), &due[1]));
+                        prop_assert_eq!(coded_so[1].keys(range.clone(), &mut scratch), &all[0][at]);
+                        prop_assert!(near(coded_so[1].values(range, &mut scratch), &due[1]));
                     }
-                    // Numbers are between -1 and 1: no step is larger than 2 / top.
+                    // Numbers are between -1 and 1, no step is larger than 2 / top; turned, all together are off by as
+                    // much as half of the largest step each.
+                    let block = store.shape.block() as f32;
                     let top = f32::from(u16::MAX >> (16 - config.bits));
                     for part in 0..2 {
                         for (a, b) in all[part].iter().zip(&exact[head][part]) {
-                            prop_assert!((a - b).abs() <= 1.01 / top + 1e-3, "{a} for {b}");
+                            prop_assert!((a - b).abs() <= 1.01 * block / top + 1e-3, "{a} for {b}");
                         }
                     }
                 }
@@ -946,6 +1141,7 @@ mod tests {
             (4, QuantLayout::PerToken, 0.16),
             (4, QuantLayout::Kivi, 0.16),
             (8, QuantLayout::PerToken, 0.29),
+            (3, QuantLayout::PerToken, 0.13),
             (2, QuantLayout::PerToken, 0.10),
         ] {
             let config = Quantization {
@@ -981,6 +1177,7 @@ mod tests {
             layout: QuantLayout::Kivi,
             group: 16,
             residual: 0,
+            first: 0,
             ..Quantization::default()
         };
         let mut store = store(1, 8, config);
@@ -1009,6 +1206,8 @@ mod tests {
     fn numbers_that_have_no_code() {
         let config = Quantization {
             residual: 0,
+            first: 0,
+            hadamard: false,
             ..Quantization::default()
         };
         let mut store = store(1, 4, config);
@@ -1040,13 +1239,42 @@ mod tests {
         assert_eq!(keys[8..12], [7.5; 4]);
         assert!(keys[12..].iter().all(|x| x.abs() < 1e-7));
         assert!(values[4..].iter().all(|x| x.is_finite()));
+        // Turned, they reach their block and no further.
+        let config = Quantization {
+            hadamard: true,
+            ..config
+        };
+        let mut store = QuantizedStore {
+            shape: Shape { dim: 4, config },
+            ..store
+        };
+        store.heads[0] = Head::default();
+        store.append(&rows, &rows).unwrap();
+        store.settle().unwrap();
+        let [keys, _] = read(&store, 0);
+        assert!(keys[..4].iter().all(|x| x.is_nan()));
+        assert!(keys[4..].iter().all(|x| x.is_finite()));
+        assert_eq!(keys[8..12], [7.5; 4]);
+        // Of the first units each number stands for itself.
+        let config = Quantization { first: 4, ..config };
+        let mut store = QuantizedStore {
+            shape: Shape { dim: 4, config },
+            ..store
+        };
+        store.heads[0] = Head::default();
+        store.append(&rows, &rows).unwrap();
+        store.settle().unwrap();
+        let [keys, _] = read(&store, 0);
+        assert!(keys[1].is_nan() && keys[4..6] == [65504.0, -65504.0]);
+        assert_eq!([keys[0], keys[2], keys[3]], [1.0, 2.0, 3.0]);
     }
 
     #[test]
     fn impossible_settings_are_refused() {
         for config in [
             Quantization::bits(0),
-            Quantization::bits(3),
+            Quantization::bits(1),
+            Quantization::bits(5),
             Quantization::bits(16),
             Quantization {
                 group: 0,

@@ -156,6 +156,8 @@ impl Growth for TensorGrowth {
 #[derive(Debug)]
 pub(super) struct CodedGrowth {
     config: Quantization,
+    /// The first units, which stay numbers.
+    first: usize,
     /// Units that are codes, and those that are numbers.
     coded: Buffer,
     tail: Buffer,
@@ -167,11 +169,12 @@ pub(super) struct CodedGrowth {
     coded_bytes: usize,
     tail_bytes: usize,
     group_bytes: usize,
+    first_bytes: usize,
 }
 
 impl CodedGrowth {
     pub(super) fn new(heads: usize, dim: usize, config: Quantization) -> Self {
-        let codes = 2 * (dim * usize::from(config.bits)).div_ceil(8);
+        let codes = 2 * config.packing(dim).row_bytes();
         // Two 16-bit numbers for each group.
         let by_token = 4 * dim.div_ceil(config.group.clamp(1, dim));
         let (unit, group) = match config.layout {
@@ -181,6 +184,7 @@ impl CodedGrowth {
         };
         Self {
             config,
+            first: 0,
             coded: Buffer::default(),
             tail: Buffer::default(),
             groups: 0.0,
@@ -188,6 +192,7 @@ impl CodedGrowth {
             coded_bytes: heads * unit,
             tail_bytes: heads * 2 * dim * 4,
             group_bytes: heads * group,
+            first_bytes: heads * 2 * dim * 2,
         }
     }
 
@@ -219,6 +224,7 @@ impl Growth for CodedGrowth {
         }
         if let Some(all) = &mut self.bound {
             *all = units;
+            self.first = self.first.min(units);
             self.coded.rows = self.coded.rows.min(units);
             self.coded.capacity = self.coded.capacity.min(next(units));
             self.tail.rows = self.tail.rows.min(units);
@@ -226,27 +232,31 @@ impl Growth for CodedGrowth {
             return;
         }
         if newest {
-            self.coded.rows = self.coded.rows.saturating_sub(len - units);
+            // The oldest go first.
+            let gone = self.first.min(len - units);
+            self.first -= gone;
+            self.coded.rows = self.coded.rows.saturating_sub(len - units - gone);
             self.groups = self.coded.rows.div_ceil(self.config.group.max(1)) as f64;
         } else {
             let left = units as f64 / len as f64;
+            self.first = (self.first as f64 * left).round() as usize;
             self.coded.rows = (before * left).round() as usize;
             // The share of groups of which at least one member is left.
             let members = before / self.groups.max(1.0);
             self.groups *= 1.0 - (1.0 - left).powf(members);
         }
-        self.tail.rows = units - self.coded.rows;
+        self.first = self.first.min(units);
+        self.coded.rows = self.coded.rows.min(units - self.first);
+        self.tail.rows = units - self.first - self.coded.rows;
         self.coded.capacity = cut(self.coded.rows, len - units, self.coded.capacity);
     }
 
     fn settle(&mut self) {
         let group = self.config.group.max(1);
-        let mut units = self.tail.rows.saturating_sub(self.config.residual);
-        if self.config.layout == QuantLayout::Kivi {
-            units -= units % group;
-        }
         if let Some(all) = self.bound {
             let more = self.tail.rows.saturating_sub(self.config.residual);
+            // None of them may have been left.
+            self.first = self.config.first.min(all);
             self.coded.rows = (self.coded.rows + more).min(all);
             if more > 0 {
                 // It may have been one, for which there is a reserve.
@@ -258,6 +268,9 @@ impl Growth for CodedGrowth {
             self.tail.capacity = self.tail.rows + 1;
             return;
         }
+        let [stay, units] = (self.config).due(self.first, self.coded.rows, self.tail.rows);
+        self.first += stay;
+        self.tail.rows -= stay;
         if units > 0 {
             self.coded.append(units);
             self.tail.rows -= units;
@@ -269,13 +282,15 @@ impl Growth for CodedGrowth {
     }
 
     fn units(&self) -> usize {
-        self.bound.unwrap_or(self.coded.rows + self.tail.rows)
+        self.bound
+            .unwrap_or(self.first + self.coded.rows + self.tail.rows)
     }
 
     fn bound(&mut self) {
         let all = self.units();
         self.bound = Some(all);
         if all > 0 {
+            self.first = self.config.first.min(all);
             self.coded = Buffer {
                 rows: all,
                 capacity: next(all),
@@ -287,7 +302,8 @@ impl Growth for CodedGrowth {
     }
 
     fn bytes(&self) -> usize {
-        self.coded.capacity * self.coded_bytes
+        self.first * self.first_bytes
+            + self.coded.capacity * self.coded_bytes
             + (self.groups * self.group_bytes as f64) as usize
             + self.tail.capacity * self.tail_bytes
     }

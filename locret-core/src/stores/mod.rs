@@ -102,6 +102,20 @@ pub trait KvStore: Debug + Send + Sync {
         None
     }
 
+    /// Features of a block that this store keeps multiplied with Hadamard's matrix
+    /// ([`hadamard`](locret_kernels::codes::hadamard)), or 1 if it keeps numbers as they are. A head consists of whole
+    /// blocks.
+    fn turned_block(&self) -> usize {
+        1
+    }
+
+    /// As [`tiles`](Self::tiles), but for values, and for keys if `keys` says so, of which each
+    /// [block](Self::turned_block) is multiplied with Hadamard's matrix. Turning queries and outputs instead of every
+    /// unit costs next to nothing.
+    fn turned_tiles(&self, head: usize, _keys: bool) -> Option<Box<dyn KvTiles + '_>> {
+        self.brought_tiles(head)
+    }
+
     /// Whether [`turn_keys`](Self::turn_keys) does anything. Where storing turned keys would lose
     /// precision (16-bit and quantised stores) it does not: attention then rotates while it loads.
     fn turns_keys(&self) -> bool {

@@ -171,11 +171,15 @@ impl Spilled {
     }
 
     /// The units of a head that lie here, of which others read as zeros.
-    fn composite(&self, head: usize) -> Option<Box<dyn KvTiles + '_>> {
-        let mut places = vec![Some(self.near.tiles(head)?)];
+    fn composite<'a>(
+        &'a self,
+        head: usize,
+        tiles: impl Fn(&'a dyn KvStore) -> Option<Box<dyn KvTiles + 'a>>,
+    ) -> Option<Box<dyn KvTiles + 'a>> {
+        let mut places = vec![Some(tiles(&*self.near)?)];
         for block in &self.blocks {
             places.push(match &block.store {
-                Some(store) if block.lens[head] > 0 => Some(store.tiles(head)?),
+                Some(store) if block.lens[head] > 0 => Some(tiles(&**store)?),
                 _ => None,
             });
         }
@@ -403,7 +407,8 @@ impl KvStore for Spilled {
     }
 
     fn tiles(&self, head: usize) -> Option<Box<dyn KvTiles + '_>> {
-        self.all_here().then(|| self.composite(head)).flatten()
+        let all = || self.composite(head, |store| store.tiles(head));
+        self.all_here().then(all).flatten()
     }
 
     fn tiered(&self) -> bool {
@@ -459,7 +464,15 @@ impl KvStore for Spilled {
     }
 
     fn brought_tiles(&self, head: usize) -> Option<Box<dyn KvTiles + '_>> {
-        self.composite(head)
+        self.composite(head, |store| store.tiles(head))
+    }
+
+    fn turned_block(&self) -> usize {
+        self.near.turned_block()
+    }
+
+    fn turned_tiles(&self, head: usize, keys: bool) -> Option<Box<dyn KvTiles + '_>> {
+        self.composite(head, |store| store.turned_tiles(head, keys))
     }
 
     fn put_away(&mut self, blocks: &[Vec<Vec<u32>>]) -> Result<()> {

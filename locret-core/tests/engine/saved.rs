@@ -26,8 +26,11 @@ fn stores() -> Vec<Box<dyn KvStore>> {
         }
         let dtype = DType::F32;
         let place = Placement { compute, dtype };
-        for layout in [QuantLayout::PerToken, QuantLayout::Kivi] {
+        let (rows, kivi) = (QuantLayout::PerToken, QuantLayout::Kivi);
+        for (bits, layout, hadamard) in [(4, rows, true), (4, kivi, false), (3, rows, false)] {
             let config = Quantization {
+                bits,
+                hadamard,
                 layout,
                 group: 8,
                 residual: 3,
@@ -120,12 +123,12 @@ fn stores_of_other_kinds_and_sizes_are_refused() {
     for (i, store) in all.iter_mut().enumerate() {
         for (j, file) in files.iter().enumerate() {
             // The same kind on the other path is the same file.
-            let same = i % 5 == j % 5;
+            let same = i % 6 == j % 6;
             assert_eq!(read(&mut **store, file).is_ok(), same, "{i} {j}");
             taken += usize::from(same);
         }
     }
-    assert_eq!(taken, 20);
+    assert_eq!(taken, 24);
     let wide = LayerSpec {
         head_dim: 16,
         ..LAYER

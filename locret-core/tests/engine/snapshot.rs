@@ -50,11 +50,13 @@ fn policies(positions: Positions) -> Vec<Arc<dyn KvCachePolicy>> {
 fn codes() -> Vec<Quantization> {
     let layouts = [QuantLayout::PerToken, QuantLayout::Kivi];
     let all = layouts.into_iter().flat_map(|layout| {
-        [2, 4, 8].map(|bits| Quantization {
+        [2, 3, 4, 8].map(|bits| Quantization {
             bits,
             layout,
             group: 8,
             residual: 3,
+            first: 2,
+            hadamard: bits < 8,
         })
     });
     all.collect()

@@ -57,21 +57,24 @@ fn stores_in_two_tiers() {
 
 #[test]
 fn stores_of_few_bits_in_two_tiers() {
-    for (bits, layout, residual) in [
-        (8, QuantLayout::PerToken, 5),
-        (4, QuantLayout::Kivi, 0),
-        (2, QuantLayout::Kivi, 12),
+    for (bits, layout, residual, hadamard) in [
+        (8, QuantLayout::PerToken, 5, true),
+        (4, QuantLayout::Kivi, 0, false),
+        (3, QuantLayout::PerToken, 7, true),
+        (2, QuantLayout::Kivi, 12, true),
     ] {
         let config = Quantization {
             bits,
             layout,
             group: 8,
             residual,
+            first: 3,
+            hadamard,
         };
         let check = StoreCheck {
             seeds: 0..25,
             // Coarse groups, and codes of few bits.
-            tolerance: 1.0 / f32::from((1u16 << bits) - 1) + 3e-3,
+            tolerance: crate::suite::off_by(config),
             bytes_per_value: 4.0,
             ..StoreCheck::default()
         };

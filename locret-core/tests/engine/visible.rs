@@ -184,7 +184,7 @@ fn over_units_of_few_bits() {
         dense: false,
         dtypes: vec![DType::F32],
         tolerance: 5e-2,
-        store_tolerance: 1.0 / 255.0 + 3e-3,
+        store_tolerance: crate::suite::off_by(Quantization::bits(8)),
         ..PolicyCheck::default()
     };
     check_policy(&device(), &check, |case| {

@@ -164,7 +164,7 @@ fn quantization<'de, D: Deserializer<'de>>(from: D) -> Result<Option<Quantizatio
         type Value = Option<Quantization>;
 
         fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-            f.write_str("a number of bits, or a table of `bits`, `layout`, `group` and `residual`")
+            f.write_str("a number of bits, or a table of `bits`, `layout`, `group`, `residual`, `first` and `hadamard`")
         }
 
         fn visit_u64<E: de::Error>(self, bits: u64) -> Result<Self::Value, E> {

@@ -5,7 +5,7 @@ use locret_core::{
     Prefill, Quantization, QuantizedStore, Result, Rows, Step, Verdict, Visible,
 };
 
-/// A policy whose units are kept as integers of 2, 4 or 8 bits
+/// A policy whose units are kept as integers of 2, 3, 4 or 8 bits
 /// ([`QuantizedStore`]). The policy inside decides what stays.
 ///
 /// **Cost:** codes and scales are made once for each unit that survives the step it came in, and

@@ -58,7 +58,7 @@ pub struct Grid {
     /// Units that every KV head keeps; a policy that keeps everything has none.
     #[serde(default = "default_budgets")]
     pub budgets: Vec<Budget>,
-    /// How keys and values are kept: f32, f16, bf16, q8, q4, q2.
+    /// How keys and values are kept: f32, f16, bf16, q8, q4, q3, q2.
     #[serde(default = "default_stores")]
     pub stores: Vec<Store>,
     /// First units that stay under every policy that evicts and does not say so itself; by default what each
@@ -140,6 +140,8 @@ pub enum Store {
     Q8,
     /// Integers of 4 bits.
     Q4,
+    /// Integers of 3 bits.
+    Q3,
     /// Integers of 2 bits.
     Q2,
 }
@@ -153,6 +155,7 @@ impl Store {
             Self::Bf16 => "bf16",
             Self::Q8 => "q8",
             Self::Q4 => "q4",
+            Self::Q3 => "q3",
             Self::Q2 => "q2",
         }
     }
@@ -170,6 +173,7 @@ impl Store {
         let bits = match self {
             Self::Q8 => 8,
             Self::Q4 => 4,
+            Self::Q3 => 3,
             Self::Q2 => 2,
             _ => return None,
         };

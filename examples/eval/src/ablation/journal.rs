@@ -3,6 +3,7 @@
 use super::{Settings, Store};
 use crate::{Error, Result, evaluate::Case, files::write_atomically};
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 use std::{
     collections::HashMap,
     fs::{self, File, OpenOptions},
@@ -19,6 +20,9 @@ pub struct Origin {
     pub model_sha256: Option<String>,
     /// The revision of this repository, with `+` if files were changed.
     pub git: Option<String>,
+    /// The version of this crate.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub version: Option<String>,
     /// Operating system, processor and threads.
     pub machine: String,
 }
@@ -35,6 +39,7 @@ impl Origin {
             model,
             model_sha256,
             git: revision(),
+            version: Some(env!("CARGO_PKG_VERSION").into()),
             machine: format!(
                 "{} {}, {}, {threads} threads",
                 std::env::consts::OS,
@@ -157,15 +162,8 @@ impl Journal {
         let whole = text.rfind('\n').map_or(0, |i| i + 1);
         let cut = whole < text.len();
         text.truncate(whole);
-        let mut known = HashMap::new();
-        for (i, line) in text.lines().enumerate() {
-            let record: Record = serde_json::from_str(line).map_err(|e| Error::Line {
-                path: path.to_owned(),
-                line: i + 1,
-                message: e.to_string(),
-            })?;
-            known.insert(record.key(), record);
-        }
+        let records = lines(path, &text)?.into_iter();
+        let known = records.map(|record| (record.key(), record)).collect();
         if cut || !path.exists() {
             write_atomically(path, |out| out.write_all(text.as_bytes()))?;
         }
@@ -177,6 +175,15 @@ impl Journal {
             file: Some((path.to_owned(), file)),
             known,
         })
+    }
+
+    /// The results of a file in their order, without opening it for more. A last line that was cut off is left out.
+    ///
+    /// # Errors
+    /// [`Error::Read`]; [`Error::Line`] for a complete line that is no result.
+    pub fn read(path: &Path) -> Result<Vec<Record>> {
+        let text = fs::read_to_string(path).map_err(|e| Error::read(path, e))?;
+        lines(path, &text[..text.rfind('\n').map_or(0, |i| i + 1)])
     }
 
     /// The result of a case, if it has been run.
@@ -202,11 +209,32 @@ impl Journal {
     }
 }
 
+fn lines(path: &Path, text: &str) -> Result<Vec<Record>> {
+    let record = |line: &str| -> serde_json::Result<Record> {
+        let mut value: Value = serde_json::from_str(line)?;
+        // From before stores had these: what they are without.
+        let quantize = value.pointer_mut("/policy/quantize");
+        if let Some(quantize) = quantize.and_then(Value::as_object_mut) {
+            quantize.entry("hadamard").or_insert(false.into());
+            quantize.entry("first").or_insert(0.into());
+        }
+        serde_json::from_value(value)
+    };
+    let parsed = text.lines().enumerate().map(|(i, line)| {
+        record(line).map_err(|e| Error::Line {
+            path: path.to_owned(),
+            line: i + 1,
+            message: e.to_string(),
+        })
+    });
+    parsed.collect()
+}
+
 #[cfg(test)]
 pub(super) mod tests {
     use super::*;
     use crate::evaluate::Answered;
-    use locret_core::Budget;
+    use locret_core::{Budget, Quantization};
     use locret_policies::{Method, PolicyConfig};
 
     fn record(label: &str, budget: usize, task: &str, exact: bool, kept: usize) -> Record {
@@ -244,12 +272,15 @@ pub(super) mod tests {
                 peak_kv_bytes: kept + 1000,
                 kept_kv_bytes: kept,
                 curve: vec![(1000, kept), (2000, kept)],
+                footprint: Some(kept as f64 / 2e6),
+                first_token_seconds: (task != "perplexity").then_some(0.5),
                 seconds: 1.0,
             },
             origin: Origin {
                 model: "m".into(),
                 model_sha256: None,
                 git: None,
+                version: None,
                 machine: "x".into(),
             },
         }
@@ -306,6 +337,22 @@ pub(super) mod tests {
         fs::write(&path, format!("{old}\n")).unwrap();
         let journal = Journal::open(&path).unwrap();
         assert_eq!(journal.get(&all[0].key()), None);
+        // Nor is one of codes from before these were turned one of codes that are.
+        let mut coded = all[0].clone();
+        if let Settings::Config(config) = &mut coded.policy {
+            config.quantize = Some(Quantization::bits(4));
+        }
+        let mut old = serde_json::to_value(&coded).unwrap();
+        let quantize = old["policy"]["quantize"].as_object_mut().unwrap();
+        assert!(quantize.remove("hadamard").is_some() && quantize.remove("first").is_some());
+        fs::write(
+            &path,
+            format!("{old}\n{}\n", serde_json::to_string(&coded).unwrap()),
+        )
+        .unwrap();
+        let read = Journal::read(&path).unwrap();
+        assert_eq!(read[1], coded);
+        assert_ne!(read[0].key(), coded.key());
         fs::write(&path, "{}\n").unwrap();
         assert!(matches!(
             Journal::open(&path),

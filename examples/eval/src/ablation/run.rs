@@ -1,6 +1,6 @@
 //! Runs candidates on tasks.
 
-use super::{Grid, Journal, Origin, Record, Store};
+use super::{Grid, Journal, Origin, Point, Record, Shard, Store};
 use crate::{
     Result,
     evaluate::{Encode, Event, QueryAware, Reader},
@@ -189,11 +189,27 @@ impl Ablation {
         journal: &mut Journal,
         on_event: &mut dyn FnMut(Event<'_>),
     ) -> Result<Vec<Record>> {
+        self.run_some(candidates, set, &mut || true, encode, journal, on_event)
+    }
+
+    /// The same of those cases that `wanted` says yes to, which is asked about each in turn.
+    fn run_some(
+        &self,
+        candidates: &[Candidate],
+        set: &TaskSet,
+        wanted: &mut dyn FnMut() -> bool,
+        encode: Encode<'_>,
+        journal: &mut Journal,
+        on_event: &mut dyn FnMut(Event<'_>),
+    ) -> Result<Vec<Record>> {
         let mut records = Vec::with_capacity(candidates.len() * set.tasks.len());
         for candidate in candidates {
             let reader = self.reader(candidate, set);
             let policy = &candidate.label;
             for task in &set.tasks {
+                if !wanted() {
+                    continue;
+                }
                 on_event(Event::Next { policy, task });
                 let mut record = self.record(candidate, set, task);
                 match journal.get(&record.key()) {
@@ -214,7 +230,7 @@ impl Ablation {
         Ok(records)
     }
 
-    /// The results of a grid, on its own [`TaskSet`]s.
+    /// The results of a grid, or of a part of it, on its own [`TaskSet`]s.
     ///
     /// # Errors
     /// As [`Ablation::run`] and [`Candidate::configured`].
@@ -222,6 +238,7 @@ impl Ablation {
         &self,
         grid: &Grid,
         sets: &[TaskSet],
+        shard: Shard,
         encode: Encode<'_>,
         journal: &mut Journal,
         on_event: &mut dyn FnMut(Event<'_>),
@@ -231,11 +248,20 @@ impl Ablation {
             // A policy that cannot be made should say so before hours are spent on others.
             point.candidate(&*self.model)?;
         }
+        let taken = |point: &Point| -> usize {
+            let sets = sets.iter().filter(|set| point.takes(set));
+            sets.map(|set| set.tasks.len()).sum()
+        };
+        let own = shard.deal(points.iter().map(taken).sum());
+        let mut own = own.into_iter();
+        let mut wanted = || own.next().unwrap_or(false);
         let mut records = Vec::new();
         for point in &points {
             let candidate = [point.candidate(&*self.model)?];
             for set in sets.iter().filter(|set| point.takes(set)) {
-                records.extend(self.run(&candidate, set, encode, journal, on_event)?);
+                let wanted = &mut wanted;
+                let found = self.run_some(&candidate, set, wanted, encode, journal, on_event)?;
+                records.extend(found);
             }
         }
         Ok(records)

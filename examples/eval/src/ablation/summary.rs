@@ -24,6 +24,10 @@ pub struct Row {
     pub kept: f64,
     /// `kept` as a share of a full cache of 16-bit values.
     pub share: f64,
+    /// Mean of the contexts' KV footprints ([`Case::footprint`]), where all have one.
+    pub footprint: Option<f64>,
+    /// Mean time until the first token of an answer, where all have one. Of one machine.
+    pub first_token_seconds: Option<f64>,
     /// Scores and bytes.
     pub results: Results,
     /// Mean of the curves: tokens read, bytes held.
@@ -53,6 +57,11 @@ pub fn rows(records: &[Record], unit_bytes: usize) -> Vec<Row> {
         let n = counted.len() as f64;
         let kept = counted.iter().map(|c| c.kept_kv_bytes as f64).sum::<f64>() / n;
         let tokens = counted.iter().map(|c| c.context_tokens as f64).sum::<f64>() / n;
+        let mean = |of: fn(&Case) -> Option<f64>| -> Option<f64> {
+            let all: Option<Vec<f64>> = counted.iter().map(|c| of(c)).collect();
+            all.filter(|all| !all.is_empty())
+                .map(|all| all.iter().sum::<f64>() / all.len() as f64)
+        };
         // The longest context shows the most.
         let longest = cases.iter().max_by_key(|c| c.context_tokens);
         let curve = longest.map(|c| &c.curve[..]).unwrap_or(&[]);
@@ -63,6 +72,8 @@ pub fn rows(records: &[Record], unit_bytes: usize) -> Vec<Row> {
             length: first.length,
             kept,
             share: kept / (tokens * unit_bytes as f64).max(1.0),
+            footprint: mean(|c| c.footprint),
+            first_token_seconds: mean(|c| c.first_token_seconds),
             curve: curve.iter().map(|(t, b)| (*t as f64, *b as f64)).collect(),
             results: Results::of(&first.label, serde_json::Value::Null, &cases),
         }
@@ -116,7 +127,8 @@ pub fn markdown(rows: &[Row]) -> String {
         text += "\nExact match by task, of RULER's tasks their own score; `mean` is over the tasks with \
                  questions, its 95 % interval after Wilson over all their questions, and `by context` \
                  that of contexts drawn anew; `of full` is the share of a full 16-bit cache that was \
-                 kept; tasks without questions show −ln p a token.\n\n";
+                 kept, `footprint` units × steps of reading as a share of a full cache's, and `first` the \
+                 seconds until an answer's first token; tasks without questions show −ln p a token.\n\n";
         let best = best_at_equal_bytes(&rows);
         if !best.is_empty() {
             text += "At equal bytes: the highest mean with no more than this share of a full 16-bit \
@@ -146,6 +158,8 @@ fn table(rows: &[&Row]) -> Table {
         ">budget",
         ">KV kept",
         ">of full",
+        ">footprint",
+        ">first",
         ">mean",
         "95 %",
         "by context",
@@ -160,6 +174,8 @@ fn table(rows: &[&Row]) -> Table {
             row.budget(),
             report::bytes(row.kept.round() as usize),
             format!("{:.3}", row.share),
+            row.footprint.map_or("–".into(), |x| format!("{x:.3}")),
+            (row.first_token_seconds).map_or("–".into(), |x| format!("{x:.2}")),
         ];
         match &row.results.mean {
             Some(mean) => {
@@ -247,6 +263,66 @@ pub fn quality_chart(rows: &[Row], length: usize) -> Option<Chart> {
     })
 }
 
+/// For one length and each task, quality against bytes kept, and the Pareto front: what nothing else beats with no more
+/// bytes. With the names of the tasks.
+pub fn pareto_charts(rows: &[Row], length: usize) -> Vec<(String, Chart)> {
+    let rows: Vec<&Row> = rows.iter().filter(|r| r.length == length).collect();
+    let with_store = rows.iter().any(|r| r.store != rows[0].store);
+    let mut tasks: Vec<&String> = rows.iter().flat_map(|r| r.results.tasks.keys()).collect();
+    tasks.sort();
+    tasks.dedup();
+    let chart = |task: &String| {
+        let asks = |row: &&&Row| !row.results.continuations.contains(task);
+        let asks = rows.iter().any(|row| asks(&row));
+        let points = rows.iter().filter_map(|row| {
+            let scores = row.results.tasks.get(task)?;
+            let y = if asks { scores.exact } else { scores.nll };
+            Some((row.line(with_store), (row.kept, y)))
+        });
+        let mut series = gather(points);
+        let all: Vec<(f64, f64)> = series.iter().flat_map(|s| s.points.clone()).collect();
+        for s in &mut series {
+            s.points.sort_by(|a, b| a.0.total_cmp(&b.0));
+            s.joined = false;
+        }
+        // First, so that marks lie on it.
+        series.insert(
+            0,
+            Series {
+                name: "Pareto front".into(),
+                points: front(&all, asks),
+                joined: true,
+            },
+        );
+        let y = match asks {
+            true => ("score".into(), Scale::Share),
+            false => ("−ln p a token".into(), Scale::Near),
+        };
+        let chart = Chart {
+            title: title(&format!("{task}: quality against memory"), length),
+            x: ("bytes of keys and values kept".into(), Scale::LogBytes),
+            y,
+            series,
+        };
+        (task.clone(), chart)
+    };
+    tasks.into_iter().map(chart).collect()
+}
+
+/// The points that no other beats with no more bytes, in the order of bytes; `more` is better, or less is.
+fn front(points: &[(f64, f64)], more: bool) -> Vec<(f64, f64)> {
+    let worth = |y: f64| if more { y } else { -y };
+    let mut sorted = points.to_vec();
+    sorted.sort_by(|a, b| a.0.total_cmp(&b.0).then(worth(b.1).total_cmp(&worth(a.1))));
+    let mut best = f64::NEG_INFINITY;
+    sorted.retain(|(_, y)| {
+        let better = worth(*y) > best;
+        best = best.max(worth(*y));
+        better
+    });
+    sorted
+}
+
 /// Bytes held against tokens read, for one length, each policy at its largest budget.
 pub fn memory_chart(rows: &[Row], length: usize) -> Option<Chart> {
     let rows: Vec<&Row> = rows.iter().filter(|r| r.length == length).collect();
@@ -264,6 +340,7 @@ pub fn memory_chart(rows: &[Row], length: usize) -> Option<Chart> {
         .map(|(name, row)| Series {
             name,
             points: row.curve.clone(),
+            joined: true,
         })
         .filter(|s| !s.points.is_empty())
         .collect();
@@ -290,6 +367,7 @@ fn gather(points: impl Iterator<Item = (String, (f64, f64))>) -> Vec<Series> {
             None => series.push(Series {
                 name,
                 points: vec![point],
+                joined: true,
             }),
         }
     }
@@ -318,6 +396,7 @@ mod tests {
         assert!(line("| full").contains("| 1.000 |") && line("| full").contains("0.500 |"));
         // 0.12 of a full cache at 256 units, 0.06 at 128; the full cache fits nowhere.
         let best = line("| window, f32");
+        assert!(line("| window ").contains(" 0.030 |  0.50 |"), "{text}");
         let cells: Vec<&str> = best.split('|').map(str::trim).collect();
         assert_eq!(
             cells[2..5],
@@ -330,5 +409,31 @@ mod tests {
         let memory = memory_chart(&rows, 2000).unwrap();
         assert_eq!(memory.series[1].points, [(1000.0, 120e3), (2000.0, 120e3)]);
         assert!(quality.svg().is_ok() && memory.svg().is_ok());
+        let pareto = pareto_charts(&rows, 2000);
+        let names: Vec<&str> = pareto.iter().map(|(task, _)| task.as_str()).collect();
+        assert_eq!(names, ["facts", "perplexity"]);
+        let [front, full, window] = &pareto[0].1.series[..] else {
+            panic!("{pareto:?}");
+        };
+        // All that the full cache has is had for less.
+        assert_eq!(front.points, [(60e3, 0.5), (120e3, 1.0)]);
+        assert_eq!((full.points.len(), window.points.len()), (1, 2));
+        assert!(front.joined && !window.joined);
+        assert!(pareto.iter().all(|(_, chart)| chart.svg().is_ok()));
+    }
+
+    #[test]
+    fn a_front_is_what_nothing_beats() {
+        let points = [
+            (4.0, 0.5),
+            (1.0, 0.2),
+            (2.0, 0.2),
+            (2.0, 0.4),
+            (3.0, 0.3),
+            (8.0, 0.5),
+        ];
+        assert_eq!(front(&points, true), [(1.0, 0.2), (2.0, 0.4), (4.0, 0.5)]);
+        assert_eq!(front(&points, false), [(1.0, 0.2)]);
+        assert_eq!(front(&[], true), []);
     }
 }

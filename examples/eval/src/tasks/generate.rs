@@ -1,7 +1,7 @@
 //! Seeded generators of the built-in tasks.
 
 use super::{
-    Frame, Kind, Query, Ruler, Task,
+    Frame, Kind, Query, Ruler, Task, drawn,
     words::{self, Template, Value},
 };
 use crate::{
@@ -189,6 +189,11 @@ impl Maker<'_> {
             Kind::MultiTurn => self.multi_turn(),
             Kind::Perplexity => self.continuation(CONTINUATION.min(self.tokens / 4)),
             Kind::Text => self.continuation(self.tokens.saturating_sub(BEGINNING)),
+            Kind::KvRetrieval | Kind::MathFind | Kind::CodeRun => {
+                let (frame, tokens, count) = (self.frame, self.tokens, self.count);
+                let made = drawn::make(self.kind, frame, tokens, &self.rng, count)?;
+                made.ok_or_else(|| self.too_short(2 * tokens))
+            }
             Kind::EssayPasskey => self.in_essays(&[&words::PASSKEY]),
             other => Err(Error::Usage(format!("{other} is one of RULER's"))),
         }

@@ -71,6 +71,15 @@ pub enum Kind {
     /// RULER: real questions over several articles (HotpotQA).
     #[serde(rename = "qa_2")]
     Qa2,
+    /// ∞Bench's `R.KV`: nothing but pairs of identifiers, one of which is asked for.
+    #[serde(rename = "kv_retrieval")]
+    KvRetrieval,
+    /// ∞Bench's `Math.Find`: the largest, smallest or middle number of a list.
+    #[serde(rename = "math_find")]
+    MathFind,
+    /// ∞Bench's `Code.Run`: the result of functions that call each other.
+    #[serde(rename = "code_run")]
+    CodeRun,
 }
 
 impl Kind {
@@ -102,7 +111,16 @@ impl Kind {
         Self::Qa2,
     ];
 
-    /// All but RULER's.
+    /// ∞Bench's tasks that are drawn and not written, as `infinitebench` names them all.
+    pub const INFINITE: [Self; 5] = [
+        Self::Passkey,
+        Self::Number,
+        Self::KvRetrieval,
+        Self::MathFind,
+        Self::CodeRun,
+    ];
+
+    /// All but RULER's, and those of ∞Bench's that no text is read for.
     pub const ALL: [Self; 9] = [
         Self::Passkey,
         Self::Number,
@@ -140,18 +158,22 @@ impl Kind {
             Self::Fwe => "fwe",
             Self::Qa1 => "qa_1",
             Self::Qa2 => "qa_2",
+            Self::KvRetrieval => "kv_retrieval",
+            Self::MathFind => "math_find",
+            Self::CodeRun => "code_run",
         }
     }
 }
 
 impl Kind {
-    /// The kinds that a name stands for: one, or all of RULER's.
+    /// The kinds that a name stands for: one, all of RULER's, or all of ∞Bench's.
     ///
     /// # Errors
     /// [`Error::Usage`] for an unknown name.
     pub fn named(name: &str) -> Result<Vec<Self>> {
         match name {
             "ruler" => Ok(Self::RULER.to_vec()),
+            "infinitebench" => Ok(Self::INFINITE.to_vec()),
             name => Ok(vec![name.parse()?]),
         }
     }
@@ -173,11 +195,14 @@ impl FromStr for Kind {
     type Err = Error;
 
     fn from_str(s: &str) -> Result<Self> {
-        let mut all = Self::ALL.into_iter().chain(Self::RULER);
+        let drawn = [Self::KvRetrieval, Self::MathFind, Self::CodeRun];
+        let mut all = Self::ALL.into_iter().chain(Self::RULER).chain(drawn);
         all.clone().find(|k| k.name() == s).ok_or_else(|| {
             let names: Vec<&str> = all.by_ref().map(Self::name).collect();
             let names = names.join(", ");
-            Error::Usage(format!("unknown task {s:?}: there are {names}, ruler"))
+            Error::Usage(format!(
+                "unknown task {s:?}: there are {names}, ruler, infinitebench"
+            ))
         })
     }
 }

@@ -3,11 +3,13 @@
 //! A task is one object a line of a JSON lines file ([`read`], [`write`](fn@write)), or comes from a seeded
 //! generator ([`Recipe`]).
 
+mod drawn;
 mod file;
 mod frame;
 mod generate;
 mod judge;
 mod kind;
+mod published;
 mod ruler;
 pub mod words;
 
@@ -16,6 +18,7 @@ pub use frame::Frame;
 pub use generate::{Count, Recipe, Texts};
 pub use judge::{Judge, Rule};
 pub use kind::Kind;
+pub use published::{Benchmark, Prompts, Reading, Scorer};
 pub use ruler::Ruler;
 
 use crate::files::sha256;

@@ -210,6 +210,44 @@ impl Simd for Avx2 {
         )))
     }
     #[inline(always)]
+    unsafe fn load_codes(self, p: *const u8, shift: u32, mask: u8) -> __m256 {
+        memory!({
+            let words = _mm256_cvtepu8_epi32(_mm_loadl_epi64(p.cast()));
+            let words = _mm256_srl_epi32(words, _mm_cvtsi32_si128(shift as i32));
+            _mm256_cvtepi32_ps(_mm256_and_si256(words, _mm256_set1_epi32(i32::from(mask))))
+        })
+    }
+    #[inline(always)]
+    fn add_where(self, a: __m256, bits: u32, b: f32) -> __m256 {
+        intrinsic!({
+            let own = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+            let set = _mm256_and_si256(_mm256_set1_epi32(bits as i32), own);
+            let set = _mm256_castsi256_ps(_mm256_cmpeq_epi32(set, own));
+            _mm256_add_ps(a, _mm256_and_ps(set, _mm256_set1_ps(b)))
+        })
+    }
+    #[inline(always)]
+    fn butterfly<const HALF: usize>(self, a: __m256) -> __m256 {
+        intrinsic!({
+            let (other, signs) = match HALF {
+                1 => (
+                    _mm256_permute_ps::<0b10_11_00_01>(a),
+                    _mm256_setr_ps(1.0, -1.0, 1.0, -1.0, 1.0, -1.0, 1.0, -1.0),
+                ),
+                2 => (
+                    _mm256_permute_ps::<0b01_00_11_10>(a),
+                    _mm256_setr_ps(1.0, 1.0, -1.0, -1.0, 1.0, 1.0, -1.0, -1.0),
+                ),
+                _ => (
+                    _mm256_permute2f128_ps::<1>(a, a),
+                    _mm256_setr_ps(1.0, 1.0, 1.0, 1.0, -1.0, -1.0, -1.0, -1.0),
+                ),
+            };
+            // A number times one is exact.
+            _mm256_fmadd_ps(a, signs, other)
+        })
+    }
+    #[inline(always)]
     fn sum4(self, [a, b, c, d]: [__m256; 4]) -> [f32; 4] {
         intrinsic!({
             let all = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));

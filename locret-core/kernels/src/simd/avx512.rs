@@ -123,6 +123,30 @@ impl Simd for Avx512 {
         intrinsic!(_mm512_reduce_add_ps(a))
     }
     #[inline(always)]
+    unsafe fn load_codes(self, p: *const u8, shift: u32, mask: u8) -> __m512 {
+        memory!({
+            let words = _mm512_cvtepu8_epi32(_mm_loadu_si128(p.cast()));
+            let words = _mm512_srl_epi32(words, _mm_cvtsi32_si128(shift as i32));
+            _mm512_cvtepi32_ps(_mm512_and_si512(words, _mm512_set1_epi32(i32::from(mask))))
+        })
+    }
+    #[inline(always)]
+    fn add_where(self, a: __m512, bits: u32, b: f32) -> __m512 {
+        intrinsic!(_mm512_mask_add_ps(a, bits as u16, a, _mm512_set1_ps(b)))
+    }
+    #[inline(always)]
+    fn butterfly<const HALF: usize>(self, a: __m512) -> __m512 {
+        intrinsic!({
+            let (other, less) = match HALF {
+                1 => (_mm512_permute_ps::<0b10_11_00_01>(a), 0xaaaa),
+                2 => (_mm512_permute_ps::<0b01_00_11_10>(a), 0xcccc),
+                4 => (_mm512_shuffle_f32x4::<0b10_11_00_01>(a, a), 0xf0f0),
+                _ => (_mm512_shuffle_f32x4::<0b01_00_11_10>(a, a), 0xff00),
+            };
+            _mm512_mask_sub_ps(_mm512_add_ps(a, other), less, other, a)
+        })
+    }
+    #[inline(always)]
     fn sum4(self, [a, b, c, d]: [__m512; 4]) -> [f32; 4] {
         intrinsic!({
             let (ab, cd) = (

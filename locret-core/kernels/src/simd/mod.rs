@@ -151,6 +151,49 @@ pub(super) trait Simd: Copy + Send + Sync + 'static {
     /// # Safety
     /// `low` must be valid for reading 128 bytes, `high` for 64, and `to` for writing 256.
     unsafe fn unpack_sixes(self, low: *const u8, high: *const u8, to: *mut u8);
+    /// Sums and differences of lanes that stand `HALF` apart, a power of two below [`Self::LANES`]: of each pair the
+    /// sum is in the first place, and in the other the first less the second.
+    #[inline(always)]
+    fn butterfly<const HALF: usize>(self, a: Self::V) -> Self::V {
+        let mut lanes = [0.0f32; 16];
+        assert!(Self::LANES <= lanes.len());
+        // SAFETY: there is room for a vector.
+        unsafe { self.store(lanes.as_mut_ptr(), a) };
+        for i in 0..Self::LANES {
+            if i & HALF == 0 {
+                let (x, y) = (lanes[i], lanes[i + HALF]);
+                (lanes[i], lanes[i + HALF]) = (x + y, x - y);
+            }
+        }
+        // SAFETY: as above.
+        unsafe { self.load(lanes.as_ptr()) }
+    }
+    /// Reads [`Self::LANES`] bytes: of each the bits from `shift` on that `mask` has, as a number.
+    ///
+    /// # Safety
+    /// `p` must be valid for reading that many.
+    #[inline(always)]
+    unsafe fn load_codes(self, p: *const u8, shift: u32, mask: u8) -> Self::V {
+        let mut lanes = [0.0f32; 16];
+        assert!(Self::LANES <= lanes.len());
+        for (i, lane) in lanes.iter_mut().enumerate().take(Self::LANES) {
+            // SAFETY: promised by the caller.
+            *lane = f32::from(unsafe { *p.add(i) } >> shift & mask);
+        }
+        // SAFETY: there is a vector of them.
+        unsafe { self.load(lanes.as_ptr()) }
+    }
+    /// `a`, and `b` added in the lanes whose bit is set.
+    #[inline(always)]
+    fn add_where(self, a: Self::V, bits: u32, b: f32) -> Self::V {
+        let mut lanes = [0.0f32; 16];
+        assert!(Self::LANES <= lanes.len());
+        for (i, lane) in lanes.iter_mut().enumerate().take(Self::LANES) {
+            *lane = if bits >> i & 1 == 1 { b } else { 0.0 };
+        }
+        // SAFETY: there is a vector of them.
+        self.add(a, unsafe { self.load(lanes.as_ptr()) })
+    }
     /// All lanes lane `lane` of `a`.
     fn splat_lane(self, a: Self::V, lane: usize) -> Self::V;
     /// A vector whose lanes add up to `a · b` in whole numbers, `a` below 16 and `b` signed.

@@ -243,11 +243,7 @@ impl Maker<'_> {
         let query = Query {
             query,
             answer: format!("{gap}{answer}"),
-            judge: Some(Judge {
-                references: sample.references,
-                rule: sample.rule,
-                tokens: sample.generate,
-            }),
+            judge: Some(Judge::new(sample.rule, sample.references, sample.generate)),
         };
         (context, vec![query])
     }

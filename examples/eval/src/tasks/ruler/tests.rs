@@ -140,11 +140,7 @@ fn scores_are_those_of_the_original() {
     assert!(golden.scores.len() >= 30);
     for score in golden.scores {
         for (rule, expected) in [(Rule::All, score.all), (Rule::Any, score.any)] {
-            let judge = Judge {
-                references: score.references.clone(),
-                rule,
-                tokens: 1,
-            };
+            let judge = Judge::new(rule, score.references.clone(), 1);
             // Theirs are percents with two digits.
             let found = 100.0 * judge.score(&score.answer);
             let what = format!("{rule:?} of {:?} in {:?}", score.references, score.answer);
