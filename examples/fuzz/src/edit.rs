@@ -158,7 +158,7 @@ fn odd(found: &Value, feed: &mut Feed<'_>) -> Value {
         }
         (Value::Number(n), 3..=5) => {
             let n = n.as_i64().unwrap_or(1);
-            let to = [1, -1, n, -n];
+            let to = [1, -1, n, n.wrapping_neg()];
             json!(n.wrapping_add(to[feed.below(4)]))
         }
         (Value::String(text), 0..=5) => match feed.below(5) {
