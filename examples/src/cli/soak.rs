@@ -32,17 +32,11 @@ pub fn run(args: &Args) -> Result<()> {
         ">second tenth",
         ">last tenth",
         ">compared",
-        ">logits off by",
+        ">keys off by",
     ]);
     let runs = [
-        (
-            "session, 2 layers of 2 heads",
-            soak::session(2, 2, args.tokens),
-        ),
-        (
-            "session, 1 layer of 1 head",
-            soak::session(1, 1, args.tokens),
-        ),
+        ("session, scores", soak::scores(args.tokens)),
+        ("session, positions", soak::positions(args.tokens)),
         ("batch", soak::batch(args.sequences)),
     ];
     for (name, soaked) in runs {
