@@ -2,7 +2,7 @@
 """Fuzzes one target: builds the fuzzer where it has to be, and runs it from the target's corpus.
 
     examples/fuzz/fuzz.py gguf --seconds 300         # fuzz
-    examples/fuzz/fuzz.py gguf --keep 40             # and keep what reaches most with least in the corpus
+    examples/fuzz/fuzz.py gguf --keep 40             # and keep what reaches most in the corpus
     examples/fuzz/fuzz.py gguf --input FILE          # run one input again
 
 Stable Rust and a C++ compiler. Crates of this workspace are built with counters at their branches, overflow checks
@@ -55,7 +55,7 @@ def main() -> int:
     parser.add_argument("target")
     parser.add_argument("--seconds", type=int, default=60)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--keep", type=int, metavar="N", help="write the N smallest inputs that reach all into the corpus")
+    parser.add_argument("--keep", type=int, metavar="N", help="write the N longest of the fewest inputs that reach all into the corpus")
     parser.add_argument("--input", type=pathlib.Path)
     parser.add_argument("--built", type=pathlib.Path, help="a fuzzer that is built already")
     asked = parser.parse_args()
@@ -88,7 +88,7 @@ def main() -> int:
                 subprocess.run(merge, env=environment, stderr=subprocess.DEVNULL, check=True)
                 inputs = sorted((file.read_bytes() for file in pathlib.Path(least).iterdir()), key=lambda b: (len(b), b))
             packed.parent.mkdir(exist_ok=True)
-            packed.write_text("".join(bytes.hex(data) + "\n" for data in inputs[: asked.keep] if data))
+            packed.write_text("".join(bytes.hex(data) + "\n" for data in inputs[-asked.keep :] if data))
     return 0
 
 

@@ -22,7 +22,7 @@ const BUDGET: usize = 64;
 const PREFILL: Prefill = Prefill::new(256, 0);
 /// How far a number of a key may be from what it is in a session that read only what was kept, as a share of the largest
 /// number: keys that were turned again with every prompt, in 32 bits.
-const TOLERANCE: f32 = 1e-4;
+const TOLERANCE: f32 = 1e-5;
 /// Heap that may come and go, whatever the text: of threads, and of an allocator's lists.
 const SLACK: usize = 8 << 20;
 
