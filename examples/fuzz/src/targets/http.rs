@@ -66,7 +66,7 @@ static SERVER: LazyLock<SocketAddr> = LazyLock::new(|| {
     let app = Arc::new(app);
     std::thread::spawn(move || {
         let ended = server::serve(app, listener, std::future::pending());
-        runtime.block_on(ended)
+        runtime.block_on(ended).expect("the server goes on")
     });
     at
 });
