@@ -3,7 +3,7 @@
 mod common;
 
 use common::gguf_file::{self, File};
-use locret_models::{Array, DType, Gguf, ModelError, Result, Value};
+use locret_models::{Array, DType, Gguf, GgufTensor, ModelError, Result, Value};
 use proptest::prelude::*;
 use std::path::PathBuf;
 
@@ -62,6 +62,41 @@ fn metadata_of_every_type() {
         ("floats", Value::Array(Array::F32(vec![0.5, -0.25]))),
     ] {
         assert_eq!(gguf.metadata()[&format!("test.{key}")], value, "{key}");
+    }
+}
+
+#[test]
+fn entries_that_are_not_of_this_file() {
+    let gguf = Gguf::open(golden("encodings.gguf")).unwrap();
+    let own = gguf.tensors()[0].clone();
+    assert!(gguf.raw_rows(&own, 0..2).is_ok());
+    for (shape, bytes) in [
+        (vec![4, 512], own.bytes.clone()),
+        (vec![usize::MAX, usize::MAX, 2], own.bytes.clone()),
+        (vec![2, usize::MAX], own.bytes.clone()),
+        (own.shape.clone(), 0..usize::MAX),
+        #[expect(clippy::reversed_empty_ranges)]
+        (own.shape.clone(), 9..3),
+        (own.shape.clone(), own.bytes.start..own.bytes.start + 3),
+        (Vec::new(), usize::MAX - 1..usize::MAX),
+    ] {
+        let strange = GgufTensor {
+            shape,
+            bytes,
+            ..own.clone()
+        };
+        let last = strange.rows();
+        for rows in [0..last, last - 1..last, 0..usize::MAX] {
+            for found in [
+                gguf.raw_rows(&strange, rows.clone()).map(drop),
+                gguf.dequantize_rows(&strange, rows).map(drop),
+            ] {
+                assert!(
+                    matches!(found, Err(ModelError::Format { .. })),
+                    "{strange:?}"
+                );
+            }
+        }
     }
 }
 

@@ -8,6 +8,7 @@
 //! - [`oracle`] runs labels as the scores that they are labels for: what scores could be worth.
 //! - [`budget_table`] measures what layers and heads keep where all share one budget.
 //! - [`patterns`] searches for what heads look at, and measures how much of it a policy shows them.
+//! - [`soak`] runs long and looks for what grows or drifts.
 //! - [`report`] and [`pictures`] show results. [`golden`], [`random`] and [`memory`] measure adapters,
 //!   models of published dimensions, and the process.
 //!
@@ -29,6 +30,7 @@ pub mod patterns;
 pub mod pictures;
 pub mod random;
 pub mod report;
+pub mod soak;
 pub mod tasks;
 pub mod trace;
 pub mod training_data;

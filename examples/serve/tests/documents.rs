@@ -3,7 +3,7 @@
 use clap::Parser;
 use locret_examples::cli::{
     ablation, benchmarks, budget_table, evaluate, generate, long_shapes, oracle, plan, rank_heads,
-    trace, train_heads,
+    soak, trace, train_heads,
 };
 use locret_serve::Args;
 use std::{
@@ -107,6 +107,7 @@ fn commands_are_read() {
                 "oracle" => read::<oracle::Args>(words),
                 "plan" => read::<plan::Args>(words),
                 "rank_heads" => read::<rank_heads::Args>(words),
+                "soak" => read::<soak::Args>(words),
                 "trace" => read::<trace::Args>(words),
                 "train_heads" => read::<train_heads::Args>(words),
                 "serve" => read::<Args>(words),

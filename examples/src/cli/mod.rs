@@ -11,5 +11,6 @@ pub mod plan;
 pub mod quickstart;
 pub mod rank_heads;
 pub mod search_patterns;
+pub mod soak;
 pub mod trace;
 pub mod train_heads;

@@ -1,11 +1,11 @@
 //! Compute kernels for tensors that lie in host memory.
 //!
 //! Plain slices of `f32` in row-major order, one sequence, no knowledge of policies or models.
-//! Each kernel exists once and is compiled for AVX-512F, for AVX2 + FMA + F16C and for whatever
-//! the target has by default; which one runs is chosen once per process
-//! ([`instruction_set`]). Threads are rayon's: the pool that the caller runs in, its number of
-//! threads, and none at all where the work is too small to share. Results don't depend on the
-//! number of threads.
+//! Each kernel exists once and is compiled for AVX-512F, for AVX2 + FMA + F16C, for NEON and for
+//! whatever the target has by default; which one runs is chosen once per process: the best one
+//! ([`instruction_set`]), or the one that `LOCRET_INSTRUCTIONS` names in the environment. Threads
+//! are rayon's: the pool that the caller runs in, its number of threads, and none at all where the
+//! work is too small to share. Results don't depend on the number of threads.
 //!
 //! Kernels trust their caller for shapes: a slice of the wrong length is a mistake in this crate,
 //! not in a caller's data, and panics as documented.

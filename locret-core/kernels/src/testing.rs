@@ -1,6 +1,12 @@
 //! Numbers, and views, for tests.
 
 use crate::visible::{View, Views};
+use proptest::prelude::ProptestConfig;
+
+/// So many cases; two where an interpreter takes the time of thousands.
+pub(super) fn cases(usual: u32) -> ProptestConfig {
+    ProptestConfig::with_cases(if cfg!(miri) { 2 } else { usual })
+}
 
 /// A reproducible sequence of numbers in `-1..1`.
 pub(super) struct Numbers(u64);

@@ -39,7 +39,8 @@ impl Budget {
         match *self {
             Self::Units(n) => n,
             Self::Ratio(r) => (r * total as f64 - 1e-9).ceil() as usize,
-            Self::Bytes(bytes) => bytes / (layer.layers * layer.kv_heads * 2 * layer.head_dim * 4),
+            // Of nothing, none.
+            Self::Bytes(bytes) => bytes.checked_div(layer.bytes_of_units()).unwrap_or(0),
         }
     }
 
@@ -57,7 +58,7 @@ impl Budget {
                 "budget in bytes",
                 format!(
                     "at least {} (one unit in each head of each layer)",
-                    layer.layers * layer.kv_heads * 2 * layer.head_dim * 4
+                    layer.bytes_of_units()
                 ),
                 b,
             )),

@@ -165,14 +165,17 @@ impl ModelSpec {
         }
     }
 
-    /// Bytes of one unit (the key and the value of one KV head) at `bytes_per_value`.
+    /// Bytes of one unit (the key and the value of one KV head) at `bytes_per_value`; at most [`usize::MAX`].
     pub fn unit_bytes(&self, bytes_per_value: usize) -> usize {
-        2 * self.head_dim * bytes_per_value
+        let values = self.head_dim.saturating_mul(2);
+        values.saturating_mul(bytes_per_value)
     }
 
-    /// Bytes of a full cache of `tokens` tokens over all layers and heads.
+    /// Bytes of a full cache of `tokens` tokens over all layers and heads; at most [`usize::MAX`].
     pub fn full_cache_bytes(&self, tokens: usize, bytes_per_value: usize) -> usize {
-        self.layers * self.kv_heads * tokens * self.unit_bytes(bytes_per_value)
+        let heads = self.layers.saturating_mul(self.kv_heads);
+        let units = heads.saturating_mul(tokens);
+        units.saturating_mul(self.unit_bytes(bytes_per_value))
     }
 }
 
@@ -222,13 +225,20 @@ pub struct LayerSpec {
 }
 
 impl LayerSpec {
-    /// Query heads that share one KV head, `g = H / G`.
+    /// Query heads that share one KV head, `g = H / G`; 0 where there is none.
     pub fn group(&self) -> usize {
-        self.heads / self.kv_heads
+        self.heads.checked_div(self.kv_heads).unwrap_or(0)
     }
 
-    /// Features of a token's queries, keys and values together, `(H + 2G) · d`.
+    /// Features of a token's queries, keys and values together, `(H + 2G) · d`; at most [`usize::MAX`].
     pub fn qkv_features(&self) -> usize {
-        (self.heads + 2 * self.kv_heads) * self.head_dim
+        let heads = self.kv_heads.saturating_mul(2).saturating_add(self.heads);
+        heads.saturating_mul(self.head_dim)
+    }
+
+    /// Bytes of one unit in each head of each layer, as 32-bit values; at most [`usize::MAX`].
+    pub(super) fn bytes_of_units(&self) -> usize {
+        let heads = self.layers.saturating_mul(self.kv_heads);
+        heads.saturating_mul(self.head_dim).saturating_mul(2 * 4)
     }
 }

@@ -31,7 +31,7 @@ pub struct Plan {
 /// reckoned from what the last of those took.
 ///
 /// # Errors
-/// [`Error::EmptyPrompt`]; what [`SequenceCache::new`](crate::SequenceCache::new) and the policy's
+/// [`Error::EmptyPrompt`]; [`Error::Setting`] for a prompt of more than [`u32::MAX`] tokens; what [`SequenceCache::new`](crate::SequenceCache::new) and the policy's
 /// `validate` say.
 pub fn plan(
     spec: &ModelSpec,
@@ -128,7 +128,15 @@ impl<'a> Planner<'a> {
         if prompt == 0 {
             return Err(Error::EmptyPrompt);
         }
-        let total = self.seen + prompt;
+        let total = match self.seen.checked_add(prompt) {
+            Some(total) if u32::try_from(total).is_ok() => total,
+            _ => {
+                // Positions are numbers of 32 bits.
+                let expected = format!("at most {} tokens in all", u32::MAX);
+                let found = format!("{prompt} after {}", self.seen);
+                return Err(Error::setting("prompt", expected, found));
+            }
+        };
         self.budgets(total);
         if self.seen > 0 {
             for layer in &mut self.layers {

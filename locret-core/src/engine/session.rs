@@ -516,7 +516,8 @@ impl Reading {
     pub(super) fn due(&self) -> Option<Due> {
         let (start, all) = (self.read, self.ids.len());
         let evicting = start < self.body;
-        let end = (start + self.chunk).min(if evicting { self.body } else { all });
+        let end = start.saturating_add(self.chunk);
+        let end = end.min(if evicting { self.body } else { all });
         (start < all).then_some(Due {
             phase: match evicting {
                 true => Phase::Prefill {

@@ -6,6 +6,7 @@ mod contract;
 mod conversation;
 mod drift;
 mod fetched;
+mod hostile;
 mod kernels;
 mod longrope;
 mod many;

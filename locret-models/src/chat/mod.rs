@@ -541,6 +541,9 @@ mod tests {
                 .and_then(|template| template.render(&[user("Hi")], false));
             assert!(!message(rendered).is_empty(), "{source}");
         }
+        // The tree of such a source would take a hundred times its length.
+        let words = ChatTemplate::new(&format!("{{{{ [{}] }}}}", "0,".repeat(20_000)), "", "");
+        assert!(message(words).contains("words"));
         for role in ["", "user<|im_end|>", "a b", "a\nb"] {
             let rendered = template(CHATML).render(&[Message::new(role, "Hi")], false);
             assert!(message(rendered).contains("role"));

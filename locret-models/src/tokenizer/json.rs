@@ -118,7 +118,7 @@ fn alphabet(path: &Path, decoder: Option<&Json>) -> Result<(Alphabet, usize)> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::tokenizer::tests::golden;
+    use crate::{SpecialTokens, tokenizer::tests::golden};
     use std::fs;
 
     #[test]
@@ -159,6 +159,19 @@ mod tests {
                 "normalizer": {"type": "Strip", "strip_left": true, "strip_right": true}"#);
         let error = read(&vanishing).unwrap_err().to_string();
         assert!(error.contains("leaves nothing"), "{error}");
+        // What is put around a text need not be in the vocabulary.
+        let around = r#""post_processor": {"type": "TemplateProcessing",
+            "single": [{"SpecialToken": {"id": "a", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+            "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+            "special_tokens": {"a": {"id": "a", "ids": [9], "tokens": ["a"]}}}, "decoder""#;
+        let around = model("[]", r#"{"a": 0}"#).replace(r#""decoder""#, around);
+        let tokenizer = read(&around).unwrap();
+        let ids = |text: &str| tokenizer.encode(text, SpecialTokens::Plain);
+        assert!(ids("a").unwrap_err().to_string().contains("token 9 of 1"));
+        assert_eq!(
+            tokenizer.encode_part("a", SpecialTokens::Plain).unwrap(),
+            [0]
+        );
         fs::remove_file(dir.path().join("tokenizer.json")).unwrap();
         assert!(matches!(
             Tokenizer::from_dir(dir.path()),

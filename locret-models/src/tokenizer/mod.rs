@@ -237,7 +237,15 @@ impl Tokenizer {
             SpecialTokens::Interpret => &self.interpret,
         };
         let encoding = guarded(&self.path, || inner.encode_fast(text, around))?;
-        Ok(encoding.get_ids().to_vec())
+        let ids = encoding.get_ids();
+        // What is put around a text is named by the file, and need not be a token.
+        if let Some(id) = ids.iter().find(|id| **id as usize >= self.pieces.len()) {
+            return Err(ModelError::tokenizer(
+                &self.path,
+                format!("a text became token {id} of {}", self.pieces.len()),
+            ));
+        }
+        Ok(ids.to_vec())
     }
 
     /// Token ids of a text in which control tokens count outside of the `literal` byte ranges only.

@@ -100,7 +100,11 @@ impl Scorer for SnapKv {
         }
         let attention = observed::attention(self, units)?;
         let (group, reach) = (at.layer.group(), self.kernel / 2);
-        let factor = 1.0 / (attention.queries * group * self.kernel) as f32;
+        let summed = attention
+            .queries
+            .saturating_mul(group)
+            .saturating_mul(self.kernel);
+        let factor = 1.0 / summed as f32;
         let scores = (0..units.kv_heads()).map(|head| {
             let heads = observed::group(attention, head, group)?;
             let older = units.len(head) - attention.queries;

@@ -40,7 +40,7 @@ impl Metrics {
 }
 
 /// The share of the `ceil(share · n)` best-labelled units that is among as many best-scored ones.
-/// 1 where there are no units.
+/// 1 where there are no units; units without a score are never among the best.
 pub fn recall_at(scores: &[f32], labels: &[f32], share: f64) -> f64 {
     let k = ((share * labels.len() as f64).ceil() as usize).min(labels.len());
     if k == 0 {
@@ -50,7 +50,7 @@ pub fn recall_at(scores: &[f32], labels: &[f32], share: f64) -> f64 {
         let mut order: Vec<usize> = (0..values.len()).collect();
         order.sort_by(|a, b| values[*b].total_cmp(&values[*a]));
         let mut chosen = vec![false; values.len()];
-        for i in &order[..k] {
+        for i in order.iter().take(k) {
             chosen[*i] = true;
         }
         chosen
@@ -93,6 +93,11 @@ mod tests {
         // `ceil(0.05 · 8)` is one unit.
         assert_eq!(recall_at(&scores, &labels, 0.05), 1.0);
         assert_eq!(recall_at(&[], &[], 0.1), 1.0);
+        // Lists that do not belong together, and shares that are none.
+        assert_eq!(recall_at(&[1.0], &labels, 0.25), 0.5);
+        assert_eq!(recall_at(&labels, &[1.0], f64::INFINITY), 1.0);
+        assert_eq!(recall_at(&labels, &labels, f64::NAN), 1.0);
+        assert_eq!(recall_at(&[f32::NAN; 2], &[f32::NAN; 2], 0.5), 1.0);
     }
 
     #[test]

@@ -360,7 +360,7 @@ mod tests {
     }
 
     proptest! {
-        #![proptest_config(ProptestConfig::with_cases(160))]
+        #![proptest_config(crate::testing::cases(160))]
         #[test]
         fn what_is_seen_is_attended_to(case in case(), block in 1usize..90) {
             let (q, keys, values, table) = case.data();

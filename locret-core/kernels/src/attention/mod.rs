@@ -477,7 +477,7 @@ pub(crate) mod tests {
     }
 
     proptest! {
-        #![proptest_config(ProptestConfig::with_cases(96))]
+        #![proptest_config(crate::testing::cases(96))]
         #[test]
         fn every_path_agrees_with_the_textbook(case in case()) {
             let (q, keys, values, table) = case.data();

@@ -322,7 +322,7 @@ mod tests {
     }
 
     proptest! {
-        #![proptest_config(ProptestConfig::with_cases(128))]
+        #![proptest_config(crate::testing::cases(128))]
         #[test]
         fn every_format_and_path_agrees_with_the_definition(
             tokens in prop_oneof![4 => 1usize..20, 1 => 20usize..70],
@@ -445,7 +445,7 @@ mod tests {
     }
 
     proptest! {
-        #![proptest_config(ProptestConfig::with_cases(128))]
+        #![proptest_config(crate::testing::cases(128))]
         #[test]
         fn rounded_activations_give_what_they_are_defined_to_give(
             tokens in 1usize..12,

@@ -353,7 +353,7 @@ mod tests {
     use proptest::prelude::*;
 
     proptest! {
-        #![proptest_config(ProptestConfig::with_cases(64))]
+        #![proptest_config(crate::testing::cases(64))]
         /// Weights times values are the output, and with one query at a time nothing is left to chance.
         #[test]
         fn weights_are_those_of_attention(case in case(), block in 1usize..90, skip in 0usize..150) {

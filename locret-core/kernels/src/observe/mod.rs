@@ -738,7 +738,7 @@ mod tests {
     }
 
     proptest! {
-        #![proptest_config(ProptestConfig::with_cases(96))]
+        #![proptest_config(crate::testing::cases(96))]
         #[test]
         fn all_agree_with_the_textbook(
             (tokens, kv_heads, group) in (1usize..120, 1usize..4, 1usize..5),
@@ -825,7 +825,7 @@ mod tests {
     }
 
     proptest! {
-        #![proptest_config(ProptestConfig::with_cases(48))]
+        #![proptest_config(crate::testing::cases(48))]
         #[test]
         fn surveys_agree_with_the_textbook(
             (tokens, kv_heads, group) in (1usize..120, 1usize..4, 1usize..5),

@@ -186,7 +186,7 @@ fn shares(policy: &dyn KvCachePolicy, spec: &ModelSpec, index: usize, total: usi
     let layer = spec.layer(index);
     let (held, limit) = (policy.held(&layer, total), policy.limit(&layer, total));
     match (held, limit) {
-        (Some(held), Some(limit)) => held.units < layer.kv_heads * limit,
+        (Some(held), Some(limit)) => held.units < layer.kv_heads.saturating_mul(limit),
         _ => false,
     }
 }

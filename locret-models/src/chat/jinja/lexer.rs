@@ -3,8 +3,10 @@
 use super::{Outcome, fault};
 use std::sync::Arc;
 
-/// No template comes near this.
+/// No template comes near these.
 const MAX_SOURCE: usize = 1 << 19;
+/// A token takes a hundred times the memory that a character does, or more, as it becomes a part of the tree.
+const MAX_TOKENS: usize = 1 << 14;
 
 #[derive(Debug, Clone, PartialEq)]
 pub(super) enum Token {
@@ -63,12 +65,17 @@ impl<'a> Lexer<'a> {
         while !lexer.rest.is_empty() {
             lexer.text()?;
         }
-        lexer.push(Token::End);
+        lexer.push(Token::End)?;
         Ok(lexer.tokens)
     }
 
-    fn push(&mut self, token: Token) {
+    fn push(&mut self, token: Token) -> Outcome<()> {
+        if self.tokens.len() >= MAX_TOKENS {
+            let most = format!("a template of at most {MAX_TOKENS} words was expected");
+            return Err(self.fault(most));
+        }
         self.tokens.push((token, self.line));
+        Ok(())
     }
 
     fn skip(&mut self, bytes: usize) {
@@ -85,7 +92,7 @@ impl<'a> Lexer<'a> {
         let tag = find_tag(self.rest);
         let Some((at, kind)) = tag else {
             let text = normal(self.rest);
-            self.push(Token::Text(text));
+            self.push(Token::Text(text))?;
             self.skip(self.rest.len());
             return Ok(());
         };
@@ -101,7 +108,7 @@ impl<'a> Lexer<'a> {
         };
         if !shown.is_empty() {
             let shown = normal(shown);
-            self.push(Token::Text(shown));
+            self.push(Token::Text(shown))?;
         }
         self.skip(at + 2 + sign.map_or(0, char::len_utf8));
         match kind {
@@ -116,13 +123,13 @@ impl<'a> Lexer<'a> {
                 Ok(())
             }
             '{' => {
-                self.push(Token::Open);
+                self.push(Token::Open)?;
                 self.inside("}}", Token::Close)
             }
             _ => match raw_tag(self.rest, "raw") {
                 Some((length, trimming)) => self.raw(length, trimming),
                 None => {
-                    self.push(Token::OpenTag);
+                    self.push(Token::OpenTag)?;
                     self.inside("%}", Token::CloseTag)
                 }
             },
@@ -182,7 +189,7 @@ impl<'a> Lexer<'a> {
             _ => text,
         };
         let text = normal(text);
-        self.push(Token::Text(text));
+        self.push(Token::Text(text))?;
         self.skip(at + length);
         self.after_tag(after, true);
         Ok(())
@@ -202,7 +209,7 @@ impl<'a> Lexer<'a> {
                 if end.starts_with(close) {
                     let sign = signed.then_some(c as u8);
                     self.skip(usize::from(signed) + 2);
-                    self.push(token.clone());
+                    self.push(token.clone())?;
                     self.after_tag(sign, close == "%}");
                     return Ok(());
                 }
@@ -216,7 +223,7 @@ impl<'a> Lexer<'a> {
                 let name = &self.rest[..end.unwrap_or(self.rest.len())];
                 let length = name.len();
                 let name = Token::Name(name.into());
-                self.push(name);
+                self.push(name)?;
                 self.skip(length);
             } else if let Some(op) = OPERATORS.iter().find(|op| self.rest.starts_with(**op)) {
                 match *op {
@@ -228,7 +235,7 @@ impl<'a> Lexer<'a> {
                     }
                     _ => {}
                 }
-                self.push(Token::Op(op));
+                self.push(Token::Op(op))?;
                 self.skip(op.len());
             } else {
                 return Err(self.fault(format!("an unexpected character {c:?}")));
@@ -264,7 +271,7 @@ impl<'a> Lexer<'a> {
         } else {
             Token::Int(text.parse().map_err(|_| bad(()))?)
         };
-        self.push(token);
+        self.push(token)?;
         self.skip(end);
         Ok(())
     }
@@ -278,7 +285,7 @@ impl<'a> Lexer<'a> {
                 return Err(self.fault("a string without an end"));
             };
             if c == quote {
-                self.push(Token::Str(out));
+                self.push(Token::Str(out))?;
                 self.skip(at + 1);
                 return Ok(());
             }

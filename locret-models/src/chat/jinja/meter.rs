@@ -11,7 +11,7 @@ const STEPS_PER_BYTE: u64 = 4;
 /// Bytes of text that are looked at in one step.
 const LOOK: usize = 16;
 /// Bytes of text, lists and dicts that one rendering may make, given back or not.
-const BYTES: u64 = 32 << 20;
+const BYTES: u64 = 6 << 20;
 /// The same for each byte of the messages: templates copy them more than once.
 const BYTES_PER_BYTE: u64 = 24;
 /// What one element of a list takes, and an entry of a dict twice.

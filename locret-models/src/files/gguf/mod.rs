@@ -41,9 +41,10 @@ impl GgufTensor {
         self.shape.last().copied().unwrap_or(1)
     }
 
-    /// How many rows: the product of all dimensions but the last.
+    /// How many rows: the product of all dimensions but the last; at most [`usize::MAX`].
     pub fn rows(&self) -> usize {
-        self.shape.iter().rev().skip(1).product()
+        let all_but_last = self.shape.iter().rev().skip(1);
+        all_but_last.fold(1, |rows: usize, n| rows.saturating_mul(*n))
     }
 }
 
@@ -159,25 +160,31 @@ impl Gguf {
     }
 
     /// The packed blocks of a tensor, as they are in the file.
+    ///
+    /// # Errors
+    /// [`ModelError::Format`] if the entry is not this file's.
     pub fn raw(&self, tensor: &GgufTensor) -> Result<&[u8]> {
-        let file = self.file(tensor);
-        file.bytes().get(tensor.bytes.clone()).ok_or_else(|| {
-            ModelError::format(
-                file.path(),
-                format!("tensor {:?}", tensor.name),
-                "an entry of this file",
-                "an entry of another file",
-            )
-        })
+        let bytes = self.file(tensor).bytes().get(tensor.bytes.clone());
+        bytes.ok_or_else(|| self.strange(tensor))
+    }
+
+    fn strange(&self, tensor: &GgufTensor) -> ModelError {
+        ModelError::format(
+            self.file(tensor).path(),
+            format!("tensor {:?}", tensor.name),
+            "an entry of this file",
+            "an entry of another file",
+        )
     }
 
     /// The packed blocks of some rows of a tensor.
     ///
     /// # Errors
-    /// [`ModelError::Format`] if the tensor does not have these rows.
+    /// [`ModelError::Format`] if the tensor does not have these rows, or the entry is not this file's.
     pub fn raw_rows(&self, tensor: &GgufTensor, rows: Range<usize>) -> Result<&[u8]> {
         let range = row_range(self.path(), tensor, rows)?;
-        Ok(&self.raw(tensor)?[range])
+        let bytes = self.raw(tensor)?.get(range);
+        bytes.ok_or_else(|| self.strange(tensor))
     }
 
     /// A tensor's values, `f32`, in row-major order.
@@ -278,10 +285,12 @@ impl Gguf {
 fn row_range(path: &Path, tensor: &GgufTensor, rows: Range<usize>) -> Result<Range<usize>> {
     let all = tensor.rows();
     let bytes = tensor.dtype.bytes(tensor.cols());
-    match bytes {
-        Some(bytes) if rows.start <= rows.end && rows.end <= all => {
-            Ok(rows.start * bytes..rows.end * bytes)
-        }
+    let range = bytes.and_then(|bytes| {
+        let ends = [rows.start.checked_mul(bytes)?, rows.end.checked_mul(bytes)?];
+        Some(ends[0]..ends[1])
+    });
+    match range {
+        Some(range) if rows.start <= rows.end && rows.end <= all => Ok(range),
         _ => Err(ModelError::format(
             path,
             format!("rows of tensor {:?}", tensor.name),
