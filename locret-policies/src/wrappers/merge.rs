@@ -116,6 +116,10 @@ impl<P: KvCachePolicy> KvCachePolicy for Merge<P> {
         self.inner.carried_width(layer)
     }
 
+    fn noted(&self, layer: &LayerSpec) -> usize {
+        self.inner.noted(layer)
+    }
+
     fn validate(&self, model: &ModelSpec, prefill: &Prefill) -> Result<()> {
         if !(-1.0..=1.0).contains(&self.threshold) {
             return Err(Error::setting(
