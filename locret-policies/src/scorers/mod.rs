@@ -1,5 +1,6 @@
 //! Methods that give every unit a score, one file each, and what they share.
 
+mod expected_attention;
 mod h2o;
 mod key_diff;
 mod key_norm;
@@ -10,6 +11,7 @@ mod snapkv;
 mod tova;
 mod window;
 
+pub use expected_attention::ExpectedAttention;
 pub use h2o::H2o;
 pub use key_diff::KeyDiff;
 pub use key_norm::KeyNorm;
@@ -18,3 +20,11 @@ pub use sirllm::SirLlm;
 pub use snapkv::SnapKv;
 pub use tova::Tova;
 pub use window::Window;
+
+/// Shares of `exp(logit)`, by logit.
+fn softmax(logits: &[f64]) -> Vec<f64> {
+    let most = logits.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+    let powers: Vec<f64> = logits.iter().map(|x| (x - most).exp()).collect();
+    let sum: f64 = powers.iter().sum();
+    powers.into_iter().map(|x| x / sum).collect()
+}
