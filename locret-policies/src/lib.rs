@@ -14,6 +14,7 @@
 //! | [`SnapKv`] | what the last queries look at | attention of the last queries | 2404.14469 |
 //! | [`Tova`] | what the last query looks at | attention of the last query | 2401.06104 |
 //! | [`ExpectedAttention`] | what queries to come will look at | q, k, v; keys and values | 2510.00636 |
+//! | [`LagKv`] | units unlike what follows them | keys and values, once | 2504.04704 |
 //! | [`MInference`] | everything; prompts see a part of it | attention of a chunk's last queries | 2407.02490 |
 //! | [`InfLlm`] | everything; distant blocks are retrieved | attention of every query | 2402.04617 |
 //!
@@ -48,5 +49,7 @@ pub use locret::{
     query_first,
 };
 pub use minference::MInference;
-pub use scorers::{ExpectedAttention, H2o, KeyDiff, KeyNorm, Random, SirLlm, SnapKv, Tova, Window};
+pub use scorers::{
+    ExpectedAttention, H2o, KeyDiff, KeyNorm, LagKv, Random, SirLlm, SnapKv, Tova, Window,
+};
 pub use wrappers::{Merge, PutAway, Quantized, Tiered};
