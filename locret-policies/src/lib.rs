@@ -15,6 +15,7 @@
 //! | [`Tova`] | what the last query looks at | attention of the last query | 2401.06104 |
 //! | [`ExpectedAttention`] | what queries to come will look at | q, k, v; keys and values | 2510.00636 |
 //! | [`LagKv`] | units unlike what follows them | keys and values, once | 2504.04704 |
+//! | [`Cur`] | keys and values that are large among their neighbours | q, k, v | CurDKV, 2509.15038 |
 //! | [`MInference`] | everything; prompts see a part of it | attention of a chunk's last queries | 2407.02490 |
 //! | [`InfLlm`] | everything; distant blocks are retrieved | attention of every query | 2402.04617 |
 //!
@@ -50,6 +51,6 @@ pub use locret::{
 };
 pub use minference::MInference;
 pub use scorers::{
-    ExpectedAttention, H2o, KeyDiff, KeyNorm, LagKv, Random, SirLlm, SnapKv, Tova, Window,
+    Cur, ExpectedAttention, H2o, KeyDiff, KeyNorm, LagKv, Random, SirLlm, SnapKv, Tova, Window,
 };
 pub use wrappers::{Merge, PutAway, Quantized, Tiered};

@@ -1,5 +1,6 @@
 //! Methods that give every unit a score, one file each, and what they share.
 
+mod cur;
 mod expected_attention;
 mod h2o;
 mod key_diff;
@@ -12,6 +13,7 @@ mod snapkv;
 mod tova;
 mod window;
 
+pub use cur::Cur;
 pub use expected_attention::ExpectedAttention;
 pub use h2o::H2o;
 pub use key_diff::KeyDiff;
