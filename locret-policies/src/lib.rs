@@ -17,6 +17,7 @@
 //! | [`LagKv`] | units unlike what follows them | keys and values, once | 2504.04704 |
 //! | [`Cur`] | keys and values that are large among their neighbours | q, k, v | CurDKV, 2509.15038 |
 //! | [`QFilters`] | keys that point where queries do | keys | 2503.02812 |
+//! | [`Compactor`] | keys that stand out, and what a chunk looks at | q, k, v | 2507.08143 |
 //! | [`MInference`] | everything; prompts see a part of it | attention of a chunk's last queries | 2407.02490 |
 //! | [`InfLlm`] | everything; distant blocks are retrieved | attention of every query | 2402.04617 |
 //!
@@ -52,7 +53,7 @@ pub use locret::{
 };
 pub use minference::MInference;
 pub use scorers::{
-    Cur, ExpectedAttention, H2o, KeyDiff, KeyNorm, LagKv, QFilterProbe, QFilters, Random, SirLlm,
-    SnapKv, Tova, Window,
+    Compactor, Cur, ExpectedAttention, H2o, KeyDiff, KeyNorm, LagKv, QFilterProbe, QFilters,
+    Random, SirLlm, SnapKv, Tova, Window,
 };
 pub use wrappers::{Merge, PutAway, Quantized, Tiered};

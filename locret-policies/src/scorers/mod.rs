@@ -1,5 +1,6 @@
 //! Methods that give every unit a score, one file each, and what they share.
 
+mod compactor;
 mod cur;
 mod expected_attention;
 mod h2o;
@@ -14,6 +15,7 @@ mod snapkv;
 mod tova;
 mod window;
 
+pub use compactor::Compactor;
 pub use cur::Cur;
 pub use expected_attention::ExpectedAttention;
 pub use h2o::H2o;
