@@ -18,6 +18,7 @@
 //! | [`Cur`] | keys and values that are large among their neighbours | q, k, v | CurDKV, 2509.15038 |
 //! | [`QFilters`] | keys that point where queries do | keys | 2503.02812 |
 //! | [`Compactor`] | keys that stand out, and what a chunk looks at | q, k, v | 2507.08143 |
+//! | [`KvZap`] | what heads guess a repetition would look at | the layer's input | 2601.07891 |
 //! | [`MInference`] | everything; prompts see a part of it | attention of a chunk's last queries | 2407.02490 |
 //! | [`InfLlm`] | everything; distant blocks are retrieved | attention of every query | 2402.04617 |
 //!
@@ -53,7 +54,7 @@ pub use locret::{
 };
 pub use minference::MInference;
 pub use scorers::{
-    Compactor, Cur, ExpectedAttention, H2o, KeyDiff, KeyNorm, LagKv, QFilterProbe, QFilters,
+    Compactor, Cur, ExpectedAttention, H2o, KeyDiff, KeyNorm, KvZap, LagKv, QFilterProbe, QFilters,
     Random, SirLlm, SnapKv, Tova, Window,
 };
 pub use wrappers::{Merge, PutAway, Quantized, Tiered};
