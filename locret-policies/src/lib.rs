@@ -19,6 +19,7 @@
 //! | [`QFilters`] | keys that point where queries do | keys | 2503.02812 |
 //! | [`Compactor`] | keys that stand out, and what a chunk looks at | q, k, v | 2507.08143 |
 //! | [`KvZap`] | what heads guess a repetition would look at | the layer's input | 2601.07891 |
+//! | [`FastKvZip`] | the same, by gates | the layer's input | 2601.17668 |
 //! | [`MInference`] | everything; prompts see a part of it | attention of a chunk's last queries | 2407.02490 |
 //! | [`InfLlm`] | everything; distant blocks are retrieved | attention of every query | 2402.04617 |
 //!
@@ -54,7 +55,7 @@ pub use locret::{
 };
 pub use minference::MInference;
 pub use scorers::{
-    Compactor, Cur, ExpectedAttention, H2o, KeyDiff, KeyNorm, KvZap, LagKv, QFilterProbe, QFilters,
-    Random, SirLlm, SnapKv, Tova, Window,
+    Compactor, Cur, ExpectedAttention, FastKvZip, H2o, KeyDiff, KeyNorm, KvZap, LagKv,
+    QFilterProbe, QFilters, Random, SirLlm, SnapKv, Tova, Window,
 };
 pub use wrappers::{Merge, PutAway, Quantized, Tiered};

@@ -3,6 +3,7 @@
 mod compactor;
 mod cur;
 mod expected_attention;
+mod fast_kvzip;
 mod h2o;
 mod key_diff;
 mod key_norm;
@@ -19,6 +20,7 @@ mod window;
 pub use compactor::Compactor;
 pub use cur::Cur;
 pub use expected_attention::ExpectedAttention;
+pub use fast_kvzip::FastKvZip;
 pub use h2o::H2o;
 pub use key_diff::KeyDiff;
 pub use key_norm::KeyNorm;
