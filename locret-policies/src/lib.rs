@@ -41,6 +41,7 @@ pub mod locret;
 pub mod minference;
 mod published;
 mod scorers;
+mod threshold;
 #[cfg(feature = "training")]
 pub mod training;
 mod wrappers;
@@ -58,4 +59,5 @@ pub use scorers::{
     Compactor, Cur, ExpectedAttention, FastKvZip, H2o, KeyDiff, KeyNorm, KvZap, LagKv,
     QFilterProbe, QFilters, Random, SirLlm, SnapKv, Tova, Window,
 };
+pub use threshold::Threshold;
 pub use wrappers::{Merge, PutAway, Quantized, Tiered};
