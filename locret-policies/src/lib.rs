@@ -20,10 +20,11 @@
 //! | [`Compactor`] | keys that stand out, and what a chunk looks at | q, k, v | 2507.08143 |
 //! | [`KvZap`] | what heads guess a repetition would look at | the layer's input | 2601.07891 |
 //! | [`FastKvZip`] | the same, by gates | the layer's input | 2601.17668 |
+//! | [`DuoAttention`] | everything in some heads, a window in others | a table of heads | 2410.10819 |
 //! | [`MInference`] | everything; prompts see a part of it | attention of a chunk's last queries | 2407.02490 |
 //! | [`InfLlm`] | everything; distant blocks are retrieved | attention of every query | 2402.04617 |
 //!
-//! All but [`Full`], [`MInference`] and [`InfLlm`] are a [`Scorer`](locret_core::Scorer) inside an [`Evict`](locret_core::Evict),
+//! All but [`Full`], [`DuoAttention`], [`MInference`] and [`InfLlm`] are a [`Scorer`](locret_core::Scorer) inside an [`Evict`](locret_core::Evict),
 //! so that budgets, protected units, positions and eviction while decoding are the same for all, and
 //! any of them can share its budget out over layers ([`Evict::pyramid`](locret_core::Evict::pyramid))
 //! and heads ([`Evict::ada`](locret_core::Evict::ada)). Wrappers go around any policy:
@@ -34,6 +35,7 @@
 
 mod blocks;
 mod config;
+mod duo;
 mod error;
 mod full;
 mod infllm;
@@ -47,6 +49,7 @@ pub mod training;
 mod wrappers;
 
 pub use config::{Method, PolicyConfig, TierConfig};
+pub use duo::DuoAttention;
 pub use error::{PolicyError, Result};
 pub use full::Full;
 pub use infllm::InfLlm;
