@@ -9,7 +9,7 @@ mod key_diff;
 mod key_norm;
 mod kvzap;
 mod lagkv;
-mod observed;
+pub(crate) mod observed;
 mod q_filters;
 mod random;
 mod sirllm;

@@ -1,11 +1,15 @@
 //! Policies around any other policy.
 
+mod critical;
 mod merge;
+mod projection;
 mod put_away;
 mod quantized;
 mod tiered;
 
+pub use critical::Critical;
 pub use merge::Merge;
+pub use projection::OutputNorms;
 pub use put_away::PutAway;
 pub use quantized::Quantized;
 pub use tiered::Tiered;
