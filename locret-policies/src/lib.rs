@@ -27,8 +27,8 @@
 //! All but [`Full`], [`DuoAttention`], [`MInference`] and [`InfLlm`] are a [`Scorer`](locret_core::Scorer) inside an [`Evict`](locret_core::Evict),
 //! so that budgets, protected units, positions and eviction while decoding are the same for all, and
 //! any of them can share its budget out over layers ([`Evict::pyramid`](locret_core::Evict::pyramid))
-//! and heads ([`Evict::ada`](locret_core::Evict::ada)). [`Critical`] goes around any scorer and
-//! chooses by more than its scores. Wrappers go around any policy:
+//! and heads ([`Evict::ada`](locret_core::Evict::ada)). [`Critical`] and
+//! [`ChunkKv`] go around any scorer and choose by more than its scores. Wrappers go around any policy:
 //! [`Quantized`] keeps units as small integers, [`Merge`] folds dropped values into kept ones, [`PutAway`] retrieves
 //! what was dropped, and [`Tiered`] puts units away that are not needed at the moment.
 //! [`PolicyConfig`] is all of that as configuration.
@@ -64,4 +64,4 @@ pub use scorers::{
     QFilterProbe, QFilters, Random, SirLlm, SnapKv, Tova, Window,
 };
 pub use threshold::Threshold;
-pub use wrappers::{Critical, Merge, OutputNorms, PutAway, Quantized, Tiered};
+pub use wrappers::{ChunkKv, Critical, Merge, OutputNorms, PutAway, Quantized, Tiered};

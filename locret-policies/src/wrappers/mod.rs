@@ -1,5 +1,6 @@
 //! Policies around any other policy.
 
+mod chunk_kv;
 mod critical;
 mod merge;
 mod projection;
@@ -7,6 +8,7 @@ mod put_away;
 mod quantized;
 mod tiered;
 
+pub use chunk_kv::ChunkKv;
 pub use critical::Critical;
 pub use merge::Merge;
 pub use projection::OutputNorms;
