@@ -64,4 +64,4 @@ pub use scorers::{
     QFilterProbe, QFilters, Random, SirLlm, SnapKv, Tova, Window,
 };
 pub use threshold::Threshold;
-pub use wrappers::{ChunkKv, Critical, Merge, OutputNorms, PutAway, Quantized, Tiered};
+pub use wrappers::{ChunkKv, Critical, Merge, MergeBy, OutputNorms, PutAway, Quantized, Tiered};

@@ -10,7 +10,7 @@ mod tiered;
 
 pub use chunk_kv::ChunkKv;
 pub use critical::Critical;
-pub use merge::Merge;
+pub use merge::{Merge, MergeBy};
 pub use projection::OutputNorms;
 pub use put_away::PutAway;
 pub use quantized::Quantized;
