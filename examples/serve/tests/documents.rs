@@ -2,8 +2,8 @@
 
 use clap::Parser;
 use locret_examples::cli::{
-    ablation, budget_table, evaluate, generate, long_shapes, oracle, plan, rank_heads, trace,
-    train_heads,
+    ablation, budget_table, evaluate, generate, long_shapes, oracle, plan, q_filters, rank_heads,
+    trace, train_heads,
 };
 use locret_serve::Args;
 use std::{
@@ -105,6 +105,7 @@ fn commands_are_read() {
                 "long_shapes" => read::<long_shapes::Args>(words),
                 "oracle" => read::<oracle::Args>(words),
                 "plan" => read::<plan::Args>(words),
+                "q_filters" => read::<q_filters::Args>(words),
                 "rank_heads" => read::<rank_heads::Args>(words),
                 "trace" => read::<trace::Args>(words),
                 "train_heads" => read::<train_heads::Args>(words),
