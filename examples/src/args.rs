@@ -14,7 +14,7 @@ use locret_eval::{
     tasks::{self, Kind, Recipe, Task},
 };
 use locret_models::{Activations, Date, FetchOptions, LoadOptions, WeightDtype};
-use locret_policies::{Method, PolicyConfig, PolicyError, TierConfig};
+use locret_policies::{MergeBy, Method, PolicyConfig, PolicyError, TierConfig};
 use serde_json::json;
 use std::{fs, path::PathBuf};
 
@@ -89,8 +89,9 @@ impl ModelArgs {
 #[derive(Debug, Clone, Default, Args)]
 #[command(next_help_heading = "Policy")]
 pub struct PolicyArgs {
-    /// full, window, random, key-norm, key-diff, sirllm, locret, h2o, snapkv, tova, minference or
-    /// infllm
+    /// full, window, random, key-norm, key-diff, sirllm, locret, h2o, snapkv, tova,
+    /// expected-attention, lagkv, cur, q-filters, compactor, kvzap, fast-kvzip, duo-attention,
+    /// minference or infllm
     #[arg(long, value_name = "NAME")]
     pub policy: Option<String>,
     /// The policy from a TOML or JSON file; other flags of this group override it
@@ -109,7 +110,7 @@ pub struct PolicyArgs {
     /// Newest units that always stay
     #[arg(long, value_name = "N")]
     pub recent: Option<usize>,
-    /// File of Locret's retaining heads (.safetensors or .bin)
+    /// File of Locret's, KVzap's or Fast KVzip's heads (.safetensors, .bin or .pt)
     #[arg(long, value_name = "FILE")]
     pub heads: Option<PathBuf>,
     /// original: units keep their places in the text; compact: they move together
@@ -136,22 +137,50 @@ pub struct PolicyArgs {
     /// Fold dropped values into kept ones whose keys have at least this cosine
     #[arg(long, value_name = "COSINE")]
     pub merge: Option<f32>,
+    /// How much a folded value counts: mean, or weighted by likeness and length
+    #[arg(long, value_name = "mean|weighted", value_parser = parse_merge_by)]
+    pub merge_by: Option<MergeBy>,
+    /// Choose half of what is kept by what values become behind the output projection, too (CriticalKV)
+    #[arg(long)]
+    pub critical: bool,
+    /// Keep or drop blocks of this many tokens together (ChunkKV: 20)
+    #[arg(long, value_name = "N")]
+    pub blocks: Option<usize>,
     /// Evict while generating, whenever the budget is exceeded by N units
     #[arg(long, value_name = "N")]
     pub decode_every: Option<usize>,
     /// sirllm: factor on older scores when a further turn begins
     #[arg(long, value_name = "X")]
     pub decay: Option<f32>,
-    /// random: seed
+    /// random, compactor: seed
     #[arg(long, value_name = "N")]
     pub policy_seed: Option<u64>,
-    /// snapkv: how many of the last queries are observed
+    /// snapkv: how many of the last queries are observed; cur: tokens of a window
     #[arg(long, value_name = "N")]
     pub observe: Option<usize>,
     /// snapkv: width of the average pooling (odd)
     #[arg(long, value_name = "N")]
     pub kernel: Option<usize>,
-    /// minference: file of patterns (JSON, as the authors publish them or search_patterns writes)
+    /// kvzap, fast-kvzip: keep what scores at least this, instead of a budget
+    #[arg(long, value_name = "X", allow_negative_numbers = true)]
+    pub threshold: Option<f32>,
+    /// duo-attention: share of the heads that keep the beginning and the newest units alone
+    #[arg(long, value_name = "SHARE")]
+    pub streaming: Option<f64>,
+    /// compactor: factor on leverage
+    #[arg(long, value_name = "X")]
+    pub blending: Option<f32>,
+    /// lagkv: units of a partition
+    #[arg(long, value_name = "N")]
+    pub lag: Option<usize>,
+    /// expected-attention: positions ahead that queries to come are taken to stand at
+    #[arg(long, value_name = "N")]
+    pub future: Option<usize>,
+    /// q-filters: file of directions (safetensors, as the authors publish them or q_filters writes)
+    #[arg(long, value_name = "FILE")]
+    pub filters: Option<PathBuf>,
+    /// minference: file of patterns (JSON, as the authors publish them or search_patterns writes);
+    /// duo-attention: file of heads' scores (a row for each layer)
     #[arg(long, value_name = "FILE", conflicts_with_all = ["vertical", "slash"])]
     pub patterns: Option<PathBuf>,
     /// minference: columns of every head
@@ -219,11 +248,20 @@ impl PolicyArgs {
         set(&mut config.share, self.share);
         set(&mut config.table, self.table.clone());
         set(&mut config.merge, self.merge);
+        set(&mut config.merge_by, self.merge_by);
+        config.critical |= self.critical;
+        set(&mut config.blocks, self.blocks);
         set(&mut config.decode, decode);
         set(&mut config.decay, self.decay);
         set(&mut config.seed, self.policy_seed);
         set(&mut config.window, self.observe);
         set(&mut config.kernel, self.kernel);
+        set(&mut config.threshold, self.threshold);
+        set(&mut config.streaming, self.streaming);
+        set(&mut config.blending, self.blending);
+        set(&mut config.lag, self.lag);
+        set(&mut config.future, self.future);
+        set(&mut config.filters, self.filters.clone());
         set(&mut config.patterns, self.patterns.clone());
         set(&mut config.vertical, self.vertical);
         set(&mut config.slash, self.slash);
@@ -499,6 +537,10 @@ pub(crate) fn parse_positions(text: &str) -> Result<Positions, String> {
         "compact" => Ok(Positions::Compact),
         _ => Err("expected original or compact".into()),
     }
+}
+
+fn parse_merge_by(text: &str) -> Result<MergeBy, String> {
+    text.parse().map_err(|e: CoreError| e.to_string())
 }
 
 pub(crate) fn parse_share(text: &str) -> Result<Share, String> {

@@ -7,7 +7,7 @@
 //! ```
 
 use locret_core::{
-    Budget, CacheOptions, CausalLm, Kernels, Positions, Prefill, Quantization, Session,
+    Budget, CacheOptions, CausalLm, Kernels, ModelSpec, Positions, Prefill, Quantization, Session,
     conformance::StoreCheck,
 };
 use locret_eval::{
@@ -16,8 +16,13 @@ use locret_eval::{
 };
 use locret_examples::runtime::device;
 use locret_models::{LoadOptions, WeightDtype, load_model};
-use locret_policies::{HeadWeights, LayerHead, Method, PolicyConfig, RetainingHeads};
-use std::{path::PathBuf, sync::Arc};
+use locret_policies::{
+    Gate, HeadForm, HeadWeights, LayerHead, Method, PolicyConfig, QFilters, RetainingHeads,
+};
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
 /// How far a logit may be off, and the share of the units kept by K-norm that may be others, where keys
 /// are that far off, too. All other policies keep the same units.
@@ -123,12 +128,93 @@ fn heads(model: &dyn CausalLm) -> RetainingHeads {
     RetainingHeads::for_model(&weights, model).unwrap()
 }
 
+/// Heads of another form than Locret's.
+fn formed(model: &dyn CausalLm, form: HeadForm) -> RetainingHeads {
+    let spec = model.spec();
+    let (heads, group, features) = (spec.kv_heads, spec.heads / spec.kv_heads, 4);
+    let list = |n: usize, from: usize| (0..n).map(move |i| weight(i + from)).collect::<Vec<f32>>();
+    let layer = |l: usize| {
+        let d_r = match form {
+            HeadForm::Gate => heads * (group + 1) * features,
+            _ => heads,
+        };
+        let mut bias = list(d_r, l + 3);
+        if form == HeadForm::Gate {
+            // Keys have none.
+            bias[heads * group * features..].fill(0.0);
+        }
+        LayerHead {
+            d_r,
+            fc1: list(d_r * spec.hidden, l),
+            fc1_bias: bias,
+            gate: (form == HeadForm::Gate).then(|| Gate {
+                query_norm: list(features, 5),
+                key_norm: list(features, 6),
+                base: list(heads * 2 * features, 7),
+                offset: list(heads * group, 8),
+            }),
+            ..LayerHead::default()
+        }
+    };
+    let weights = HeadWeights {
+        form,
+        layers: (0..spec.layers).map(layer).collect(),
+        ..HeadWeights::default()
+    };
+    RetainingHeads::for_model(&weights, model).unwrap()
+}
+
+fn weight(i: usize) -> f32 {
+    ((i * 37 % 101) as f32 - 50.0) / 60.0
+}
+
+/// A file of scores of heads, of which every other one is high.
+fn head_scores(spec: &ModelSpec) -> PathBuf {
+    let row = |l: usize| {
+        let score = |h: usize| ((l + h) % 2).to_string();
+        (0..spec.kv_heads).map(score).collect::<Vec<_>>().join("\t")
+    };
+    let rows: Vec<String> = (0..spec.layers).map(row).collect();
+    let file = Path::new(env!("CARGO_TARGET_TMPDIR")).join("heads.tsv");
+    std::fs::write(&file, rows.join("\n")).unwrap();
+    file
+}
+
+/// A file of directions of queries.
+fn filters(spec: &ModelSpec) -> PathBuf {
+    let shape = [spec.layers, spec.kv_heads, spec.head_dim];
+    let numbers = (0..shape.iter().product()).map(|i: usize| (i * 37 % 101) as f32 / 50.0 - 1.0);
+    let file = Path::new(env!("CARGO_TARGET_TMPDIR")).join("filters.safetensors");
+    let filters = QFilters::new(numbers.collect(), shape).unwrap();
+    filters.save(&file).unwrap();
+    file
+}
+
 /// 90 tokens in chunks of 16, the last 10 without eviction; then eight greedy ones.
 fn run(on: &str, config: &PolicyConfig) -> (Trace, Vec<f32>) {
     let model = model("llama31", on);
     let spec = model.spec();
     let policy = match config.policy {
         Method::Locret => config.build_with_heads(spec, heads(&*model)).unwrap(),
+        Method::KvZap => {
+            let heads = formed(&*model, HeadForm::Linear);
+            config.build_with_heads(spec, heads).unwrap()
+        }
+        Method::FastKvZip => {
+            let heads = formed(&*model, HeadForm::Gate);
+            config.build_with_heads(spec, heads).unwrap()
+        }
+        Method::QFilters | Method::DuoAttention => {
+            let mut config = config.clone();
+            match config.policy {
+                Method::QFilters => config.filters = Some(filters(spec)),
+                _ => {
+                    config.patterns = Some(head_scores(spec));
+                    (config.sinks, config.recent) = (Some(4), Some(20));
+                }
+            }
+            config.build(spec, &**model.compute()).unwrap()
+        }
         _ => config.build(spec, &**model.compute()).unwrap(),
     };
     // No token twice: keys of the same one have the same norm but for rounding.

@@ -140,7 +140,11 @@ impl KvCachePolicy for Triples {
         3
     }
 
-    fn step(&self, _at: &Step, units: &LayerUnits<'_>) -> Result<Verdict> {
+    fn noted(&self, _layer: &LayerSpec) -> usize {
+        2
+    }
+
+    fn step(&self, at: &Step, units: &LayerUnits<'_>) -> Result<Verdict> {
         let heads = 0..units.kv_heads();
         let numbers = heads.clone().map(|head| {
             let (mut numbers, n) = (units.carried(head).to_vec(), units.len(head));
@@ -154,7 +158,10 @@ impl KvCachePolicy for Triples {
             let n = units.len(head) as u32;
             (n.saturating_sub(self.0 as u32)..n).collect()
         };
-        Ok(Verdict::keep(heads.map(newest).collect())?.carrying(numbers))
+        let seen = units.notes().first().copied().unwrap_or(0.0) + units.incoming() as f32;
+        let notes = Some(vec![seen, at.layer.index as f32]);
+        let kept = Verdict::keep(heads.map(newest).collect())?;
+        Ok(kept.carrying(numbers).noting(notes))
     }
 }
 

@@ -16,6 +16,7 @@ use std::{collections::HashMap, sync::Arc};
 fn build(config: &PolicyConfig, spec: &ModelSpec) -> Arc<dyn KvCachePolicy> {
     let device = Device::default();
     if config.policy != Method::Locret {
+        let config = common::complete(config, spec);
         return config.build(spec, &*compute(&device)).unwrap();
     }
     let mut numbers = Numbers(4);

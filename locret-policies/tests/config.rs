@@ -6,8 +6,8 @@ use burn::tensor::Device;
 use common::{Numbers, cache, drive, spec, steps};
 use locret_core::{Budget, DType, DecodeEviction, Error, KvCachePolicy, Positions, Share, compute};
 use locret_policies::{
-    H2o, HeadAdvice, HeadWeights, KeyDiff, KeyNorm, LayerHead, Method, PolicyConfig, PolicyError,
-    Random, SirLlm, SnapKv, TierConfig, Tova, Window,
+    Compactor, Cur, ExpectedAttention, H2o, HeadAdvice, HeadWeights, KeyDiff, KeyNorm, LagKv,
+    LayerHead, Method, PolicyConfig, PolicyError, Random, SirLlm, SnapKv, TierConfig, Tova, Window,
 };
 use std::path::PathBuf;
 
@@ -43,6 +43,7 @@ fn every_method_is_built_by_name_and_holds_its_budget() {
             text += &format!("heads = {:?}\n", heads.to_str().unwrap());
         }
         let config = PolicyConfig::from_toml(&text).unwrap();
+        let config = common::complete(&config, &spec);
         assert_eq!(config.policy, method);
         assert_eq!(method.name().parse::<Method>().unwrap(), method);
         let json = serde_json::to_string(&config).unwrap();
@@ -86,7 +87,7 @@ fn constructors_have_the_defaults_of_configuration() {
             let built = config.build(&spec, &*compute(&Device::default())).unwrap();
             assert_eq!(format!("{built:?}"), format!("{made:?}"), "{method}");
         };
-        let cases: [(Method, &dyn KvCachePolicy); 7] = [
+        let cases: [(Method, &dyn KvCachePolicy); 11] = [
             (Method::Window, &Window::policy(budget)),
             (Method::Random, &Random::policy(0, budget)),
             (Method::KeyNorm, &KeyNorm::policy(budget)),
@@ -94,6 +95,13 @@ fn constructors_have_the_defaults_of_configuration() {
             (Method::H2o, &H2o::policy(budget)),
             (Method::SnapKv, &SnapKv::new().policy(budget)),
             (Method::Tova, &Tova::policy(budget)),
+            (Method::LagKv, &LagKv::new().policy(budget)),
+            (Method::Cur, &Cur::new().policy(budget)),
+            (Method::Compactor, &Compactor::new().policy(budget)),
+            (
+                Method::ExpectedAttention,
+                &ExpectedAttention::new().policy(budget),
+            ),
         ];
         for (method, made) in cases {
             same(method, made, &PolicyConfig::new(method).budget(budget));
@@ -275,6 +283,30 @@ fn settings_that_do_not_fit_are_errors() {
     setting("policy = \"tova\"\nbudget = 30\nwindow = 3", "window");
     setting("policy = \"h2o\"\nbudget = 30\ndecay = 0.5", "decay");
     setting("policy = \"locret\"\nbudget = 30", "heads");
+    setting("policy = \"kvzap\"\nbudget = 30", "heads");
+    setting("policy = \"fast-kvzip\"\nthreshold = 0.5", "heads");
+    setting("policy = \"q-filters\"\nbudget = 30", "filters");
+    setting("policy = \"duo-attention\"", "patterns");
+    setting("policy = \"duo-attention\"\nbudget = 30", "budget");
+    setting("policy = \"cur\"\nbudget = 30\nlag = 3", "lag");
+    setting("policy = \"lagkv\"\nbudget = 30\nwindow = 3", "window");
+    setting(
+        "policy = \"h2o\"\nbudget = 30\nthreshold = 1.0",
+        "threshold",
+    );
+    let both = "policy = \"kvzap\"\nheads = \"x\"\n";
+    setting(&format!("{both}threshold = 1.0\nbudget = 30"), "threshold");
+    setting(&format!("{both}threshold = 1.0\nada = 0.2"), "ada");
+    setting(
+        "policy = \"h2o\"\nbudget = 30\nmerge_by = \"mean\"",
+        "merge_by",
+    );
+    // Output projections are the model's own.
+    setting("policy = \"h2o\"\nbudget = 30\ncritical = true", "critical");
+    setting(
+        "policy = \"h2o\"\nbudget = 30\ncritical = true\nblocks = 5",
+        "critical",
+    );
 
     let core = |text: &str, word: &str| match build(text).err() {
         Some(PolicyError::Core(Error::Setting { what, .. })) => {
@@ -306,6 +338,17 @@ fn settings_that_do_not_fit_are_errors() {
     core("policy = \"sirllm\"\nbudget = 30\ndecay = nan", "decay");
     core("policy = \"snapkv\"\nbudget = 30\nwindow = 0", "window");
     core("policy = \"snapkv\"\nbudget = 30\nkernel = 2", "kernel");
+    core("policy = \"lagkv\"\nbudget = 30\nlag = 0", "lag");
+    core("policy = \"cur\"\nbudget = 30\nwindow = 0", "window");
+    core("policy = \"h2o\"\nbudget = 30\nblocks = 0", "block");
+    core(
+        "policy = \"compactor\"\nbudget = 30\nblending = nan",
+        "blending",
+    );
+    core(
+        "policy = \"expected-attention\"\nbudget = 30\nfuture = 0",
+        "future",
+    );
 
     match build("policy = \"locret\"\nbudget = 30\nheads = \"nowhere.safetensors\"") {
         Err(PolicyError::Io { path, .. }) => assert_eq!(path, PathBuf::from("nowhere.safetensors")),
@@ -318,7 +361,7 @@ fn settings_that_do_not_fit_are_errors() {
     {
         for budget in 1..8 {
             let config = PolicyConfig::new(method).budget(Budget::Units(budget));
-            config
+            common::complete(&config, &spec)
                 .build(&spec, &*compute(&Device::default()))
                 .unwrap_or_else(|e| panic!("{method} {budget}: {e}"));
         }

@@ -1,12 +1,14 @@
 //! Every policy, in every shape of the budget, over every store, in both position modes: the
 //! conformance suite, by one table.
 
+mod common;
+
 use burn::tensor::Device;
 use locret_core::{
     Budget, KvCachePolicy, QuantLayout, Quantization, Share,
     conformance::{Case, PolicyCheck, check_policy},
 };
-use locret_policies::{HeadWeights, LayerHead, Method, PolicyConfig, RetainingHeads};
+use locret_policies::{HeadWeights, LayerHead, MergeBy, Method, PolicyConfig, RetainingHeads};
 use std::sync::{
     Arc,
     atomic::{AtomicUsize, Ordering::Relaxed},
@@ -19,6 +21,22 @@ const SHAPES: [(&str, Option<f64>, Option<f64>, Option<Share>); 5] = [
     ("ada", None, Some(0.2), None),
     ("pyramid and ada", Some(3.0), Some(0.5), None),
     ("over the model", None, Some(0.1), Some(Share::Model)),
+];
+
+/// What chooses by more than scores.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Around {
+    Nothing,
+    Critical,
+    Blocks,
+}
+
+/// Merging, and what goes around a scorer.
+const AROUND: [(Option<f32>, Around); 4] = [
+    (None, Around::Nothing),
+    (Some(0.5), Around::Nothing),
+    (None, Around::Critical),
+    (Some(0.5), Around::Blocks),
 ];
 
 /// Stores: name, quantisation, how far off a number and a hidden state may be. Where keys and values are turned before
@@ -47,7 +65,8 @@ fn stores() -> Vec<(&'static str, Option<Quantization>, f32, f32)> {
 
 fn policy(config: &PolicyConfig, case: &Case<'_>, folded: &AtomicUsize) -> Arc<dyn KvCachePolicy> {
     if config.policy != Method::Locret {
-        return config.build(case.spec, &**case.model.compute()).unwrap();
+        let config = common::complete(config, case.spec);
+        return config.build_for(case.model).unwrap();
     }
     // Weights that differ, from a formula.
     let weight = |i: usize| ((i * 37 % 101) as f32 - 50.0) / 60.0;
@@ -83,10 +102,16 @@ fn every_policy_shape_and_store_conforms() {
     for method in Method::ALL {
         for (shape, pyramid, ada, share) in SHAPES {
             for (store, quantize, store_tolerance, tolerance) in stores() {
-                for merge in [None, Some(0.5)] {
+                for (merge, around) in AROUND {
                     let full = !method.evicts();
-                    if (full && (shape != "uniform" || merge.is_some()))
+                    let plain = merge.is_none() && around == Around::Nothing;
+                    if (full && (shape != "uniform" || !plain))
                         || (merge.is_some() && shape == "pyramid")
+                        || (around != Around::Nothing && !["uniform", "ada"].contains(&shape))
+                        // What is chosen does not depend on the store but for its rounding.
+                        || (around != Around::Nothing && !["dense", "4 bit KIVI"].contains(&store))
+                        // Heads from memory come without the model.
+                        || (around == Around::Critical && method == Method::Locret)
                     {
                         continue;
                     }
@@ -113,11 +138,17 @@ fn every_policy_shape_and_store_conforms() {
                             config.ada = ada;
                             config.share = share;
                             config.merge = merge;
+                            config.merge_by = merge.map(|_| match cases % 2 {
+                                0 => MergeBy::Weighted,
+                                _ => MergeBy::Mean,
+                            });
+                            config.critical = around == Around::Critical;
+                            config.blocks = (around == Around::Blocks).then_some(5);
                         }
                         policy(&config, case, &folded)
                     })
                     .unwrap_or_else(|e| {
-                        panic!("{method}, {shape}, {store}, merging {merge:?}: {e}")
+                        panic!("{method}, {shape}, {store}, merging {merge:?}, {around:?}: {e}")
                     });
                 }
             }

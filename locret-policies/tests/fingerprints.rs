@@ -1,11 +1,13 @@
 //! What tells policies apart: each from every other, by all that they could decide differently for.
 
+mod common;
+
 use burn::tensor::Device;
 use locret_core::{
     Budget, CausalLm, DecodeEviction, KvCachePolicy, Positions, QuantLayout, Quantization, Share,
     conformance::{RandomModel, small_spec},
 };
-use locret_policies::{HeadWeights, LayerHead, Method, PolicyConfig, RetainingHeads};
+use locret_policies::{HeadWeights, LayerHead, MergeBy, Method, PolicyConfig, RetainingHeads};
 use std::{collections::BTreeMap, sync::Arc};
 
 fn model() -> RandomModel {
@@ -37,6 +39,7 @@ fn weights(model: &RandomModel, change: impl Fn(usize, &mut LayerHead)) -> HeadW
 
 fn build(model: &RandomModel, config: &PolicyConfig) -> Arc<dyn KvCachePolicy> {
     if config.policy != Method::Locret {
+        let config = common::complete(config, model.spec());
         return config.build_for(model).unwrap();
     }
     let heads = weights(model, |_, _| ());
@@ -126,8 +129,22 @@ fn changed(method: Method) -> Vec<(String, PolicyConfig)> {
             });
         }
     }
+    if method == Method::DuoAttention {
+        change("fewer heads", &|c| c.streaming = Some(0.25));
+        change("sinks", &|c| c.sinks = Some(127));
+        change("newest", &|c| c.recent = Some(255));
+        change("decode", &|c| c.decode = Some(DecodeEviction::Every(2)));
+    }
     if !method.evicts() {
         return all;
+    }
+    if method.takes_heads() && method != Method::Locret {
+        for (threshold, sinks, recent) in [(0.5, 1, 9), (0.6, 1, 9), (0.5, 2, 9), (0.5, 1, 8)] {
+            change(&format!("{threshold}, {sinks}, {recent}"), &|c| {
+                (c.budget, c.threshold) = (None, Some(threshold));
+                (c.sinks, c.recent) = (Some(sinks), Some(recent));
+            });
+        }
     }
     for (what, budget) in [
         ("41 units", Budget::Units(41)),
@@ -183,12 +200,25 @@ fn changed(method: Method) -> Vec<(String, PolicyConfig)> {
     for threshold in [0.5, 0.500_001] {
         let what = format!("merge {threshold}");
         change(&what, &|c| c.merge = Some(threshold));
+        change(&format!("{what}, weighted"), &|c| {
+            (c.merge, c.merge_by) = (Some(threshold), Some(MergeBy::Weighted));
+        });
         change(&format!("{what} and codes"), &|c| {
             (c.merge, c.quantize) = (Some(threshold), Some(plain));
         });
     }
+    change("in blocks", &|c| c.blocks = Some(20));
+    change("in larger blocks", &|c| c.blocks = Some(21));
+    if method != Method::Locret {
+        // Heads from memory come without the model.
+        change("by what values become", &|c| c.critical = true);
+    }
     match method {
         Method::Random => change("seed", &|c| c.seed = Some(1)),
+        Method::Compactor => {
+            change("seed", &|c| c.seed = Some(1));
+            change("blending", &|c| c.blending = Some(0.36));
+        }
         Method::SirLlm => {
             change("decay", &|c| c.decay = Some(0.9));
             change("another decay", &|c| c.decay = Some(0.900_000_1));
@@ -197,6 +227,9 @@ fn changed(method: Method) -> Vec<(String, PolicyConfig)> {
             change("window", &|c| c.window = Some(63));
             change("kernel", &|c| c.kernel = Some(7));
         }
+        Method::ExpectedAttention => change("future", &|c| c.future = Some(511)),
+        Method::LagKv => change("lag", &|c| c.lag = Some(127)),
+        Method::Cur => change("window", &|c| c.window = Some(15)),
         _ => {}
     }
     all

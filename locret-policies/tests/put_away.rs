@@ -1,5 +1,7 @@
 //! What a policy drops and queries fetch back: against plain loops, the full cache, and through the conformance suite.
 
+mod common;
+
 use burn::tensor::Device;
 use locret_core::{
     Budget, CacheOptions, CausalLm, DType, Error, Evict, Generate, KvCachePolicy, ModelSpec, Pass,
@@ -35,7 +37,10 @@ fn heads(model: &dyn CausalLm) -> RetainingHeads {
 fn built(config: &PolicyConfig, model: &dyn CausalLm) -> Arc<dyn KvCachePolicy> {
     match config.policy {
         Method::Locret => config.build_with_heads(model.spec(), heads(model)).unwrap(),
-        _ => config.build_for(model).unwrap(),
+        _ => {
+            let config = common::complete(config, model.spec());
+            config.build_for(model).unwrap()
+        }
     }
 }
 

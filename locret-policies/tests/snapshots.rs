@@ -1,5 +1,7 @@
 //! Every published policy over every store, saved at any moment and taken up again: bit for bit the same.
 
+mod common;
+
 use burn::tensor::Device;
 use locret_core::{
     Budget, CacheOptions, CausalLm, DType, DecodeEviction, Error, Generate, Kernels, KvCachePolicy,
@@ -41,6 +43,7 @@ fn heads(model: &dyn CausalLm, shift: usize) -> HeadWeights {
 
 fn build(model: &dyn CausalLm, config: &PolicyConfig, folded: bool) -> Arc<dyn KvCachePolicy> {
     if config.policy != Method::Locret {
+        let config = common::complete(config, model.spec());
         return config.build_for(model).unwrap();
     }
     let weights = heads(model, 0);

@@ -157,6 +157,10 @@ impl<P: KvCachePolicy> KvCachePolicy for Recalling<P> {
         self.inner.carried_width(layer)
     }
 
+    fn noted(&self, layer: &LayerSpec) -> usize {
+        self.inner.noted(layer)
+    }
+
     fn validate(&self, model: &ModelSpec, prefill: &Prefill) -> locret_core::Result<()> {
         self.inner.validate(model, prefill)
     }

@@ -2,8 +2,8 @@
 
 use clap::Parser;
 use locret_examples::cli::{
-    ablation, benchmarks, budget_table, evaluate, generate, long_shapes, oracle, plan, rank_heads,
-    soak, trace, train_heads,
+    ablation, benchmarks, budget_table, evaluate, generate, long_shapes, oracle, plan, q_filters,
+    rank_heads, soak, trace, train_heads,
 };
 use locret_serve::Args;
 use std::{
@@ -106,6 +106,7 @@ fn commands_are_read() {
                 "long_shapes" => read::<long_shapes::Args>(words),
                 "oracle" => read::<oracle::Args>(words),
                 "plan" => read::<plan::Args>(words),
+                "q_filters" => read::<q_filters::Args>(words),
                 "rank_heads" => read::<rank_heads::Args>(words),
                 "soak" => read::<soak::Args>(words),
                 "trace" => read::<trace::Args>(words),

@@ -8,6 +8,7 @@ pub mod generate;
 pub mod long_shapes;
 pub mod oracle;
 pub mod plan;
+pub mod q_filters;
 pub mod quickstart;
 pub mod rank_heads;
 pub mod search_patterns;

@@ -521,6 +521,7 @@ impl Checking<'_> {
             of: self,
             peak: Peak::default(),
             carried: vec![vec![Vec::new(); spec.kv_heads]; spec.layers],
+            notes: vec![Vec::new(); spec.layers],
         };
         let mut decisions: VecDeque<Decision> = played.recording.decisions().into();
         let (mut turn, mut left) = (0, self.plan.turns[0].ids.len());
@@ -768,6 +769,8 @@ struct Walk<'a> {
     peak: Peak,
     /// Scores that the units should carry, `[layer][head][unit]`.
     carried: Vec<Vec<Vec<f32>>>,
+    /// What should be noted of each layer.
+    notes: Vec<Vec<f32>>,
 }
 
 impl Walk<'_> {
@@ -874,6 +877,9 @@ impl Walk<'_> {
                 ));
             }
         }
+        if let Some(notes) = &decision.notes {
+            self.notes[layer.index].clone_from(notes);
+        }
         // What goes with the units.
         let carried = &mut self.carried[layer.index];
         for (head, carried) in carried.iter_mut().enumerate() {
@@ -934,6 +940,15 @@ impl Walk<'_> {
                 format!(
                     "carried scores of layer {layer}: {:?}, left by the last verdict: {:?}",
                     seen.carried, self.carried[layer]
+                ),
+            ));
+        }
+        if seen.notes != self.notes[layer] {
+            return Err(of.broken(
+                Promise::View,
+                format!(
+                    "{} notes of layer {layer}, other than the last verdict left",
+                    seen.notes.len()
                 ),
             ));
         }

@@ -46,6 +46,8 @@ pub struct Decision {
     pub folds: Vec<Vec<Fold>>,
     /// Scores to carry, for the units before the verdict.
     pub scores: Option<Scores>,
+    /// What it noted of the layer, if anything.
+    pub notes: Option<Vec<f32>>,
     /// What the policy was shown.
     pub seen: Seen,
     /// What it let queries see, in units of `before`.
@@ -57,6 +59,8 @@ pub struct Decision {
 pub struct Seen {
     /// Scores carried from earlier verdicts, by KV head.
     pub carried: Vec<Vec<f32>>,
+    /// What was noted of the layer.
+    pub notes: Vec<f32>,
     /// Surprisal of the new tokens.
     pub surprisal: Option<Vec<f32>>,
     /// Observed attention, and of how many queries.
@@ -164,6 +168,10 @@ impl KvCachePolicy for Recording {
         self.inner.carried_width(layer)
     }
 
+    fn noted(&self, layer: &LayerSpec) -> usize {
+        self.inner.noted(layer)
+    }
+
     fn validate(&self, model: &ModelSpec, prefill: &Prefill) -> Result<()> {
         self.inner.validate(model, prefill)
     }
@@ -238,6 +246,7 @@ impl Recording {
         };
         let mut seen = Seen {
             carried: heads.clone().map(|h| units.carried(h).to_vec()).collect(),
+            notes: units.notes().to_vec(),
             surprisal: units.surprisal().map(<[f32]>::to_vec),
             observed: units.observed().map(
                 |Observed {
@@ -269,6 +278,7 @@ impl Recording {
             kept,
             folds,
             scores: verdict.scores.clone(),
+            notes: verdict.notes.clone(),
             seen,
             visible,
         });

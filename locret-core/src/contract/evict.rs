@@ -9,7 +9,7 @@ use crate::{
     LayerUnits, ModelSpec, Needs, Phase, Positions, Prefill, Result, Scorer, Scores, Selection,
     Share, Step, Verdict,
 };
-use std::{ops::Range, slice};
+use std::{borrow::Cow, ops::Range, slice};
 
 /// Keeps, in each KV head, the `budget` units that a [`Scorer`] ranks highest, in sequence order.
 ///
@@ -255,12 +255,14 @@ impl<S: Scorer> Evict<S> {
         budgets: &[Vec<usize>],
     ) -> Result<Vec<Selection>> {
         let heads: usize = budgets.iter().map(Vec::len).sum();
+        let firsts: Vec<Cow<'_, [f32]>> = scores.iter().flat_map(firsts).collect();
+        let mut firsts = firsts.iter();
         let mut ranked = Vec::with_capacity(heads);
-        let mut kept = Vec::with_capacity(heads);
-        for (((at, units), scores), budgets) in at.iter().zip(units).zip(scores).zip(budgets) {
-            for (head, budget) in budgets.iter().enumerate() {
+        let mut kept: Vec<Vec<u32>> = Vec::with_capacity(heads);
+        for ((at, units), budgets) in at.iter().zip(units).zip(budgets) {
+            for (head, (budget, scores)) in budgets.iter().zip(firsts.by_ref()).enumerate() {
                 let (sinks, newest) = self.ends(at, *budget);
-                let scores = max_pool(scores.head(head), self.pool);
+                let scores = max_pool(scores, self.pool);
                 let own = self
                     .own(*budget)
                     .max(sinks.saturating_add(newest).min(*budget));
@@ -274,11 +276,49 @@ impl<S: Scorer> Evict<S> {
             let total = all.fold(0usize, |sum, units| sum.saturating_add(*units));
             share(first.compute(), &ranked, &mut kept, total)?;
         }
+        let mut first = 0;
+        for (((at, units), scores), budgets) in at.iter().zip(units).zip(scores).zip(budgets) {
+            let own = first..first + budgets.len();
+            first = own.end;
+            self.again(at, units, scores, budgets, &mut kept[own])?;
+        }
         let mut kept = kept.into_iter();
         let layers = budgets.iter().map(|budgets| budgets.len());
         layers
             .map(|heads| Selection::new(kept.by_ref().take(heads).collect()))
             .collect()
+    }
+
+    /// What stays of a layer, if the scorer chooses by something else than scores: as many units of each head.
+    fn again(
+        &self,
+        at: &Step,
+        units: &LayerUnits<'_>,
+        scores: &Scores,
+        budgets: &[usize],
+        kept: &mut [Vec<u32>],
+    ) -> Result<()> {
+        let keeps: Vec<(usize, usize)> = (kept.iter().zip(budgets))
+            .map(|(kept, budget)| match self.shared() {
+                Some(_) => (kept.len(), self.own(*budget)),
+                None => (kept.len(), 0),
+            })
+            .collect();
+        let Some(ranks) = self.scorer.ranks(at, units, scores, &keeps)? else {
+            return Ok(());
+        };
+        if ranks.heads().len() != kept.len() || ranks.width() != 1 {
+            let found = [ranks.heads().len(), ranks.width()];
+            return Err(Error::shape("ranks of KV heads", [kept.len(), 1], found));
+        }
+        for (head, kept) in kept.iter_mut().enumerate() {
+            let (sinks, newest) = self.ends(at, budgets[head]);
+            let ranks = max_pool(ranks.head(head), self.pool);
+            let keep = keeps[head].0;
+            let at = protected_of(&ranks, units.len(head), keep, sinks, newest)?;
+            *kept = units.compute().select(&ranks, keep, &at)?;
+        }
+        Ok(())
     }
 
     /// Verdicts on layers, which share a budget if there are several.
@@ -292,15 +332,26 @@ impl<S: Scorer> Evict<S> {
             .collect();
         let evict = self.evicts_now(first.phase, units, &budgets);
         let mut verdicts = vec![Verdict::keep_all(); at.len()];
+        for ((at, units), verdict) in at.iter().zip(units).zip(&mut verdicts) {
+            if self.scorer.noted(&at.layer) > 0 {
+                verdict.notes = self.scorer.notes(at, units)?;
+            }
+        }
         if !evict && !self.scorer.carries() {
             return Ok(verdicts);
         }
         let scores: Vec<Scores> = (at.iter().zip(units))
-            .map(|(at, units)| self.scorer.score(at, units))
+            .map(|(at, units)| match evict {
+                true => self.scorer.score(at, units),
+                false => self.scorer.carry(at, units),
+            })
             .collect::<Result<_>>()?;
-        if let Some(scores) = scores.iter().find(|scores| scores.width() != 1) {
-            let found = format!("{} scores for each unit, one is due", scores.width());
-            return Err(Error::policy(self.scorer.name(), found));
+        for (at, scores) in at.iter().zip(&scores) {
+            let (found, due) = (scores.width(), self.scorer.carried_width(&at.layer));
+            if found != due {
+                let found = format!("{found} scores for each unit, {due} are due");
+                return Err(Error::policy(self.scorer.name(), found));
+            }
         }
         if evict {
             let kept = self.select(at, units, &scores, &budgets)?;
@@ -357,6 +408,14 @@ impl<S: Scorer> KvCachePolicy for Evict<S> {
 
     fn carries(&self) -> Option<String> {
         self.scorer.carries().then(|| self.scorer.name())
+    }
+
+    fn carried_width(&self, layer: &LayerSpec) -> usize {
+        self.scorer.carried_width(layer)
+    }
+
+    fn noted(&self, layer: &LayerSpec) -> usize {
+        self.scorer.noted(layer)
     }
 
     fn validate(&self, model: &ModelSpec, _prefill: &Prefill) -> Result<()> {
@@ -467,6 +526,20 @@ impl<S: Scorer> KvCachePolicy for Evict<S> {
         let layers = at.iter().zip(units);
         layers.map(|(at, units)| self.step(at, units)).collect()
     }
+}
+
+/// By KV head, the first number of each unit: its score.
+fn firsts(scores: &Scores) -> Vec<Cow<'_, [f32]>> {
+    let width = scores.width();
+    let of = |list| match width {
+        1 => Cow::Borrowed(list),
+        _ => Cow::Owned(<[f32]>::iter(list).step_by(width).copied().collect()),
+    };
+    scores
+        .heads()
+        .iter()
+        .map(|list| of(list.as_slice()))
+        .collect()
 }
 
 /// What is protected of `len` units: the first `sinks` and the last `newest` of them.

@@ -75,6 +75,12 @@ pub trait KvCachePolicy: Debug + Send + Sync {
         1
     }
 
+    /// How many numbers this policy notes of each layer as a whole ([`Verdict::notes`]), whatever units are
+    /// there: statistics of what was read, for instance. They are forked and saved with the sequence.
+    fn noted(&self, _layer: &LayerSpec) -> usize {
+        0
+    }
+
     /// Checks the settings against a model and a way of reading, before anything is computed.
     ///
     /// # Errors
@@ -163,6 +169,10 @@ impl<P: KvCachePolicy + ?Sized> KvCachePolicy for Arc<P> {
 
     fn carried_width(&self, layer: &LayerSpec) -> usize {
         (**self).carried_width(layer)
+    }
+
+    fn noted(&self, layer: &LayerSpec) -> usize {
+        (**self).noted(layer)
     }
 
     fn validate(&self, model: &ModelSpec, prefill: &Prefill) -> Result<()> {
@@ -277,11 +287,32 @@ pub trait Scorer: Debug + Send + Sync {
     }
 
     /// Whether scores are made when a unit is born (or gathered over time) and carried with it.
-    /// Then [`Scorer::score`] is called in every step and finds its earlier answers in
+    /// Then [`Scorer::score`] (or [`Scorer::carry`]) is called in every step and finds its earlier answers in
     /// [`LayerUnits::carried`]. Otherwise it is called only when something has to go, and
     /// nothing is carried.
     fn carries(&self) -> bool {
         false
+    }
+
+    /// How many numbers go with each unit, where any do: its score, which is the first one, and what else
+    /// the scorer keeps of it ([`Scores::wide`]).
+    fn carried_width(&self, _layer: &LayerSpec) -> usize {
+        1
+    }
+
+    /// How many numbers the scorer notes of each layer as a whole; see [`KvCachePolicy::noted`]. If any,
+    /// [`notes`](Self::notes) is asked in every step.
+    fn noted(&self, _layer: &LayerSpec) -> usize {
+        0
+    }
+
+    /// What is noted of the layer from here on, or `None` if that has not changed.
+    /// [`LayerUnits::notes`] has what was noted before, here and in [`score`](Self::score).
+    ///
+    /// # Errors
+    /// Any; the sequence is then unusable.
+    fn notes(&self, _at: &Step, _units: &LayerUnits<'_>) -> Result<Option<Vec<f32>>> {
+        Ok(None)
     }
 
     /// Whether newer units always score higher, for plans ([`Held::newest`]).
@@ -308,6 +339,33 @@ pub trait Scorer: Debug + Send + Sync {
     /// # Errors
     /// Any; the sequence is then unusable.
     fn score(&self, at: &Step, units: &LayerUnits<'_>) -> Result<Scores>;
+
+    /// What units carry on from a step in which nothing goes, if the scorer [carries](Self::carries)
+    /// anything: their scores, unless these are needed only where something goes.
+    ///
+    /// # Errors
+    /// Any; the sequence is then unusable.
+    fn carry(&self, at: &Step, units: &LayerUnits<'_>) -> Result<Scores> {
+        self.score(at, units)
+    }
+
+    /// What the units of a head are chosen by, where that is not their `scores`: for scorers around others,
+    /// which choose in two stages, or blocks of units at once; one number for each unit. `keeps` says how many
+    /// each head keeps, and how many of them on its own account: where heads share a budget the others were
+    /// found by `scores`, elsewhere these are none. What is protected ranks as `+∞`: what is not should stay
+    /// below that.
+    ///
+    /// # Errors
+    /// Any; the sequence is then unusable.
+    fn ranks(
+        &self,
+        _at: &Step,
+        _units: &LayerUnits<'_>,
+        _scores: &Scores,
+        _keeps: &[(usize, usize)],
+    ) -> Result<Option<Scores>> {
+        Ok(None)
+    }
 }
 
 /// What the engine computes for a policy beside attention itself.
@@ -573,6 +631,9 @@ pub struct Verdict {
     /// Scores to carry with the units, for all units before the verdict (they are gathered with
     /// them). `None` carries nothing.
     pub scores: Option<Scores>,
+    /// What the layer has noted from here on, as many numbers as the policy says
+    /// ([`KvCachePolicy::noted`]); `None` leaves it as it is.
+    pub notes: Option<Vec<f32>>,
     /// Units that attention will seldom see, so that a store with a second tier may put them away
     /// ([`Spilled`](crate::Spilled)): blocks, for each its units by KV head, ascending, all of them units that were not
     /// named before. Everything else lies near at all times. Only where everything stays ([`Keep::All`]).
@@ -602,6 +663,7 @@ impl Verdict {
         Self {
             keep: Keep::All,
             scores: None,
+            notes: None,
             away: Vec::new(),
         }
     }
@@ -621,6 +683,11 @@ impl Verdict {
     pub fn carrying(mut self, scores: Scores) -> Self {
         self.scores = Some(scores);
         self
+    }
+
+    /// The same verdict, with what is noted of the layer.
+    pub fn noting(self, notes: Option<Vec<f32>>) -> Self {
+        Self { notes, ..self }
     }
 
     /// The same verdict, with blocks of units that may be put [away](Self::away).

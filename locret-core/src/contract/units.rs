@@ -5,6 +5,7 @@ use crate::{
     TableRows, engine::Rope, host, stores,
 };
 use burn::tensor::Tensor;
+use std::ops::Range;
 
 /// Queries, keys and values of new tokens in one layer, **before** rotation.
 ///
@@ -73,7 +74,7 @@ impl Qkv {
     }
 
     /// Those of some tokens.
-    pub(crate) fn slice(&self, tokens: std::ops::Range<usize>) -> Result<Self> {
+    pub(crate) fn slice(&self, tokens: Range<usize>) -> Result<Self> {
         let input = self.input.as_ref();
         Ok(Self {
             q: self.q.slice(tokens.clone())?,
@@ -170,7 +171,11 @@ pub struct LayerUnits<'a> {
     pub(crate) layer: LayerSpec,
     pub(crate) incoming: usize,
     pub(crate) heads: &'a [HeadMeta],
+    pub(crate) notes: &'a [f32],
     pub(crate) store: &'a dyn KvStore,
+    pub(crate) rope: &'a Rope,
+    /// Where the next token stands, if not behind all units.
+    pub(crate) next: Option<usize>,
     pub(crate) rotation: Option<&'a RopeTable>,
     pub(crate) scale: f32,
     pub(crate) compute: &'a dyn Compute,
@@ -179,16 +184,18 @@ pub struct LayerUnits<'a> {
     pub(crate) surprisal: Option<&'a [f32]>,
     pub(crate) observed: Option<&'a Observed>,
     /// Before attention, where units may be seen at one distance: queries that were not rotated.
-    pub(crate) plain: Option<(&'a Rope, &'a Rows)>,
+    pub(crate) plain: Option<&'a Rows>,
     /// Which of the store's units these are, if not all.
     pub(crate) picked: Option<&'a [Vec<u32>]>,
 }
 
-/// Some units of a layer: [`LayerUnits::part`].
+/// Some units of a layer, or all of them with other numbers: [`LayerUnits::part`],
+/// [`LayerUnits::carrying`].
 #[derive(Debug)]
 pub struct Part<'a> {
     of: &'a LayerUnits<'a>,
-    units: &'a Selection,
+    /// `None` for those that are seen anyway.
+    units: Option<&'a Selection>,
     heads: Vec<HeadMeta>,
     observed: Option<Observed>,
 }
@@ -198,8 +205,8 @@ impl Part<'_> {
     pub fn units(&self) -> LayerUnits<'_> {
         LayerUnits {
             heads: &self.heads,
-            observed: self.observed.as_ref(),
-            picked: Some(self.units.heads()),
+            observed: self.observed.as_ref().or(self.of.observed),
+            picked: self.units.map(Selection::heads).or(self.of.picked),
             ..*self.of
         }
     }
@@ -258,6 +265,23 @@ impl<'a> LayerUnits<'a> {
     /// ([`carried_width`](crate::KvCachePolicy::carried_width)), unit by unit; or none at all.
     pub fn carried(&self, head: usize) -> &'a [f32] {
         &self.heads[head].scores
+    }
+
+    /// What earlier verdicts noted of this layer as a whole ([`Verdict::notes`](crate::Verdict::notes)); nothing at
+    /// first.
+    pub fn notes(&self) -> &'a [f32] {
+        self.notes
+    }
+
+    /// The position at which attention will have the token that comes next: behind all units of `head` in
+    /// [`Positions::Compact`](crate::Positions::Compact), behind all of the text elsewhere.
+    pub fn next_position(&self, head: usize) -> usize {
+        self.next.unwrap_or_else(|| self.store.len(head))
+    }
+
+    /// The angles at which attention rotates queries and keys that stand at `positions`: row 0 is the first of them.
+    pub fn angles(&self, positions: Range<usize>) -> RopeTable {
+        self.rope.range(positions)
     }
 
     /// The factor on `q · k` before softmax.
@@ -394,10 +418,29 @@ impl<'a> LayerUnits<'a> {
         });
         Ok(Part {
             of: self,
-            units,
+            units: Some(units),
             heads,
             observed,
         })
+    }
+
+    /// The same units as if they carried other numbers (by KV head, for all that are not new, or none): for scorers
+    /// around others, which keep more of a unit than the scorer inside does.
+    pub fn carrying(&'a self, carried: Vec<Vec<f32>>) -> Part<'a> {
+        let heads = self
+            .heads
+            .iter()
+            .zip(carried)
+            .map(|(head, scores)| HeadMeta {
+                positions: head.positions.clone(),
+                scores,
+            });
+        Part {
+            of: self,
+            units: None,
+            heads: heads.collect(),
+            observed: None,
+        }
     }
 
     /// The new tokens' queries as they meet units that are seen `distance` away
@@ -408,12 +451,13 @@ impl<'a> LayerUnits<'a> {
     /// # Errors
     /// [`Error::NotSupported`] elsewhere, [`Error::Device`].
     pub fn queries_at(&self, distance: usize) -> Result<Rows> {
-        let (rope, queries) = self.plain.ok_or_else(|| Error::NotSupported {
+        let queries = self.plain.ok_or_else(|| Error::NotSupported {
             operation: "queries at one distance (`Needs::far`, before attention)",
             implementer: "this view".into(),
         })?;
         let head_dim = self.layer.head_dim;
-        rope.at_distance(queries.clone(), distance, head_dim, self.compute)
+        self.rope
+            .at_distance(queries.clone(), distance, head_dim, self.compute)
     }
 
     /// The values of `head`, `[units, head_dim]`.

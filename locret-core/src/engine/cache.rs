@@ -86,6 +86,8 @@ pub struct SequenceCache {
 pub(super) struct LayerCache {
     pub(super) store: Box<dyn KvStore>,
     pub(super) heads: Vec<HeadMeta>,
+    /// What the policy noted of the layer as a whole.
+    pub(super) notes: Vec<f32>,
     /// Compact positions only: the stored keys are rotated at `0..n`.
     pub(super) rotated: bool,
     /// Units of all heads and bytes of the store when they were last counted.
@@ -134,6 +136,7 @@ impl SequenceCache {
                     bytes: store.bytes(),
                     store,
                     heads: vec![HeadMeta::default(); spec.kv_heads],
+                    notes: Vec::new(),
                     rotated: false,
                     units: 0,
                 })
@@ -177,6 +180,7 @@ impl SequenceCache {
                 .map(|layer| LayerCache {
                     store: layer.store.fork(),
                     heads: layer.heads.clone(),
+                    notes: layer.notes.clone(),
                     rotated: layer.rotated,
                     units: layer.units,
                     bytes: layer.bytes,
@@ -249,6 +253,13 @@ impl SequenceCache {
             ));
         }
         self.needs = needs(&self.spec, &*policy, Needs::NOTHING)?;
+        // Another method's notes would be read as its own; it begins anew.
+        let same = policy.name() == self.policy.name();
+        for (index, layer) in self.layers.iter_mut().enumerate() {
+            if !same || layer.notes.len() != policy.noted(&self.spec.layer(index)) {
+                layer.notes = Vec::new();
+            }
+        }
         self.policy = policy;
         self.passed_on |= !self.is_empty();
         Ok(())
@@ -308,12 +319,17 @@ impl SequenceCache {
         self.layers.iter().map(|l| l.store.total_bytes()).sum()
     }
 
-    /// Bytes of positions and scores now.
+    /// What the policy has noted of a layer as a whole ([`KvCachePolicy::noted`]).
+    pub fn notes(&self, layer: usize) -> &[f32] {
+        &self.layers[layer].notes
+    }
+
+    /// Bytes of positions, scores and notes now.
     pub fn metadata_bytes(&self) -> usize {
         let heads = self.layers.iter().flat_map(|l| &l.heads);
-        heads
-            .map(|h| 4 * (h.positions.capacity() + h.scores.capacity()))
-            .sum()
+        let numbers = heads.map(|h| h.positions.capacity() + h.scores.capacity());
+        let notes = self.layers.iter().map(|l| l.notes.capacity());
+        4 * numbers.chain(notes).sum::<usize>()
     }
 
     /// Units over all heads and layers now.
@@ -371,7 +387,12 @@ impl SequenceCache {
 
     /// Carries out a verdict on one layer.
     pub(super) fn apply(&mut self, layer: usize, verdict: Verdict) -> Result<()> {
-        let Verdict { keep, scores, away } = verdict;
+        let Verdict {
+            keep,
+            scores,
+            notes,
+            away,
+        } = verdict;
         let everything = matches!(keep, Keep::All);
         let (kept, folds) = match keep {
             Keep::All => (None, Vec::new()),
@@ -383,6 +404,15 @@ impl SequenceCache {
         let broken = |message| Error::policy(policy.name(), message);
         let width = policy.carried_width(&self.spec.layer(layer));
         this.set_scores(scores, width).map_err(broken)?;
+        if let Some(mut notes) = notes {
+            let (found, due) = (notes.len(), policy.noted(&self.spec.layer(layer)));
+            if found != due {
+                let found = format!("{found} numbers noted of a layer, {due} are due");
+                return Err(broken(found));
+            }
+            give_back(&mut notes);
+            this.notes = notes;
+        }
         let heads = this.heads.len();
         if !folds.is_empty() && folds.len() != heads {
             let found = format!("folds for {} KV heads of {heads}", folds.len());

@@ -80,6 +80,9 @@ impl Session {
             to.put_numbers(&head.scores)?;
         }
         for layer in &self.cache.layers {
+            to.put_numbers(&layer.notes)?;
+        }
+        for layer in &self.cache.layers {
             layer.store.write(&mut to)?;
         }
         // A store that does not write twice the same would make a file of wrong extents.
@@ -259,6 +262,11 @@ impl Session {
             }
         }
         for (layer, of) in self.cache.layers.iter().enumerate() {
+            if !of.notes.is_empty() {
+                add(Slot::Notes(layer), of.notes.len() as u64);
+            }
+        }
+        for (layer, of) in self.cache.layers.iter().enumerate() {
             let mut length = Length(0);
             of.store.write(&mut length)?;
             add(Slot::Store(layer), length.0);
@@ -359,6 +367,8 @@ impl Session {
         let policy = self.cache.policy();
         let layers = (0..spec.layers).map(|layer| policy.carried_width(&spec.layer(layer)));
         let (vocab, widths): (_, Vec<usize>) = (spec.vocab, layers.collect());
+        let layers = (0..spec.layers).map(|layer| policy.noted(&spec.layer(layer)));
+        let noted: Vec<usize> = layers.collect();
         for part in parts {
             match part.slot {
                 Slot::Tokens => {
@@ -390,6 +400,14 @@ impl Session {
                         let (scores, units) = (scores.len(), positions.len());
                         return Err(damaged(format!("{scores} scores for {units} units")));
                     }
+                }
+                Slot::Notes(layer) => {
+                    let notes: Vec<f32> = from.numbers(part.bytes)?;
+                    let (found, due) = (notes.len(), noted[layer]);
+                    if found == 0 || found != due {
+                        return Err(damaged(format!("{found} notes of a layer that has {due}")));
+                    }
+                    self.cache.layers[layer].notes = notes;
                 }
                 Slot::Store(layer) => {
                     let of = &mut self.cache.layers[layer];
@@ -626,6 +644,7 @@ enum Slot {
     Logits,
     Positions(usize, usize),
     Scores(usize, usize),
+    Notes(usize),
     Store(usize),
     Digest,
 }
@@ -634,7 +653,7 @@ impl Slot {
     fn dtype(self) -> &'static str {
         match self {
             Self::Tokens | Self::Positions(..) => "U32",
-            Self::Logits | Self::Scores(..) => "F32",
+            Self::Logits | Self::Scores(..) | Self::Notes(_) => "F32",
             Self::Store(_) | Self::Digest => "U8",
         }
     }
@@ -648,7 +667,7 @@ impl Slot {
     }
 
     fn optional(self) -> bool {
-        matches!(self, Self::Logits | Self::Scores(..))
+        matches!(self, Self::Logits | Self::Scores(..) | Self::Notes(_))
     }
 }
 
@@ -659,6 +678,7 @@ impl fmt::Display for Slot {
             Self::Logits => f.write_str("logits"),
             Self::Positions(layer, head) => write!(f, "layers.{layer}.heads.{head}.positions"),
             Self::Scores(layer, head) => write!(f, "layers.{layer}.heads.{head}.scores"),
+            Self::Notes(layer) => write!(f, "layers.{layer}.notes"),
             Self::Store(layer) => write!(f, "layers.{layer}.store"),
             Self::Digest => f.write_str("sha256"),
         }
@@ -697,7 +717,9 @@ impl Iterator for Slots {
             Slot::Scores(layer, _) if layer + 1 < self.layers => {
                 Some(Slot::Positions(layer + 1, 0))
             }
-            Slot::Scores(..) => Some(Slot::Store(0)),
+            Slot::Scores(..) => Some(Slot::Notes(0)),
+            Slot::Notes(layer) if layer + 1 < self.layers => Some(Slot::Notes(layer + 1)),
+            Slot::Notes(_) => Some(Slot::Store(0)),
             Slot::Store(layer) if layer + 1 < self.layers => Some(Slot::Store(layer + 1)),
             Slot::Store(_) => Some(Slot::Digest),
             Slot::Digest => None,

@@ -491,7 +491,7 @@ fn mixed(folds: Vec<Vec<Fold>>) -> Result<Verdict> {
 #[test]
 fn verdicts_that_do_not_fit_are_refused_and_end_the_sequence() {
     type Answer = fn() -> Result<Verdict>;
-    let answers: [(&str, Answer); 9] = [
+    let answers: [(&str, Answer); 10] = [
         ("a head too few", || Verdict::keep(vec![vec![0]])),
         ("a head too many", || Verdict::keep(vec![vec![0]; 3])),
         ("a unit that is not there", || {
@@ -514,6 +514,9 @@ fn verdicts_that_do_not_fit_are_refused_and_end_the_sequence() {
         }),
         ("two scores for each unit", || {
             Ok(Verdict::keep_all().carrying(Scores::wide(2, vec![vec![0.0; 40]; 2])?))
+        }),
+        ("notes of a layer that has none", || {
+            Ok(Verdict::keep_all().noting(Some(vec![0.0])))
         }),
         ("a score that is none", || {
             Ok(Verdict::keep_all().carrying(Scores::shared(vec![f32::NAN; 20], 2)?))

@@ -2,14 +2,16 @@
 
 use super::{Method, PolicyConfig, TierConfig};
 use crate::{
-    Full, H2o, HeadAdvice, HeadWeights, InfLlm, KeyDiff, KeyNorm, Locret, MInference, Merge,
-    PolicyError, PutAway, Quantized, Random, Result, RetainingHeads, SirLlm, SnapKv, Tiered, Tova,
-    Window,
+    ChunkKv, Compactor, Critical, Cur, DuoAttention, ExpectedAttention, FastKvZip, Full, H2o,
+    HeadAdvice, HeadWeights, InfLlm, KeyDiff, KeyNorm, KvZap, LagKv, Locret, MInference, Merge,
+    OutputNorms, PolicyError, PutAway, QFilters, Quantized, Random, Result, RetainingHeads, SirLlm,
+    SnapKv, Threshold, Tiered, Tova, Window,
     minference::{Pattern, Patterns},
     published::Published,
 };
 use locret_core::{
-    Budget, BudgetTable, CausalLm, Compute, KvCachePolicy, ModelSpec, Positions, Prefill,
+    Budget, BudgetTable, CausalLm, Compute, DecodeEviction, KvCachePolicy, ModelSpec, Positions,
+    Prefill,
 };
 use std::{fs, path::Path, sync::Arc};
 
@@ -24,9 +26,8 @@ impl PolicyConfig {
         model: &ModelSpec,
         compute: &dyn Compute,
     ) -> Result<Arc<dyn KvCachePolicy>> {
-        self.build_with(model, &|weights| {
-            RetainingHeads::new(weights, model, compute)
-        })
+        let heads = |weights: &HeadWeights| RetainingHeads::new(weights, model, compute);
+        self.build_with(model, &heads, &|| Err(self.no_model()))
     }
 
     /// The policy for `model` itself: as [`build`](Self::build), with heads that are folded into the
@@ -35,15 +36,15 @@ impl PolicyConfig {
     /// # Errors
     /// As [`build`](Self::build), and the model's.
     pub fn build_for(&self, model: &dyn CausalLm) -> Result<Arc<dyn KvCachePolicy>> {
-        self.build_with(model.spec(), &|weights| {
-            RetainingHeads::for_model(weights, model)
-        })
+        let heads = |weights: &HeadWeights| RetainingHeads::for_model(weights, model);
+        self.build_with(model.spec(), &heads, &|| OutputNorms::for_model(model))
     }
 
     fn build_with(
         &self,
         model: &ModelSpec,
         place: &dyn Fn(&HeadWeights) -> Result<RetainingHeads>,
+        norms: Norms<'_>,
     ) -> Result<Arc<dyn KvCachePolicy>> {
         self.check()?;
         let policy: Arc<dyn KvCachePolicy> = match self.policy {
@@ -52,29 +53,48 @@ impl PolicyConfig {
                 self.wrap(Full::new().with_positions(positions), None)?
             }
             Method::InfLlm => self.infllm(model)?,
-            Method::Window => self.evict(Window)?,
-            Method::Random => self.evict(Random::new(self.seed.unwrap_or(0)))?,
-            Method::KeyNorm => self.evict(KeyNorm)?,
-            Method::KeyDiff => self.evict(KeyDiff)?,
-            Method::SirLlm => self.evict(SirLlm::new().decay(self.decay.unwrap_or(1.0)))?,
-            Method::H2o => self.evict(H2o)?,
-            Method::SnapKv => self.evict(self.snapkv())?,
-            Method::Tova => self.evict(Tova)?,
+            Method::Window => self.evict(norms, Window)?,
+            Method::Random => self.evict(norms, Random::new(self.seed.unwrap_or(0)))?,
+            Method::KeyNorm => self.evict(norms, KeyNorm)?,
+            Method::KeyDiff => self.evict(norms, KeyDiff)?,
+            Method::SirLlm => self.evict(norms, SirLlm::new().decay(self.decay.unwrap_or(1.0)))?,
+            Method::H2o => self.evict(norms, H2o)?,
+            Method::SnapKv => self.evict(norms, self.snapkv())?,
+            Method::Tova => self.evict(norms, Tova)?,
+            Method::ExpectedAttention => self.evict(norms, self.expected_attention())?,
+            Method::LagKv => self.evict(norms, LagKv::new().lag(self.lag.unwrap_or(LagKv::LAG)))?,
+            Method::Cur => {
+                self.evict(norms, Cur::new().window(self.window.unwrap_or(Cur::WINDOW)))?
+            }
+            Method::QFilters => {
+                let file = self.filters.as_ref().ok_or_else(|| {
+                    PolicyError::setting(self.policy, "needs `filters`, a file of directions")
+                })?;
+                self.evict(norms, QFilters::load(file)?)?
+            }
+            Method::Compactor => {
+                let scorer = Compactor::new().seed(self.seed.unwrap_or(0));
+                let factor = self.blending.unwrap_or(Compactor::BLENDING);
+                self.evict(norms, scorer.blending(factor))?
+            }
+            Method::KvZap | Method::FastKvZip => {
+                let heads = place(&self.head_weights(model)?)?;
+                self.surrogate(norms, Arc::new(heads))?
+            }
+            Method::DuoAttention => self.wrap(self.duo()?, None)?,
             Method::MInference => {
                 let positions = self.positions.unwrap_or_default();
                 let policy = MInference::new(self.patterns()?).with_positions(positions);
                 self.wrap(policy, None)?
             }
             Method::Locret => {
-                let file = self.heads.as_ref().ok_or_else(|| {
-                    PolicyError::setting(self.policy, "needs `heads`, a file of retaining heads")
-                })?;
-                let weights = HeadWeights::load(file, model)?;
+                let weights = self.head_weights(model)?;
                 let heads = place(&weights)?;
+                let file = self.heads.as_deref().unwrap_or(Path::new(""));
                 let advice = weights
                     .advice()
                     .map_err(|e| PolicyError::file(file, e.to_string()))?;
-                self.advised(&advice).evict(Locret::new(heads))?
+                self.advised(&advice).evict(norms, Locret::new(heads))?
             }
         };
         self.validated(policy, model)
@@ -104,11 +124,67 @@ impl PolicyConfig {
         heads: impl Into<Arc<RetainingHeads>>,
     ) -> Result<Arc<dyn KvCachePolicy>> {
         self.check()?;
-        if self.policy != Method::Locret {
-            return Err(PolicyError::setting(self.policy, "has no retaining heads"));
-        }
-        let policy = self.evict(Locret::new(heads))?;
+        let norms = || Err(self.no_model());
+        let policy = match self.policy {
+            Method::Locret => self.evict(&norms, Locret::new(heads))?,
+            Method::KvZap | Method::FastKvZip => self.surrogate(&norms, heads.into())?,
+            _ => return Err(PolicyError::setting(self.policy, "has no retaining heads")),
+        };
         self.validated(policy, model)
+    }
+
+    fn head_weights(&self, model: &ModelSpec) -> Result<HeadWeights> {
+        let file = self.heads.as_ref().ok_or_else(|| {
+            PolicyError::setting(self.policy, "needs `heads`, a file of retaining heads")
+        })?;
+        HeadWeights::load(file, model)
+    }
+
+    /// Heads that stand in for KVzip, with a budget or with a threshold.
+    fn surrogate(
+        &self,
+        norms: Norms<'_>,
+        heads: Arc<RetainingHeads>,
+    ) -> Result<Arc<dyn KvCachePolicy>> {
+        match (self.policy, self.threshold) {
+            (Method::KvZap, None) => self.evict(norms, KvZap::new(heads)),
+            (Method::KvZap, Some(least)) => self.cut(KvZap::new(heads), 0, least),
+            (_, None) => self.evict(norms, FastKvZip::new(heads)),
+            (_, Some(least)) => self.cut(FastKvZip::new(heads), FastKvZip::SINKS, least),
+        }
+    }
+
+    /// A scorer with a threshold.
+    fn cut<S: Published + 'static>(
+        &self,
+        scorer: S,
+        sinks: usize,
+        least: f32,
+    ) -> Result<Arc<dyn KvCachePolicy>> {
+        let policy = Threshold::new(scorer, least)
+            .sinks(self.sinks.unwrap_or(sinks))
+            .window(self.recent.unwrap_or(Threshold::<S>::WINDOW))
+            .with_positions(self.positions.unwrap_or(S::POSITIONS))
+            .while_decoding(self.decode.is_some_and(|d| d != DecodeEviction::Off));
+        match self.merge {
+            Some(threshold) => {
+                let by = self.merge_by.unwrap_or_default();
+                self.wrap(Merge::new(policy, threshold).by(by), None)
+            }
+            None => self.wrap(policy, None),
+        }
+    }
+
+    fn duo(&self) -> Result<DuoAttention> {
+        let file = self.patterns.as_ref().ok_or_else(|| {
+            PolicyError::setting(self.policy, "needs `patterns`, a file of heads' scores")
+        })?;
+        let share = self.streaming.unwrap_or(DuoAttention::STREAMING);
+        Ok(DuoAttention::load(file, share)?
+            .sinks(self.sinks.unwrap_or(DuoAttention::SINKS))
+            .recent(self.recent.unwrap_or(DuoAttention::RECENT))
+            .with_positions(self.positions.unwrap_or_default())
+            .while_decoding(self.decode.unwrap_or_default()))
     }
 
     /// With sizes as published, or such that a budget is what is resident between two chunks.
@@ -213,6 +289,20 @@ impl PolicyConfig {
         scorer
     }
 
+    fn expected_attention(&self) -> ExpectedAttention {
+        let mut scorer = ExpectedAttention::new();
+        if let Some(positions) = self.future {
+            scorer = scorer.future(positions);
+        }
+        if self.critical {
+            // Values are weighed behind the output projection.
+            scorer = scorer.value_norm(false);
+        } else if self.ada.is_some() || self.share.is_some() {
+            scorer = scorer.epsilon(ExpectedAttention::SHARED_EPSILON);
+        }
+        scorer
+    }
+
     /// Refuses settings that the method would ignore.
     fn check(&self) -> Result<()> {
         let evicts = self.policy.evicts();
@@ -228,28 +318,61 @@ impl PolicyConfig {
             return Err(PolicyError::setting(self.policy, found));
         }
         let blocks = infllm || (evicts && self.put_away);
+        let duo = self.policy == Method::DuoAttention;
+        // A threshold stands in for a budget and all that shares it out.
+        let cut = self.threshold.is_some();
+        let shares = evicts && !cut;
         let only = |methods: &[Method]| methods.contains(&self.policy);
         let settings = [
+            (
+                "threshold",
+                cut,
+                only(&[Method::KvZap, Method::FastKvZip]) && self.budget.is_none(),
+            ),
             ("budget", self.budget.is_some(), self.policy.takes_budget()),
-            ("sinks", self.sinks.is_some(), evicts),
-            ("recent", self.recent.is_some(), evicts),
-            ("stabilizers", self.stabilizers.is_some(), evicts),
-            ("decode", self.decode.is_some(), evicts),
-            ("pool", self.pool.is_some(), evicts),
-            ("pyramid", self.pyramid.is_some(), evicts),
-            ("ada", self.ada.is_some(), evicts),
-            ("share", self.share.is_some(), evicts),
-            ("table", self.table.is_some(), evicts),
+            ("sinks", self.sinks.is_some(), evicts || duo),
+            ("recent", self.recent.is_some(), evicts || duo),
+            ("stabilizers", self.stabilizers.is_some(), shares),
+            ("decode", self.decode.is_some(), evicts || duo),
+            ("pool", self.pool.is_some(), shares),
+            ("pyramid", self.pyramid.is_some(), shares),
+            ("ada", self.ada.is_some(), shares),
+            ("share", self.share.is_some(), shares),
+            ("table", self.table.is_some(), shares),
             ("merge", self.merge.is_some(), evicts),
-            ("heads", self.heads.is_some(), only(&[Method::Locret])),
-            ("seed", self.seed.is_some(), only(&[Method::Random])),
+            ("merge_by", self.merge_by.is_some(), self.merge.is_some()),
+            ("critical", self.critical, shares && self.blocks.is_none()),
+            ("blocks", self.blocks.is_some(), shares),
+            ("heads", self.heads.is_some(), self.policy.takes_heads()),
+            (
+                "seed",
+                self.seed.is_some(),
+                only(&[Method::Random, Method::Compactor]),
+            ),
+            (
+                "blending",
+                self.blending.is_some(),
+                only(&[Method::Compactor]),
+            ),
+            ("streaming", self.streaming.is_some(), duo),
             ("decay", self.decay.is_some(), only(&[Method::SirLlm])),
-            ("window", self.window.is_some(), only(&[Method::SnapKv])),
+            (
+                "window",
+                self.window.is_some(),
+                only(&[Method::SnapKv, Method::Cur]),
+            ),
+            ("lag", self.lag.is_some(), only(&[Method::LagKv])),
+            (
+                "future",
+                self.future.is_some(),
+                only(&[Method::ExpectedAttention]),
+            ),
+            ("filters", self.filters.is_some(), only(&[Method::QFilters])),
             ("kernel", self.kernel.is_some(), only(&[Method::SnapKv])),
             (
                 "patterns",
                 self.patterns.is_some(),
-                only(&[Method::MInference]),
+                only(&[Method::MInference]) || duo,
             ),
             (
                 "vertical",
@@ -275,7 +398,28 @@ impl PolicyConfig {
         }
     }
 
-    fn evict<S: Published + 'static>(&self, scorer: S) -> Result<Arc<dyn KvCachePolicy>> {
+    /// What `critical` cannot do without.
+    fn no_model(&self) -> PolicyError {
+        PolicyError::setting(
+            self.policy,
+            "needs the model's output projections for `critical` (`PolicyConfig::build_for`)",
+        )
+    }
+
+    /// What chooses by more than scores goes around the scorer.
+    fn evict<S: Published + 'static>(
+        &self,
+        norms: Norms<'_>,
+        scorer: S,
+    ) -> Result<Arc<dyn KvCachePolicy>> {
+        match (self.critical, self.blocks) {
+            (true, _) => self.bounded(Critical::new(scorer, norms()?)),
+            (false, Some(tokens)) => self.bounded(ChunkKv::new(scorer).block(tokens)),
+            (false, None) => self.bounded(scorer),
+        }
+    }
+
+    fn bounded<S: Published + 'static>(&self, scorer: S) -> Result<Arc<dyn KvCachePolicy>> {
         let budget = self.budget.ok_or_else(|| {
             PolicyError::setting(self.policy, "needs `budget`, the units that it keeps")
         })?;
@@ -310,7 +454,10 @@ impl PolicyConfig {
             _ => None,
         };
         match self.merge {
-            Some(threshold) => self.wrap(Merge::new(policy, threshold), room),
+            Some(threshold) => {
+                let by = self.merge_by.unwrap_or_default();
+                self.wrap(Merge::new(policy, threshold).by(by), room)
+            }
             None => self.wrap(policy, room),
         }
     }
@@ -352,6 +499,9 @@ impl PolicyConfig {
         Ok(Arc::new(tiered))
     }
 }
+
+/// A model's output projections, for whoever needs them.
+type Norms<'a> = &'a dyn Fn() -> Result<OutputNorms>;
 
 /// Units of a step, where no method says how many it may have.
 const STEP: usize = 512;

@@ -1,8 +1,8 @@
 //! The names of methods.
 
 use crate::{
-    H2o, KeyDiff, KeyNorm, Locret, PolicyError, Random, Result, SirLlm, SnapKv, Tova, Window,
-    published::Published,
+    Compactor, Cur, ExpectedAttention, FastKvZip, H2o, KeyDiff, KeyNorm, KvZap, LagKv, Locret,
+    PolicyError, QFilters, Random, Result, SirLlm, SnapKv, Tova, Window, published::Published,
 };
 use locret_core::Positions;
 use serde::{Deserialize, Serialize};
@@ -36,6 +36,25 @@ pub enum Method {
     SnapKv,
     /// [`Tova`]
     Tova,
+    /// [`ExpectedAttention`]
+    ExpectedAttention,
+    /// [`LagKv`]
+    #[serde(rename = "lagkv")]
+    LagKv,
+    /// [`Cur`] (CurDKV)
+    Cur,
+    /// [`QFilters`]
+    QFilters,
+    /// [`Compactor`]
+    Compactor,
+    /// [`KvZap`]
+    #[serde(rename = "kvzap")]
+    KvZap,
+    /// [`FastKvZip`]
+    #[serde(rename = "fast-kvzip")]
+    FastKvZip,
+    /// [`DuoAttention`](crate::DuoAttention)
+    DuoAttention,
     /// [`MInference`](crate::MInference)
     #[serde(rename = "minference")]
     MInference,
@@ -46,7 +65,7 @@ pub enum Method {
 
 impl Method {
     /// All of them.
-    pub const ALL: [Self; 12] = [
+    pub const ALL: [Self; 20] = [
         Self::Full,
         Self::Window,
         Self::Random,
@@ -57,6 +76,14 @@ impl Method {
         Self::H2o,
         Self::SnapKv,
         Self::Tova,
+        Self::ExpectedAttention,
+        Self::LagKv,
+        Self::Cur,
+        Self::QFilters,
+        Self::Compactor,
+        Self::KvZap,
+        Self::FastKvZip,
+        Self::DuoAttention,
         Self::MInference,
         Self::InfLlm,
     ];
@@ -74,14 +101,31 @@ impl Method {
             Self::H2o => "h2o",
             Self::SnapKv => "snapkv",
             Self::Tova => "tova",
+            Self::ExpectedAttention => "expected-attention",
+            Self::LagKv => "lagkv",
+            Self::Cur => "cur",
+            Self::QFilters => "q-filters",
+            Self::Compactor => "compactor",
+            Self::KvZap => "kvzap",
+            Self::FastKvZip => "fast-kvzip",
+            Self::DuoAttention => "duo-attention",
             Self::MInference => "minference",
             Self::InfLlm => "infllm",
         }
     }
 
-    /// Whether the method drops units, so that it has a budget. The others keep everything.
+    /// Whether the method drops units down to a budget. Of the others, `duo-attention` drops what its streaming
+    /// heads do not keep, and the rest keep everything.
     pub fn evicts(self) -> bool {
-        !matches!(self, Self::Full | Self::MInference | Self::InfLlm)
+        !matches!(
+            self,
+            Self::Full | Self::DuoAttention | Self::MInference | Self::InfLlm
+        )
+    }
+
+    /// Whether the method scores with trained heads, so that it needs a file of them.
+    pub fn takes_heads(self) -> bool {
+        matches!(self, Self::Locret | Self::KvZap | Self::FastKvZip)
     }
 
     /// Whether the method can have a budget: what it keeps, or what of everything is resident.
@@ -92,7 +136,7 @@ impl Method {
     /// The positions that the method was published with, where nothing else is asked for.
     pub fn default_positions(self) -> Positions {
         match self {
-            Self::Full | Self::MInference => Positions::Original,
+            Self::Full | Self::DuoAttention | Self::MInference => Positions::Original,
             Self::InfLlm => Positions::Compact,
             Self::Window => Window::POSITIONS,
             Self::Random => Random::POSITIONS,
@@ -103,6 +147,13 @@ impl Method {
             Self::H2o => H2o::POSITIONS,
             Self::SnapKv => SnapKv::POSITIONS,
             Self::Tova => Tova::POSITIONS,
+            Self::ExpectedAttention => ExpectedAttention::POSITIONS,
+            Self::LagKv => LagKv::POSITIONS,
+            Self::Cur => Cur::POSITIONS,
+            Self::QFilters => QFilters::POSITIONS,
+            Self::Compactor => Compactor::POSITIONS,
+            Self::KvZap => KvZap::POSITIONS,
+            Self::FastKvZip => FastKvZip::POSITIONS,
         }
     }
 }

@@ -7,7 +7,7 @@ mod tier;
 pub use method::Method;
 pub use tier::TierConfig;
 
-use crate::{PolicyError, Result};
+use crate::{MergeBy, PolicyError, Result};
 use locret_core::{Budget, DecodeEviction, Positions, Quantization, Share};
 use serde::{Deserialize, Deserializer, Serialize, de};
 use std::{
@@ -42,15 +42,17 @@ pub struct PolicyConfig {
     /// Which method.
     pub policy: Method,
     /// How many units each KV head of each layer keeps, in any of the forms of a [`Budget`]. Every
-    /// method but `full` and `minference` needs it. Of `infllm` these are the units that are resident, and it
+    /// method but `full`, `minference` and `duo-attention` needs it, or a [`threshold`](Self::threshold). Of `infllm` these are the units that are resident, and it
     /// can do without: all of them are then.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub budget: Option<Budget>,
-    /// First units that stay. By default 4 for `window` and `sirllm`, else 0.
+    /// First units that stay. By default 4 for `window`, `sirllm`, `expected-attention`, `lagkv`, `cur` and
+    /// `fast-kvzip`, 8 for `compactor`, 128 for `duo-attention`, else 0.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub sinks: Option<usize>,
     /// Newest units that stay, always. By default half of the budget for `h2o`, a quarter for
-    /// `sirllm`, the window for `snapkv` (at most half of the budget), 1 for `tova`, else 0.
+    /// `sirllm`, the window for `snapkv` and 128 for `kvzap` (at most half of the budget), an eighth for
+    /// `fast-kvzip` (at most 4,096), 4 for `compactor`, 256 for `duo-attention`, 1 for `tova`, else 0.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub recent: Option<usize>,
     /// Newest units that stay while further chunks follow. By default an eighth of the budget for
@@ -88,6 +90,16 @@ pub struct PolicyConfig {
     /// ([`Merge`](crate::Merge)).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub merge: Option<f32>,
+    /// How much a folded value counts: `mean` (the default) or `weighted` ([`MergeBy`]).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub merge_by: Option<MergeBy>,
+    /// Half of what is kept is chosen by what values become, too ([`Critical`](crate::Critical)). Needs the model
+    /// itself ([`build_for`](Self::build_for)).
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub critical: bool,
+    /// Blocks of this many tokens stay or go together ([`ChunkKv`](crate::ChunkKv), 20 as published).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub blocks: Option<usize>,
     /// Keeps units as integers of this many bits, or a [`Quantization`]
     /// ([`Quantized`](crate::Quantized)).
     #[serde(
@@ -96,26 +108,46 @@ pub struct PolicyConfig {
         skip_serializing_if = "Option::is_none"
     )]
     pub quantize: Option<Quantization>,
-    /// `locret`: the file of retaining heads, see [`HeadWeights::load`](crate::HeadWeights::load).
+    /// `locret`, `kvzap`, `fast-kvzip`: the file of heads, see [`HeadWeights::load`](crate::HeadWeights::load).
     /// Its [`HeadAdvice`](crate::HeadAdvice) stands in for `pool`, `sinks`, `recent`, `ada`, `share` and `positions` where they
     /// are not set; `pool = 1, sinks = 0, positions = "compact"` is the authors' procedure with any
     /// heads.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub heads: Option<PathBuf>,
-    /// `random`: the seed (0).
+    /// `random`, `compactor`: the seed (0).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub seed: Option<u64>,
     /// `sirllm`: the factor on carried scores when a further turn begins (1).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub decay: Option<f32>,
-    /// `snapkv`: how many of the last queries are observed (64).
+    /// `snapkv`: how many of the last queries are observed (64). `cur`: tokens of a window (16).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub window: Option<usize>,
     /// `snapkv`: over how many neighbouring units their attention is averaged (odd, 5).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub kernel: Option<usize>,
+    /// `kvzap`, `fast-kvzip`: keeps what scores at least this, instead of a budget
+    /// ([`Threshold`](crate::Threshold)). `sinks` (4 for `fast-kvzip`) and `recent` (128) stay whatever their score.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub threshold: Option<f32>,
+    /// `duo-attention`: the share of heads that stream (0.5).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub streaming: Option<f64>,
+    /// `compactor`: the factor on leverage (0.35).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub blending: Option<f32>,
+    /// `lagkv`: units of a partition (128).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lag: Option<usize>,
+    /// `expected-attention`: how many positions queries to come are taken to stand at (512).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub future: Option<usize>,
+    /// `q-filters`: the file of directions, see [`QFilters::load`](crate::QFilters::load).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub filters: Option<PathBuf>,
     /// `minference`: the file of patterns, see [`Patterns::load`](crate::minference::Patterns::load); by default
-    /// [`Pattern::UNKNOWN`](crate::minference::Pattern::UNKNOWN) for all heads.
+    /// [`Pattern::UNKNOWN`](crate::minference::Pattern::UNKNOWN) for all heads. `duo-attention`: the file of heads'
+    /// scores, which it needs, see [`DuoAttention::load`](crate::DuoAttention::load).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub patterns: Option<PathBuf>,
     /// `minference`: columns of all heads, instead of a file; `slash` is then needed, too.
@@ -208,12 +240,21 @@ impl PolicyConfig {
             share: None,
             table: None,
             merge: None,
+            merge_by: None,
+            critical: false,
+            blocks: None,
             quantize: None,
             heads: None,
             seed: None,
             decay: None,
             window: None,
             kernel: None,
+            threshold: None,
+            streaming: None,
+            blending: None,
+            lag: None,
+            future: None,
+            filters: None,
             patterns: None,
             vertical: None,
             slash: None,
@@ -247,7 +288,12 @@ impl PolicyConfig {
             Some(TierConfig::Disk(folder)) => folder.as_mut(),
             _ => None,
         };
-        let files = [&mut self.heads, &mut self.patterns, &mut self.table];
+        let files = [
+            &mut self.heads,
+            &mut self.filters,
+            &mut self.patterns,
+            &mut self.table,
+        ];
         files.into_iter().flatten().chain(tier)
     }
 
@@ -267,8 +313,8 @@ impl PolicyConfig {
         serde_json::from_str(text).map_err(|e| PolicyError::Config(e.to_string()))
     }
 
-    /// From a file: JSON if its name ends so, else TOML. Relative paths of heads, of patterns, of tables and of a
-    /// tier's folder count from the file's folder.
+    /// From a file: JSON if its name ends so, else TOML. Relative paths of heads, of filters, of patterns, of tables and of
+    /// a tier's folder count from the file's folder.
     ///
     /// # Errors
     /// [`PolicyError::Io`], and as [`from_toml`](Self::from_toml).

@@ -219,7 +219,7 @@ fn product(
 }
 
 /// `[rows, columns]` in the smallest float type that holds every number.
-fn packed(values: &[f32], rows: usize, columns: usize, arena: &mut Arena) -> Weight {
+pub(crate) fn packed(values: &[f32], rows: usize, columns: usize, arena: &mut Arena) -> Weight {
     let bf16s = values.iter().map(|x| bf16::from_f32(*x));
     let f16s = values.iter().map(|x| f16::from_f32(*x));
     let same = |(a, b): (f32, &f32)| a == *b;

@@ -7,6 +7,7 @@ mod layouts;
 mod weights;
 
 pub use heads::RetainingHeads;
+pub(crate) use heads::packed;
 pub use weights::{Gate, HeadAdvice, HeadForm, HeadInput, HeadWeights, LayerHead};
 
 use crate::published::Published;

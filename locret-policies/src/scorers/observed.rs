@@ -1,6 +1,6 @@
-//! What the policies that look at attention have in common.
+//! What the policies that look at attention or at new tokens have in common.
 
-use locret_core::{Error, LayerUnits, Observed, Result, Scorer, Scores};
+use locret_core::{Error, LayerUnits, Observed, Qkv, Result, Scorer, Scores};
 
 /// The attention that `scorer` asked for.
 pub(crate) fn attention<'a>(scorer: &impl Scorer, units: &LayerUnits<'a>) -> Result<&'a Observed> {
@@ -11,6 +11,17 @@ pub(crate) fn attention<'a>(scorer: &impl Scorer, units: &LayerUnits<'a>) -> Res
         )
     };
     units.observed().ok_or_else(missing)
+}
+
+/// Queries, keys and values of new tokens, which `scorer` asked for.
+pub(crate) fn qkv<'a>(scorer: &impl Scorer, units: &LayerUnits<'a>) -> Result<&'a Qkv> {
+    let missing = || {
+        Error::policy(
+            scorer.name(),
+            "the queries, keys and values that it needs are not there",
+        )
+    };
+    units.qkv().ok_or_else(missing)
 }
 
 /// The weights that each query head of KV head `head` paid.

@@ -128,7 +128,12 @@ impl<P: KvCachePolicy> PutAway<P> {
         verdict: Verdict,
     ) -> Result<Verdict> {
         let (layout, heads) = (self.layout(&at.layer), units.kv_heads());
-        let Verdict { keep, scores, .. } = verdict;
+        let Verdict {
+            keep,
+            scores,
+            notes,
+            ..
+        } = verdict;
         let broken = |found: &str| Error::policy(self.name(), found);
         let kept = match keep {
             Keep::All => None,
@@ -181,7 +186,10 @@ impl<P: KvCachePolicy> PutAway<P> {
             lists.push(numbers);
         }
         let numbers = Scores::wide(layout.width(), lists)?;
-        Ok(Verdict::keep_all().carrying(numbers).putting_away(away))
+        Ok(Verdict::keep_all()
+            .carrying(numbers)
+            .noting(notes)
+            .putting_away(away))
     }
 
     /// Adds up what the query heads of a KV head have paid to what is near.
@@ -397,6 +405,10 @@ impl<P: KvCachePolicy> KvCachePolicy for PutAway<P> {
 
     fn carried_width(&self, layer: &LayerSpec) -> usize {
         self.layout(layer).width()
+    }
+
+    fn noted(&self, layer: &LayerSpec) -> usize {
+        self.inner.noted(layer)
     }
 
     fn validate(&self, model: &ModelSpec, prefill: &Prefill) -> Result<()> {

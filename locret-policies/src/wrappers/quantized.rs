@@ -55,6 +55,10 @@ impl<P: KvCachePolicy> KvCachePolicy for Quantized<P> {
         self.inner.carried_width(layer)
     }
 
+    fn noted(&self, layer: &LayerSpec) -> usize {
+        self.inner.noted(layer)
+    }
+
     fn validate(&self, model: &ModelSpec, prefill: &Prefill) -> Result<()> {
         self.config.validate()?;
         self.inner.validate(model, prefill)

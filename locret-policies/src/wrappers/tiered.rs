@@ -97,6 +97,10 @@ impl<P: KvCachePolicy> KvCachePolicy for Tiered<P> {
         self.inner.carried_width(layer)
     }
 
+    fn noted(&self, layer: &LayerSpec) -> usize {
+        self.inner.noted(layer)
+    }
+
     fn validate(&self, model: &ModelSpec, prefill: &Prefill) -> Result<()> {
         self.resident.validate(&model.layer(0))?;
         if let Budget::Ratio(ratio) = self.resident {

@@ -4,10 +4,14 @@
 
 use burn::tensor::Device;
 use locret_core::{
-    CacheOptions, DecodeEviction, Guard, KvCachePolicy, ModelSpec, Pass, Phase, Positions, Qkv,
-    RopeConfig, Rows, SequenceCache, compute,
+    CacheOptions, DType, DecodeEviction, Guard, KvCachePolicy, ModelSpec, Pass, Phase, Positions,
+    Qkv, RopeConfig, Rows, SequenceCache, compute,
 };
-use std::sync::Arc;
+use locret_policies::{Gate, HeadForm, HeadWeights, LayerHead, Method, PolicyConfig};
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
 /// splitmix64: numbers that need no crate to be made again.
 #[derive(Debug, Clone)]
@@ -36,6 +40,7 @@ pub fn spec(layers: usize, kv_heads: usize, group: usize, head_dim: usize) -> Mo
     ModelSpec::new(layers, kv_heads * group, kv_heads, 4, 16)
         .with_head_dim(head_dim)
         .with_rope(RopeConfig::plain(THETA, head_dim))
+        .with_layer_input()
 }
 
 const THETA: f64 = 1000.0;
@@ -99,10 +104,15 @@ pub fn drive(
     let device = Device::default();
     let rows = |x: &Vec<f32>| Rows::new(x.clone(), x.len() / step.tokens, &device);
     let needs_surprisal = cache.policy().needs().surprisal;
+    let cache_hidden = cache.spec().hidden;
     let mut pass = Pass::new([cache.step(step.phase, step.tokens, total)])?;
     let mut outputs = Vec::new();
     for (layer, [q, k, v]) in step.layers.iter().enumerate() {
-        let qkv = Qkv::new(rows(q)?, rows(k)?, rows(v)?);
+        // The layer's input is of no matter to q, k and v here; some of its numbers are there.
+        let width = q.len() / step.tokens;
+        let hidden = cache_hidden;
+        let input: Vec<f32> = (q.chunks(width).flat_map(|row| &row[..hidden]).copied()).collect();
+        let qkv = Qkv::new(rows(q)?, rows(k)?, rows(v)?).made_from(rows(&input)?);
         outputs.push(pass.attend(layer, qkv)?.into_values()?);
     }
     pass.finish(needs_surprisal.then_some(&step.surprisal[..]))?;
@@ -120,6 +130,8 @@ pub struct Unit {
     pub position: usize,
     pub k: Vec<f32>,
     pub v: Vec<f32>,
+    /// The value that it was born with, before anything was folded into it.
+    pub born: Vec<f32>,
     pub score: f64,
 }
 
@@ -138,6 +150,16 @@ pub enum Rule {
     /// Window and kernel.
     SnapKv(usize, usize),
     Tova,
+    /// Positions ahead, and whether heads compete (0.01 is added to shares then).
+    ExpectedAttention(usize, bool),
+    /// Units of a partition.
+    LagKv(usize),
+    /// Tokens of a window.
+    Cur(usize),
+    /// Each layer's directions, `[G, d]`.
+    QFilters(Vec<Vec<f32>>),
+    /// Tokens of a tile, and each layer's random matrices, `[G, d, 48]`.
+    Compactor(usize, Vec<Vec<f32>>),
 }
 
 /// Everything that `Evict` is told, and how to score.
@@ -157,6 +179,12 @@ pub struct Settings {
     pub table: Option<Vec<Vec<f64>>>,
     /// The cosine from which dropped values are folded into kept ones.
     pub merge: Option<f32>,
+    /// Whether they count by likeness and length.
+    pub weighted: bool,
+    /// Tokens of blocks that stay or go together.
+    pub blocks: Option<usize>,
+    /// Each layer's output projection, `[hidden, heads * head_dim]`, if values are weighed behind it.
+    pub critical: Option<Vec<Vec<f32>>>,
 }
 
 impl Settings {
@@ -174,6 +202,9 @@ impl Settings {
             model: false,
             table: None,
             merge: None,
+            weighted: false,
+            blocks: None,
+            critical: None,
         }
     }
 }
@@ -185,6 +216,10 @@ pub struct Naive {
     /// `[layer][head][unit]`
     pub units: Vec<Vec<Vec<Unit>>>,
     pub seen: usize,
+    /// The same with the tokens of the step that is under way.
+    pub read: usize,
+    /// `[layer][query head]`: queries of prompts before rotation, without the first four tokens'.
+    pub queries: Vec<Vec<Vec<Vec<f64>>>>,
     /// The smallest relative distance between a score that was kept and one that was not, so far.
     pub margin: f64,
 }
@@ -193,20 +228,22 @@ impl Naive {
     pub fn new(spec: &ModelSpec, settings: Settings) -> Self {
         Self {
             units: vec![vec![Vec::new(); spec.kv_heads]; spec.layers],
+            queries: vec![vec![Vec::new(); spec.heads]; spec.layers],
             spec: spec.clone(),
             settings,
             seen: 0,
+            read: 0,
             margin: f64::INFINITY,
         }
     }
 
     /// Rotates one vector.
-    fn rotate(&self, x: &[f32], position: usize) -> Vec<f64> {
+    fn rotate<T: Copy + Into<f64>>(&self, x: &[T], position: usize) -> Vec<f64> {
         let half = self.spec.head_dim / 2;
         let mut out = vec![0.0; x.len()];
         for i in 0..half {
             let angle = position as f64 * THETA.powf(-2.0 * i as f64 / self.spec.head_dim as f64);
-            let (a, b) = (f64::from(x[i]), f64::from(x[i + half]));
+            let (a, b): (f64, f64) = (x[i].into(), x[i + half].into());
             out[i] = a * angle.cos() - b * angle.sin();
             out[i + half] = b * angle.cos() + a * angle.sin();
         }
@@ -228,6 +265,7 @@ impl Naive {
         let outputs = (0..self.spec.layers)
             .map(|layer| self.layer(layer, step))
             .collect();
+        self.read = self.seen + step.tokens;
         // When does not matter here: no layer looks at another one.
         self.evict_all(step.phase);
         self.seen += step.tokens;
@@ -243,6 +281,14 @@ impl Naive {
         } = self.spec;
         let (group, t) = (heads / kv_heads, step.tokens);
         let [q, k, v] = &step.layers[layer];
+        if matches!(step.phase, Phase::Prefill { .. } | Phase::Tail) {
+            for (row, query) in q.chunks(d).enumerate() {
+                if self.seen + row / heads >= 4 {
+                    let query = query.iter().map(|x| f64::from(*x)).collect();
+                    self.queries[layer][row % heads].push(query);
+                }
+            }
+        }
         let before: Vec<usize> = self.units[layer].iter().map(Vec::len).collect();
         for token in 0..t {
             for head in 0..kv_heads {
@@ -251,6 +297,7 @@ impl Naive {
                     position: self.seen + token,
                     k: k[row..row + d].to_vec(),
                     v: v[row..row + d].to_vec(),
+                    born: v[row..row + d].to_vec(),
                     score: 0.0,
                 });
             }
@@ -312,9 +359,181 @@ impl Naive {
             ..
         } = self.spec;
         let (group, t) = (heads / kv_heads, step.tokens);
+        let compact = self.settings.positions == Positions::Compact;
         for head in 0..kv_heads {
             let n = self.units[layer][head].len();
+            let position = |i: usize| self.units[layer][head][i].position;
+            let mut closest = f64::INFINITY;
             let scores: Vec<f64> = match &self.settings.rule {
+                Rule::ExpectedAttention(future, shared) => {
+                    let next = if compact { n } else { self.seen + t };
+                    // The mean of the rotations, as a matrix.
+                    let mut turn = vec![vec![0.0; d]; d];
+                    for column in 0..d {
+                        let mut unit = vec![0.0; d];
+                        unit[column] = 1.0;
+                        for position in next..next + future {
+                            let turned = self.rotate(&unit, position);
+                            for row in 0..d {
+                                turn[row][column] += turned[row] / *future as f64;
+                            }
+                        }
+                    }
+                    let turned = |x: &[f64]| turn.iter().map(|row| dot(row, x)).collect::<Vec<_>>();
+                    let scale = 1.0 / (d as f64).sqrt();
+                    let mut scores = vec![0.0; n];
+                    for h in head * group..(head + 1) * group {
+                        let queries: Vec<Vec<f64>> =
+                            self.queries[layer][h].iter().map(|q| turned(q)).collect();
+                        let count = queries.len().max(1) as f64;
+                        let mean: Vec<f64> = (0..d)
+                            .map(|i| queries.iter().map(|q| q[i]).sum::<f64>() / count)
+                            .collect();
+                        // Of what queries pay a key, the mean and the variance.
+                        let logit = |i: usize| {
+                            let key = &keys[head][i];
+                            let variance: f64 = queries
+                                .iter()
+                                .map(|q| (dot(q, key) - dot(&mean, key)).powi(2))
+                                .sum::<f64>()
+                                / count;
+                            scale * dot(&mean, key) + scale * scale * variance / 2.0
+                        };
+                        let late: Vec<usize> = (0..n).filter(|i| position(*i) >= 4).collect();
+                        let logits: Vec<f64> = late.iter().map(|i| logit(*i)).collect();
+                        for (i, share) in late.into_iter().zip(softmax(&logits)) {
+                            scores[i] += share / group as f64;
+                        }
+                    }
+                    let epsilon = if *shared { f64::from(0.01f32) } else { 0.0 };
+                    for (i, score) in scores.iter_mut().enumerate() {
+                        let v = &self.units[layer][head][i].v;
+                        let square: f64 = v.iter().map(|x| f64::from(*x).powi(2)).sum();
+                        // The first ones stand above all others.
+                        *score = match position(i) < 4 {
+                            true => 1e9,
+                            false => (*score + epsilon) * square.sqrt(),
+                        };
+                    }
+                    scores
+                }
+                Rule::LagKv(lag) => {
+                    let part = |i: usize| position(i).checked_sub(4).map(|p| p / lag);
+                    let whole = |tokens: usize| tokens.saturating_sub(4) / lag;
+                    let mut scores: Vec<f64> = (0..n)
+                        .map(|i| match i < before[head] {
+                            true => self.units[layer][head][i].score,
+                            false => 1.0 + position(i).saturating_sub(4) as f64,
+                        })
+                        .collect();
+                    for p in 0..whole(self.seen + t) {
+                        // Judged in the step that completes the partition after it.
+                        if p + 1 >= whole(self.seen + t) || p + 1 < whole(self.seen) {
+                            continue;
+                        }
+                        let of = |p: usize| (0..n).filter(move |i| part(*i) == Some(p));
+                        let values = |i: usize| -> Vec<f64> {
+                            let v = &self.units[layer][head][i].v;
+                            v.iter().map(|x| f64::from(*x)).collect()
+                        };
+                        let mut means = vec![0.0; of(p).count()];
+                        for by_keys in [true, false] {
+                            let row = |i: usize| match by_keys {
+                                true => keys[head][i].clone(),
+                                false => values(i),
+                            };
+                            let deviations: Vec<f64> = of(p)
+                                .map(|i| {
+                                    let x: Vec<f64> = (0..d)
+                                        .map(|c| {
+                                            let there = of(p + 1).map(|j| row(j)[c]);
+                                            let (least, most) = there.fold(
+                                                (f64::INFINITY, f64::NEG_INFINITY),
+                                                |(a, b), x| (a.min(x), b.max(x)),
+                                            );
+                                            match most > least {
+                                                true => (row(i)[c] - least) / (most - least),
+                                                false => 0.0,
+                                            }
+                                        })
+                                        .collect();
+                                    let mean = x.iter().sum::<f64>() / d as f64;
+                                    let squares: f64 = x.iter().map(|x| (x - mean).powi(2)).sum();
+                                    (squares / (d as f64 - 1.0)).sqrt()
+                                })
+                                .collect();
+                            for (mean, share) in means.iter_mut().zip(softmax(&deviations)) {
+                                *mean += share;
+                            }
+                        }
+                        for (at, i) in of(p).enumerate() {
+                            let below = means.iter().filter(|m| **m < means[at]).count();
+                            scores[i] = below as f64 / means.len() as f64;
+                            for (other, mean) in means.iter().enumerate() {
+                                if other != at {
+                                    closest = closest.min((mean - means[at]).abs() / mean);
+                                }
+                            }
+                        }
+                    }
+                    scores
+                }
+                Rule::Cur(window) => {
+                    let squares = |i: usize| {
+                        let unit = &self.units[layer][head][i];
+                        [&unit.k, &unit.v]
+                            .map(|x| x.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>())
+                    };
+                    (0..n)
+                        .map(|i| {
+                            if position(i) < 4 {
+                                return 1.0;
+                            }
+                            if position(i) / window < self.seen / window {
+                                return self.units[layer][head][i].score;
+                            }
+                            let mates =
+                                (0..n).filter(|j| position(*j) / window == position(i) / window);
+                            let (own, mut sums) = (squares(i), [0.0; 2]);
+                            for mate in mates {
+                                let mate = squares(mate);
+                                sums = [sums[0] + mate[0], sums[1] + mate[1]];
+                            }
+                            own[0] / sums[0] * own[1] / sums[1]
+                        })
+                        .collect()
+                }
+                Rule::Compactor(tile, sketches) => {
+                    let judged = self.compactor(step, layer, *tile, &sketches[layer]);
+                    let first = 8usize.saturating_sub(self.seen).min(t);
+                    // Two keys stand out equally from their mean: rounding decides.
+                    if judged.as_ref().is_some_and(|all| all[head].len() < 3) {
+                        closest = 0.0;
+                    }
+                    let most = judged.as_ref().map(|all| {
+                        let own = all[head].iter().copied();
+                        own.fold(f64::NEG_INFINITY, f64::max)
+                    });
+                    (0..n)
+                        .map(|i| {
+                            if i < before[head] {
+                                return self.units[layer][head][i].score;
+                            }
+                            let token = i - before[head];
+                            let Some(all) = &judged else {
+                                return (self.seen + token) as f64 * 1e-9;
+                            };
+                            let own = token.checked_sub(first);
+                            let own = own.and_then(|token| all[head].get(token));
+                            own.copied().unwrap_or(most.unwrap())
+                        })
+                        .collect()
+                }
+                Rule::QFilters(filters) => {
+                    let direction = filters[layer][head * d..(head + 1) * d].iter();
+                    let direction: Vec<f64> = direction.map(|x| f64::from(*x)).collect();
+                    keys[head].iter().map(|k| dot(k, &direction)).collect()
+                }
                 Rule::Full => vec![0.0; n],
                 Rule::Window => (0..n).map(|i| i as f64).collect(),
                 Rule::KeyNorm => keys[head].iter().map(|k| -dot(k, k).sqrt()).collect(),
@@ -417,10 +636,105 @@ impl Naive {
                     })
                     .collect(),
             };
+            self.margin = self.margin.min(closest);
             for (unit, score) in self.units[layer][head].iter_mut().zip(scores) {
                 unit.score = score;
             }
         }
+    }
+
+    /// Compactor's scores of a step's tokens but those at a text's ends, by KV head; `None` for too few.
+    fn compactor(
+        &self,
+        step: &StepInput,
+        layer: usize,
+        tile: usize,
+        sketch: &[f32],
+    ) -> Option<Vec<Vec<f64>>> {
+        let ModelSpec {
+            heads,
+            kv_heads,
+            head_dim: d,
+            ..
+        } = self.spec;
+        let (group, t) = (heads / kv_heads, step.tokens);
+        let first = 8usize.saturating_sub(self.seen).min(t);
+        let end = match step.phase {
+            Phase::Prefill { last: true } => t - 4.min(t - first),
+            _ => t,
+        };
+        if end - first < 2 {
+            return None;
+        }
+        let [q, k, v] = &step.layers[layer];
+        let row = |all: &[f32], of: usize, token: usize, head: usize| -> Vec<f64> {
+            let at = (token * of + head) * d;
+            all[at..at + d].iter().map(|x| f64::from(*x)).collect()
+        };
+        let (mut leverages, mut paid) = (Vec::new(), Vec::new());
+        for head in 0..kv_heads {
+            // Centred keys times the random matrix.
+            let plain: Vec<Vec<f64>> = (first..end).map(|i| row(k, kv_heads, i, head)).collect();
+            let mean: Vec<f64> = (0..d)
+                .map(|c| plain.iter().map(|k| k[c]).sum::<f64>() / plain.len() as f64)
+                .collect();
+            let rows: Vec<Vec<f64>> = plain
+                .iter()
+                .map(|key| {
+                    (0..48)
+                        .map(|c| {
+                            let weight = |i: usize| f64::from(sketch[(head * d + i) * 48 + c]);
+                            (0..d).map(|i| (key[i] - mean[i]) * weight(i)).sum()
+                        })
+                        .collect()
+                })
+                .collect();
+            let mut matrix = vec![vec![0.0; 48]; 48];
+            for (i, sums) in matrix.iter_mut().enumerate() {
+                for (j, sum) in sums.iter_mut().enumerate() {
+                    *sum = rows.iter().map(|x| x[i] * x[j]).sum();
+                }
+                sums[i] += 0.01;
+            }
+            leverages.push(rows.iter().map(|x| dot(x, &solved(&matrix, x))).collect());
+            let mut sums = vec![0.0; end - first];
+            for a in head * group..(head + 1) * group {
+                for from in (first..end).step_by(tile) {
+                    let to = (from + tile).min(end);
+                    for i in from..to {
+                        let query = self.rotate(&row(q, heads, i, a), i);
+                        let logits: Vec<f64> = (from..to)
+                            .map(|j| dot(&query, &self.rotate(&row(k, kv_heads, j, head), j)))
+                            .collect();
+                        for (j, weight) in softmax(&logits).into_iter().enumerate() {
+                            sums[from - first + j] += weight / group as f64;
+                        }
+                    }
+                }
+            }
+            for (i, sum) in sums.iter_mut().enumerate() {
+                let value = row(v, kv_heads, first + i, head);
+                *sum *= dot(&value, &value).sqrt();
+            }
+            let near = |i: usize| (0..sums.len()).filter(move |j| i.abs_diff(*j) <= 1);
+            let pooled = (0..sums.len()).map(|i| near(i).map(|j| sums[j]).sum::<f64>() / 3.0);
+            paid.push(pooled.collect());
+        }
+        let scaled = |lists: &[Vec<f64>]| -> Vec<Vec<f64>> {
+            let all: Vec<f64> = lists.concat();
+            let mean = all.iter().sum::<f64>() / all.len() as f64;
+            let squares: f64 = all.iter().map(|x| (x - mean).powi(2)).sum();
+            let deviation = (squares / (all.len() as f64 - 1.0)).sqrt().max(1e-6);
+            let of = |list: &Vec<f64>| list.iter().map(|x| (x - mean) / deviation).collect();
+            lists.iter().map(of).collect()
+        };
+        let (leverages, mut paid) = (scaled(&leverages), scaled(&paid));
+        for (paid, leverages) in paid.iter_mut().zip(&leverages) {
+            for (score, x) in paid.iter_mut().zip(leverages) {
+                *score += f64::from(0.35f32) * x;
+            }
+        }
+        Some(paid)
     }
 
     /// Units for each head of each layer, on average where they share.
@@ -571,12 +885,102 @@ impl Naive {
                 kept[*at].push(*unit);
             }
         }
+        for (kept, (layer, head, budget)) in kept.iter_mut().zip(&heads) {
+            let shrink = |units: usize| units.min(units * budget / self.settings.budget);
+            let (sinks, newest) = (shrink(guard.sinks), shrink(newest));
+            let own = floor.map_or(0, |floor| {
+                ((floor * *budget as f64 - 1e-9).ceil() as usize).min(*budget)
+            });
+            let Some(ranks) = self.ranks(*layer, *head, phase, kept.len(), own) else {
+                continue;
+            };
+            let n = ranks.len();
+            let mut list: Vec<(bool, f64, usize)> = (0..n)
+                .map(|i| {
+                    let near = (0..n).filter(|j| i.abs_diff(*j) <= pool / 2);
+                    let rank = near.map(|j| ranks[j]).fold(f64::NEG_INFINITY, f64::max);
+                    (i < sinks || i + newest >= n, rank, i)
+                })
+                .collect();
+            list.sort_by(|a, b| b.0.cmp(&a.0).then(b.1.total_cmp(&a.1)));
+            if kept.len() < n && !kept.is_empty() {
+                let pair = (list[kept.len() - 1], list[kept.len()]);
+                self.margin = self.margin.min(distance(pair.0, pair.1));
+            }
+            *kept = list[..kept.len()].iter().map(|r| r.2).collect();
+        }
         for ((layer, head, _), mut kept) in heads.into_iter().zip(kept) {
             kept.sort_unstable();
             self.merge(layer, head, &kept);
             let units = &mut self.units[layer][head];
             *units = kept.into_iter().map(|i| units[i].clone()).collect();
         }
+    }
+
+    /// What the units of a head are chosen by, if not by their scores: blocks, or what values become.
+    fn ranks(
+        &mut self,
+        layer: usize,
+        head: usize,
+        phase: Phase,
+        keep: usize,
+        own: usize,
+    ) -> Option<Vec<f64>> {
+        if let Some(size) = self.settings.blocks {
+            // The step's tokens are counted as seen only once it is over, and positions say what came.
+            let all: Vec<(usize, f64)> = self.units[layer]
+                .iter()
+                .flatten()
+                .map(|unit| (unit.position / size, unit.score))
+                .collect();
+            let read = self.read;
+            let open = phase == Phase::Prefill { last: false } && !read.is_multiple_of(size);
+            let rank = |unit: &Unit| {
+                let block = unit.position / size;
+                if open && block == read / size {
+                    return f64::INFINITY;
+                }
+                let own: Vec<f64> = all.iter().filter(|u| u.0 == block).map(|u| u.1).collect();
+                own.iter().sum::<f64>() / own.len() as f64
+            };
+            return Some(self.units[layer][head].iter().map(rank).collect());
+        }
+        let projections = self.settings.critical.as_ref()?;
+        let ModelSpec {
+            heads,
+            kv_heads,
+            head_dim: d,
+            hidden,
+            ..
+        } = self.spec;
+        let group = heads / kv_heads;
+        let norm = |v: &[f32]| {
+            let mut sum = 0.0;
+            for a in head * group..(head + 1) * group {
+                for row in 0..hidden {
+                    let weights = &projections[layer][row * heads * d + a * d..][..d];
+                    let terms = weights.iter().zip(v);
+                    let x: f64 = terms.map(|(w, x)| f64::from(*w) * f64::from(*x)).sum();
+                    sum += x.abs() / group as f64;
+                }
+            }
+            sum
+        };
+        let units = &self.units[layer][head];
+        let mut order: Vec<usize> = (0..units.len()).collect();
+        order.sort_by(|a, b| units[*b].score.total_cmp(&units[*a].score));
+        let first = own.max(keep / 2).max(1).min(keep);
+        if 0 < first && first < order.len() {
+            let pair = [order[first - 1], order[first]].map(|i| (false, units[i].score, 0));
+            self.margin = self.margin.min(distance(pair[0], pair[1]));
+        }
+        let mut ranks: Vec<f64> = (units.iter())
+            .map(|unit| (unit.score + f64::from(1e-4f32)) * norm(&unit.born))
+            .collect();
+        for unit in &order[..first.min(order.len())] {
+            ranks[*unit] = f64::INFINITY;
+        }
+        Some(ranks)
     }
 
     /// The mean of a kept unit's value and those of the dropped ones that are most like it.
@@ -597,7 +1001,11 @@ impl Naive {
         let cosine = |a: usize, b: usize| {
             dot(&keys[a], &keys[b]) / (dot(&keys[a], &keys[a]) * dot(&keys[b], &keys[b])).sqrt()
         };
-        let mut given: Vec<Vec<usize>> = vec![Vec::new(); units.len()];
+        let length = |unit: usize| {
+            let square = units[unit].v.iter().map(|x| f64::from(*x).powi(2));
+            square.sum::<f64>().sqrt()
+        };
+        let mut given: Vec<Vec<(f64, usize)>> = vec![Vec::new(); units.len()];
         let mut margin = f64::INFINITY;
         for unit in (0..units.len()).filter(|u| !kept.contains(u)) {
             let mut near: Vec<(f64, usize)> = kept.iter().map(|k| (cosine(unit, *k), *k)).collect();
@@ -607,15 +1015,21 @@ impl Naive {
                 margin = margin.min(near[0].0 - near[1].0);
             }
             if near[0].0 >= f64::from(threshold) {
-                given[near[0].1].push(unit);
+                let (own, other) = (length(unit), length(near[0].1));
+                let weight = match self.settings.weighted {
+                    true => near[0].0.max(0.0) * own / (own + other),
+                    false => 1.0,
+                };
+                given[near[0].1].push((weight, unit));
             }
         }
         self.margin = self.margin.min(margin);
         let values: Vec<Vec<f32>> = units.iter().map(|u| u.v.clone()).collect();
         for (unit, given) in given.iter().enumerate().filter(|(_, g)| !g.is_empty()) {
             for i in 0..self.spec.head_dim {
-                let sum: f64 = given.iter().map(|g| f64::from(values[*g][i])).sum();
-                let mean = (f64::from(values[unit][i]) + sum) / (given.len() + 1) as f64;
+                let sum: f64 = given.iter().map(|g| g.0 * f64::from(values[g.1][i])).sum();
+                let count: f64 = given.iter().map(|g| g.0).sum();
+                let mean = (f64::from(values[unit][i]) + sum) / (1.0 + count);
                 self.units[layer][head][unit].v[i] = mean as f32;
             }
         }
@@ -635,8 +1049,113 @@ fn distance(worst: (bool, f64, usize), lost: (bool, f64, usize)) -> f64 {
     (worst.1 - lost.1) / worst.1.abs().max(lost.1.abs())
 }
 
+/// The same with the files that a method cannot do without, but for Locret's heads.
+pub fn complete(config: &PolicyConfig, spec: &ModelSpec) -> PolicyConfig {
+    let mut config = config.clone();
+    match config.policy {
+        Method::QFilters => config.filters = Some(filters(spec)),
+        Method::KvZap => config.heads = Some(heads(spec, HeadForm::Linear)),
+        Method::FastKvZip => config.heads = Some(heads(spec, HeadForm::Gate)),
+        Method::DuoAttention => config.patterns = Some(head_scores(spec)),
+        _ => {}
+    }
+    config
+}
+
+/// Where a file of a test may lie that no other thread writes.
+fn file(name: String) -> PathBuf {
+    let thread = std::thread::current().id();
+    Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("{thread:?}-{name}"))
+}
+
+/// A file of scores of heads, of which every other one is high.
+fn head_scores(spec: &ModelSpec) -> PathBuf {
+    let row = |l: usize| {
+        let score = |h: usize| ((l + h) % 2).to_string();
+        (0..spec.kv_heads).map(score).collect::<Vec<_>>().join("\t")
+    };
+    let rows: Vec<String> = (0..spec.layers).map(row).collect();
+    let file = file(format!("scores-{}-{}.tsv", spec.layers, spec.kv_heads));
+    std::fs::write(&file, rows.join("\n")).unwrap();
+    file
+}
+
+/// A file of heads for this model that read a layer's input.
+fn heads(spec: &ModelSpec, form: HeadForm) -> PathBuf {
+    let mut numbers = Numbers(29);
+    let (kv_heads, group, inputs) = (spec.kv_heads, spec.heads / spec.kv_heads, spec.hidden);
+    let (features, sinks) = (4, 2);
+    let layer = |_| match form {
+        HeadForm::Gate => {
+            let d_r = kv_heads * (group + 1) * features;
+            let mut bias = numbers.list(d_r, 0.5);
+            // Keys have none.
+            bias[kv_heads * group * features..].fill(0.0);
+            LayerHead {
+                d_r,
+                fc1: numbers.list(d_r * inputs, 0.5),
+                fc1_bias: bias,
+                gate: Some(Gate {
+                    query_norm: numbers.list(features, 1.0),
+                    key_norm: numbers.list(features, 1.0),
+                    base: numbers.list(kv_heads * sinks * features, 1.0),
+                    offset: numbers.list(kv_heads * group, 1.0),
+                }),
+                ..LayerHead::default()
+            }
+        }
+        _ => LayerHead {
+            d_r: kv_heads,
+            fc1: numbers.list(kv_heads * inputs, 0.5),
+            fc1_bias: numbers.list(kv_heads, 1.0),
+            ..LayerHead::default()
+        },
+    };
+    let weights = HeadWeights {
+        form,
+        layers: (0..spec.layers).map(layer).collect(),
+        ..HeadWeights::default()
+    };
+    let shape = [spec.layers, spec.heads, kv_heads, inputs];
+    let file = file(format!("{form:?}-{shape:?}.safetensors"));
+    weights.save(&file, DType::F32).unwrap();
+    file
+}
+
+/// A file of directions for this model, from a formula.
+pub fn filters(spec: &ModelSpec) -> PathBuf {
+    let shape = [spec.layers, spec.kv_heads, spec.head_dim];
+    let file = file(format!("filters-{shape:?}.safetensors"));
+    let numbers = Numbers(17).list(shape.iter().product(), 1.0);
+    let filters = locret_policies::QFilters::new(numbers, shape).unwrap();
+    filters.save(&file).unwrap();
+    file
+}
+
 pub fn dot(a: &[f64], b: &[f64]) -> f64 {
     a.iter().zip(b).map(|(x, y)| x * y).sum()
+}
+
+/// `x` with `matrix · x = right`, by elimination.
+fn solved(matrix: &[Vec<f64>], right: &[f64]) -> Vec<f64> {
+    let n = right.len();
+    let mut rows: Vec<Vec<f64>> = (matrix.iter().zip(right))
+        .map(|(row, x)| [&row[..], &[*x]].concat())
+        .collect();
+    for i in 0..n {
+        for j in i + 1..n {
+            let factor = rows[j][i] / rows[i][i];
+            for c in i..=n {
+                rows[j][c] -= factor * rows[i][c];
+            }
+        }
+    }
+    let mut x = vec![0.0; n];
+    for i in (0..n).rev() {
+        let known: f64 = (i + 1..n).map(|c| rows[i][c] * x[c]).sum();
+        x[i] = (rows[i][n] - known) / rows[i][i];
+    }
+    x
 }
 
 pub fn softmax(logits: &[f64]) -> Vec<f64> {

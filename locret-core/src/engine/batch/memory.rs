@@ -136,6 +136,9 @@ pub(super) fn footprint(
     // A position, and what is carried.
     let widths = (0..spec.layers).map(|index| policy.carried_width(&spec.layer(index)));
     let metadata = 4 + 4 * widths.max().unwrap_or(1);
+    let noted = (0..spec.layers).map(|index| policy.noted(&spec.layer(index)));
+    // What is noted anew is there beside what it replaces, in one layer at a time or in all.
+    let notes = 2 * 4 * noted.sum::<usize>();
     let mut longest = plan.peak.units_per_head.max(before);
     if shared {
         // Plans know the mean of heads alone.
@@ -152,6 +155,7 @@ pub(super) fn footprint(
     let parts = [
         reserves,
         units.saturating_mul(metadata),
+        notes,
         fixed(spec, policy, longest, request.tokens()),
     ];
     let all = parts
