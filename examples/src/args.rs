@@ -6,7 +6,7 @@ use crate::{
 };
 use clap::Args;
 use locret_core::{
-    Budget, CacheOptions, DType, DecodeEviction, Error as CoreError, Positions, Prefill,
+    Budget, CacheOptions, DType, DecodeEviction, Error as CoreError, Kernels, Positions, Prefill,
     Quantization, Sampling, Share,
 };
 use locret_eval::{
@@ -34,6 +34,9 @@ pub struct ModelArgs {
     /// How a decoded token meets packed weights: exact, or bytes (rounded to eight bits, faster)
     #[arg(long, value_name = "HOW", default_value = "exact", value_parser = parse_activations)]
     pub activations: Activations,
+    /// What computes: auto (kernels of this repository for the device, where there are some), or operations (Burn's)
+    #[arg(long, value_name = "NAME", default_value = "auto", value_parser = parse_kernels)]
+    pub kernels: Kernels,
     /// LongRoPE (Phi-3) with its long factors at every length
     #[arg(long)]
     pub always_long: bool,
@@ -53,6 +56,7 @@ impl Default for ModelArgs {
             device: "flex".into(),
             weights: WeightDtype::default(),
             activations: Activations::default(),
+            kernels: Kernels::default(),
             always_long: false,
             cache: None,
             offline: false,
@@ -73,6 +77,7 @@ impl ModelArgs {
         LoadOptions::new()
             .weights(self.weights)
             .activations(self.activations)
+            .kernels(self.kernels)
             .always_long(self.always_long)
     }
 
@@ -554,6 +559,14 @@ fn parse_weights(text: &str) -> Result<WeightDtype, String> {
         "bf16" => Ok(WeightDtype::BF16),
         "file" => Ok(WeightDtype::File),
         _ => Err("expected f32, f16, bf16 or file".into()),
+    }
+}
+
+fn parse_kernels(text: &str) -> Result<Kernels, String> {
+    match text {
+        "auto" => Ok(Kernels::Auto),
+        "operations" => Ok(Kernels::Operations),
+        _ => Err("expected auto or operations".into()),
     }
 }
 

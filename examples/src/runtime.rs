@@ -2,7 +2,9 @@
 
 use crate::{Error, Result, args::ModelArgs, progress, report};
 use burn::tensor::{Device, Tensor};
-use locret_core::CausalLm;
+use locret_core::{CausalLm, Compute};
+#[cfg(feature = "cube")]
+use locret_core::{Kernels, is_host_device};
 use locret_eval::{
     corpus::Essays,
     evaluate::Tokeniser,
@@ -10,7 +12,8 @@ use locret_eval::{
     tasks::{Frame, Kind, Texts},
 };
 use locret_models::{
-    Date, FetchOptions, LoadedModel, Message, SpecialTokens, Tokenizer, load_model, resolve,
+    Date, FetchOptions, LoadOptions, LoadedModel, Message, SpecialTokens, Tokenizer,
+    load_model_with, resolve,
 };
 use std::{
     cell::{Cell, OnceCell},
@@ -48,7 +51,8 @@ impl Runtime {
         let path = resolve(&args.model, &args.fetch(), &|p| shown.show(p))?;
         drop(shown);
         let started = Instant::now();
-        let loaded = load_model(&path, &args.options(), &device)?;
+        let options = args.options();
+        let loaded = load_model_with(&path, &options, &compute(&device, &options)?)?;
         eprintln!(
             "loaded {} in {}",
             args.model,
@@ -318,6 +322,19 @@ pub fn device(name: &str) -> Result<Device> {
             )))
         }
     }
+}
+
+/// What computes on a device: kernels of this repository where there are some for it, and otherwise what `options` ask
+/// for.
+///
+/// # Errors
+/// [`Error::Core`] for a device that the kernels do not know.
+pub fn compute(device: &Device, options: &LoadOptions) -> Result<Arc<dyn Compute>> {
+    #[cfg(feature = "cube")]
+    if options.kernels == Kernels::Auto && !is_host_device(device) {
+        return Ok(Arc::new(locret_cube::Cube::new(device)?));
+    }
+    Ok(options.kernels.with(device, options.activations))
 }
 
 #[cfg(test)]

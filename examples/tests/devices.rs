@@ -1,21 +1,21 @@
-//! Every device that the tests are built with, and Burn's operations on the CPU: the same logits, the
-//! same kept units and the same answers for every policy as the CPU kernels give, as far as the device's
-//! arithmetic allows.
+//! Every device that the tests are built with, by this repository's kernels for it, and Burn's operations on the CPU:
+//! the same logits, the same kept units and the same answers for every policy, store and mode of positions as the
+//! CPU kernels give, as far as the device's arithmetic allows.
 //!
 //! ```text
 //! cargo test --release -p locret-examples --features vulkan --test devices
 //! ```
 
 use locret_core::{
-    Budget, CacheOptions, CausalLm, Kernels, ModelSpec, Positions, Prefill, Quantization, Session,
-    conformance::StoreCheck,
+    Budget, CacheOptions, CausalLm, DType, Kernels, ModelSpec, Positions, Prefill, Quantization,
+    Session, conformance::StoreCheck,
 };
 use locret_eval::{
     golden::GoldenLogits,
     trace::{Trace, trace},
 };
-use locret_examples::runtime::device;
-use locret_models::{LoadOptions, WeightDtype, load_model};
+use locret_examples::runtime::{compute, device};
+use locret_models::{LoadOptions, WeightDtype, load_model_with};
 use locret_policies::{
     Gate, HeadForm, HeadWeights, LayerHead, Method, PolicyConfig, QFilters, RetainingHeads,
 };
@@ -24,32 +24,37 @@ use std::{
     sync::Arc,
 };
 
-/// How far a logit may be off, and the share of the units kept by K-norm that may be others, where keys
-/// are that far off, too. All other policies keep the same units.
+/// How far a logit may be off, of 16-bit keys and values as well (where a number that is off by the last of 32 bits may
+/// be rounded to another one of 16), and the share of the units kept by K-norm that may be others, where keys are that
+/// far off, too. All other policies keep the same units.
 #[derive(Clone, Copy)]
 struct Tolerance {
     logit: f32,
+    half: f32,
     key_norm: f64,
 }
 
 /// On the CPU.
 const CPU: Tolerance = Tolerance {
-    logit: 1e-3,
+    logit: 1e-4,
+    half: 1e-3,
     key_norm: 0.0,
 };
 
 /// In single precision throughout, in another order.
 #[cfg(any(feature = "vulkan", feature = "metal", feature = "wgpu"))]
 const EXACT: Tolerance = Tolerance {
-    logit: 1e-3,
+    logit: 1e-4,
+    half: 1e-3,
     key_norm: 0.0,
 };
 
-/// Where the backend multiplies `f32` matrices with what is left of them in TF32, with 10 bits after
-/// the point, if that is the fastest way.
+/// Where Burn's backend, which retaining heads are computed by, multiplies `f32` matrices with what is left of them in
+/// TF32, with 10 bits after the point, if that is the fastest way.
 #[cfg(feature = "cuda")]
 const TF32: Tolerance = Tolerance {
     logit: 3e-2,
+    half: 3e-2,
     key_norm: 0.02,
 };
 
@@ -80,17 +85,24 @@ on!(metal, super::EXACT);
 #[cfg(feature = "wgpu")]
 on!(wgpu, super::EXACT);
 
+/// What is asked for by `--kernels operations`, or has no kernel.
+#[cfg(feature = "wgpu")]
+#[test]
+fn burns_operations_on_a_device() {
+    logits("wgpu_operations", EXACT);
+}
+
 fn golden(name: &str) -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR"))
         .join("../locret-models/tests/golden")
         .join(name)
 }
 
-/// What computes on the CPU: its kernels are the measure of all others.
+/// What computes: on the CPU its kernels are the measure of all others.
 fn kernels(on: &str) -> Kernels {
-    match on {
-        "operations" => Kernels::Operations,
-        _ => Kernels::Auto,
+    match on.ends_with("operations") {
+        true => Kernels::Operations,
+        false => Kernels::Auto,
     }
 }
 
@@ -98,12 +110,16 @@ fn model(name: &str, on: &str) -> Arc<dyn CausalLm> {
     let options = LoadOptions::new()
         .weights(WeightDtype::F32)
         .kernels(kernels(on));
-    let device = match on {
-        "operations" => device("flex"),
-        _ => device(on),
+    let device = match on.strip_suffix("operations") {
+        Some("") => device("flex"),
+        Some(other) => device(other.trim_end_matches('_')),
+        None => device(on),
     };
     let device = device.unwrap_or_else(|e| panic!("{on}: {}", e.chain()));
-    load_model(golden(name), &options, &device).unwrap().model
+    let compute = compute(&device, &options).unwrap();
+    load_model_with(golden(name), &options, &compute)
+        .unwrap()
+        .model
 }
 
 /// Heads whose weights follow a formula.
@@ -191,7 +207,7 @@ fn filters(spec: &ModelSpec) -> PathBuf {
 }
 
 /// 90 tokens in chunks of 16, the last 10 without eviction; then eight greedy ones.
-fn run(on: &str, config: &PolicyConfig) -> (Trace, Vec<f32>) {
+fn run(on: &str, config: &PolicyConfig, dtype: DType) -> (Trace, Vec<f32>) {
     let model = model("llama31", on);
     let spec = model.spec();
     let policy = match config.policy {
@@ -219,7 +235,7 @@ fn run(on: &str, config: &PolicyConfig) -> (Trace, Vec<f32>) {
     };
     // No token twice: keys of the same one have the same norm but for rounding.
     let ids: Vec<u32> = (0..90).map(|i| (i * 77 + 13) % 180).collect();
-    let options = CacheOptions::new().kernels(kernels(on));
+    let options = CacheOptions::new().kernels(kernels(on)).dtype(dtype);
     let mut session = Session::with_options(model, policy, options).unwrap();
     let prefill = Prefill::new(16, 10);
     let mut read = session.fork().unwrap();
@@ -251,7 +267,12 @@ fn policies(on: &str, tolerance: Tolerance) {
     let most = reserve * 2 * spec.head_dim * size_of::<f32>() * spec.kv_heads * spec.layers;
     for method in Method::ALL {
         for positions in [Positions::Compact, Positions::Original] {
-            for bits in [None, Some(8), Some(4)] {
+            for (dtype, bits) in [
+                (DType::F32, None),
+                (DType::F16, None),
+                (DType::F32, Some(8)),
+                (DType::F32, Some(4)),
+            ] {
                 if method == Method::InfLlm && positions == Positions::Original {
                     continue;
                 }
@@ -260,9 +281,9 @@ fn policies(on: &str, tolerance: Tolerance) {
                 if method.evicts() {
                     config.budget = Some(Budget::Units(24));
                 }
-                let case = format!("{on}, {method}, {positions:?}, {bits:?} bits");
-                let (expected, there) = run("flex", &config);
-                let (found, here) = run(on, &config);
+                let case = format!("{on}, {method}, {positions:?}, {dtype}, {bits:?} bits");
+                let (expected, there) = run("flex", &config, dtype);
+                let (found, here) = run(on, &config, dtype);
                 let off = (here.iter().zip(&there))
                     .map(|(a, b)| (a - b).abs())
                     .fold(0.0, f32::max);
@@ -278,7 +299,11 @@ fn policies(on: &str, tolerance: Tolerance) {
                     Method::KeyNorm => tolerance.key_norm,
                     _ => 0.0,
                 };
-                if others > may_be || (others == 0.0 && off > tolerance.logit) || !same {
+                let may_differ = match dtype {
+                    DType::F32 => tolerance.logit,
+                    _ => tolerance.half,
+                };
+                if others > may_be || (others == 0.0 && off > may_differ) || !same {
                     failures.push(case);
                 }
             }

@@ -59,6 +59,8 @@ pub use locret_kernels::{
     visible::{View, Views},
 };
 pub use stores::{
-    Dense, Fold, Growth, KvStore, Placement, QuantLayout, Quantization, QuantizedStore, Scratch,
-    Spilled, Tier, TurnKeys,
+    Dense, Fold, Growth, KvStore, Placement, QuantLayout, Quantization, QuantizedStore, Room,
+    Scratch, Spilled, Tier, TurnKeys,
 };
+#[doc(hidden)]
+pub use stores::{check_append, check_folds, check_retain, dense_name, folded};

@@ -82,7 +82,7 @@ pub use files::{
     gguf_weights::GgufWeights,
     safetensors::SafetensorsDir,
 };
-pub use load::{LoadOptions, LoadedModel, ModelFiles, load_model};
+pub use load::{LoadOptions, LoadedModel, ModelFiles, load_model, load_model_with};
 pub use locret_core::Activations;
 pub use locret_core::DType;
 pub use tokenizer::{DecodeStream, SpecialTokens, Tokenizer};

@@ -5,7 +5,7 @@ use crate::{
     ModelError, Result, SafetensorsDir, Tokenizer, WeightDtype, Weights, decoder::Extras,
 };
 use burn::tensor::Device;
-use locret_core::{Activations, CausalLm, Kernels};
+use locret_core::{Activations, CausalLm, Compute, Kernels};
 use std::{path::Path, sync::Arc};
 
 /// How a model is loaded.
@@ -162,6 +162,19 @@ pub fn load_model(
     options: &LoadOptions,
     device: &Device,
 ) -> Result<LoadedModel> {
+    let compute = options.kernels.with(device, options.activations);
+    load_model_with(path, options, &compute)
+}
+
+/// As [`load_model`], computed by `compute`, whatever `options` say of kernels and activations.
+///
+/// # Errors
+/// As [`load_model`].
+pub fn load_model_with(
+    path: impl AsRef<Path>,
+    options: &LoadOptions,
+    compute: &Arc<dyn Compute>,
+) -> Result<LoadedModel> {
     let files = ModelFiles::open(path)?;
     let config = files.config()?;
     let config = if options.always_long {
@@ -171,8 +184,7 @@ pub fn load_model(
     };
     let decoder = decoder_config(&config, files.path())?;
     let weights = files.weights()?;
-    let compute = options.kernels.with(device, options.activations);
-    let loader = Loader::new(&*weights, options.weights, &compute);
+    let loader = Loader::new(&*weights, options.weights, compute);
     check_extras(&config, Extras::of(&loader, decoder.layout), files.path())?;
     let model = Decoder::load(&decoder, &loader)?;
     for name in loader.unused() {

@@ -75,6 +75,16 @@ impl RopeTable {
         self.factor
     }
 
+    /// The frequencies in radians per position, `rotary_dim / 2` of them.
+    pub fn frequencies(&self) -> &[f32] {
+        &self.inv_freq
+    }
+
+    /// The positions that the rows are for.
+    pub fn positions(&self) -> Range<usize> {
+        self.positions.clone()
+    }
+
     /// All cosines, `[len, rotary_dim / 2]`.
     pub fn cos(&self) -> &[f32] {
         &self.cos

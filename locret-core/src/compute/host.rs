@@ -283,6 +283,15 @@ impl Compute for Host {
 }
 
 impl Attention<'_> {
+    /// Checks rotated queries `[tokens, heads * head_dim]`, and what they see, against the layer, its units and the
+    /// table.
+    ///
+    /// # Errors
+    /// [`Error::Shape`]; [`Error::Setting`] for units that were not made resident.
+    pub fn validate(&self, q: &Rows) -> Result<()> {
+        self.check(q).map(|_| ())
+    }
+
     /// Checks the queries against the layer.
     pub(super) fn check(&self, q: &Rows) -> Result<AttnShape> {
         let (layer, tokens) = (&self.layer, q.rows());

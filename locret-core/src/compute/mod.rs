@@ -307,7 +307,10 @@ impl<'a> Rotation<'a> {
     }
 
     /// Checks that the table has every row that `[tokens, width]` numbers need.
-    fn check(&self, [tokens, width]: [usize; 2]) -> Result<()> {
+    ///
+    /// # Errors
+    /// [`Error::Shape`].
+    pub fn check(&self, [tokens, width]: [usize; 2]) -> Result<()> {
         let groups = match self.rows {
             TableRows::From([]) => return Err(Error::shape("groups of heads", "at least one", 0)),
             TableRows::From(first) => first.len(),

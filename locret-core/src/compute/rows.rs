@@ -223,7 +223,10 @@ impl Rows {
     }
 
     /// Checks the shape.
-    pub(crate) fn expect(&self, what: &'static str, expected: [usize; 2]) -> Result<()> {
+    ///
+    /// # Errors
+    /// [`Error::Shape`] for another one.
+    pub fn expect(&self, what: &'static str, expected: [usize; 2]) -> Result<()> {
         match self.shape == expected {
             true => Ok(()),
             false => Err(Error::shape(what, expected, self.shape)),

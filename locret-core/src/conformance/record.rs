@@ -7,6 +7,7 @@ use crate::{
     Scores, Step, TurnKeys, Verdict, Visible,
 };
 use std::{
+    any::Any,
     io::{Read, Take, Write},
     ops::Range,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
@@ -515,6 +516,10 @@ impl KvStore for Watched {
 
     fn keys_at(&self, head: usize, units: &[u32]) -> Result<Rows> {
         self.inner.keys_at(head, units)
+    }
+
+    fn as_any(&self) -> Option<&dyn Any> {
+        self.inner.as_any()
     }
 
     fn tiles(&self, head: usize) -> Option<Box<dyn KvTiles + '_>> {

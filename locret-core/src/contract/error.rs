@@ -205,7 +205,8 @@ impl SnapshotError {
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
 impl Error {
-    pub(crate) fn shape(
+    /// [`Error::Shape`] of what was found where something else was due.
+    pub fn shape(
         what: &'static str,
         expected: impl std::fmt::Debug,
         found: impl std::fmt::Debug,

@@ -57,23 +57,43 @@ pub(super) fn cut(rows: usize, dropped: usize, capacity: usize) -> usize {
     }
 }
 
-/// Rows of a buffer, and how many there is room for.
-#[derive(Debug, Clone, Copy, Default)]
-struct Buffer {
+/// Rows of a buffer, and how many there is room for: the rule by which dense stores grow and shrink.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Room {
     rows: usize,
     capacity: usize,
 }
 
-impl Buffer {
-    fn append(&mut self, new: usize) {
+impl Room {
+    /// Exactly so many rows.
+    pub fn exact(rows: usize) -> Self {
+        Self {
+            rows,
+            capacity: rows,
+        }
+    }
+
+    /// Rows that are taken.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Rows that there is memory for.
+    pub fn capacity(&self) -> usize {
+        self.capacity
+    }
+
+    /// So many more rows; where they do not fit, exactly as much more room for several of them, and some in reserve
+    /// for a single one.
+    pub fn append(&mut self, new: usize) {
         if self.capacity - self.rows < new {
             self.capacity = grown(self.rows, new);
         }
         self.rows += new;
     }
 
-    /// Keeps so many rows.
-    fn retain(&mut self, kept: usize) {
+    /// Keeps so many of the rows.
+    pub fn retain(&mut self, kept: usize) {
         self.capacity = cut(kept, self.rows - kept, self.capacity);
         self.rows = kept;
     }
@@ -82,7 +102,7 @@ impl Buffer {
 /// Of a dense store in host memory.
 #[derive(Debug)]
 pub(super) struct DenseGrowth {
-    buffer: Buffer,
+    buffer: Room,
     /// Bytes of a unit of all heads.
     unit: usize,
 }
@@ -90,7 +110,7 @@ pub(super) struct DenseGrowth {
 impl DenseGrowth {
     pub(super) fn new(heads: usize, dim: usize, value: usize) -> Self {
         Self {
-            buffer: Buffer::default(),
+            buffer: Room::default(),
             unit: heads * 2 * dim * value,
         }
     }
@@ -159,8 +179,8 @@ pub(super) struct CodedGrowth {
     /// The first units, which stay numbers.
     first: usize,
     /// Units that are codes, and those that are numbers.
-    coded: Buffer,
-    tail: Buffer,
+    coded: Room,
+    tail: Room,
     /// Groups of tokens that have a member left, where keys are scaled by group.
     groups: f64,
     /// Of a bound: units that a head holds, whatever they are.
@@ -185,8 +205,8 @@ impl CodedGrowth {
         Self {
             config,
             first: 0,
-            coded: Buffer::default(),
-            tail: Buffer::default(),
+            coded: Room::default(),
+            tail: Room::default(),
             groups: 0.0,
             bound: None,
             coded_bytes: heads * unit,
@@ -291,7 +311,7 @@ impl Growth for CodedGrowth {
         self.bound = Some(all);
         if all > 0 {
             self.first = self.config.first.min(all);
-            self.coded = Buffer {
+            self.coded = Room {
                 rows: all,
                 capacity: next(all),
             };

@@ -13,16 +13,19 @@ mod spilled;
 mod tensor;
 
 pub use coded::{QuantLayout, Quantization, QuantizedStore};
-pub use growth::Growth;
 pub(crate) use growth::RESERVE;
+pub use growth::{Growth, Room};
 pub(crate) use host::HostStore;
+pub use saved::name as dense_name;
 pub use scratch::{Scratch, Tier};
 pub use spilled::Spilled;
 pub(crate) use tensor::TensorStore;
 
 use crate::{Compute, DType, Error, LayerSpec, Result, Rows, SnapshotError};
+use growth::DenseGrowth;
 use locret_kernels::tiles::KvTiles;
 use std::{
+    any::Any,
     fmt::Debug,
     io::{Read, Take, Write},
     ops::Range,
@@ -114,6 +117,11 @@ pub trait KvStore: Debug + Send + Sync {
     /// unit costs next to nothing.
     fn turned_tiles(&self, head: usize, _keys: bool) -> Option<Box<dyn KvTiles + '_>> {
         self.brought_tiles(head)
+    }
+
+    /// The store itself, for a [`Compute`] that reads its own stores where they lie; `None` if nobody does.
+    fn as_any(&self) -> Option<&dyn Any> {
+        None
     }
 
     /// Whether [`turn_keys`](Self::turn_keys) does anything. Where storing turned keys would lose
@@ -260,10 +268,15 @@ impl Dense {
     pub fn boxed(layer: &LayerSpec, place: &Placement) -> Result<Box<dyn KvStore>> {
         place.compute.store(layer, place.dtype)
     }
+
+    /// How a dense store grows whose buffers are [`Room`]s, one for each KV head, of values of `value` bytes.
+    pub fn growth(layer: &LayerSpec, value: usize) -> Box<dyn Growth> {
+        Box::new(DenseGrowth::new(layer.kv_heads, layer.head_dim, value))
+    }
 }
 
 /// Checks what is appended and returns the number of tokens.
-pub(crate) fn check_append(keys: &Rows, values: &Rows, heads: usize, dim: usize) -> Result<usize> {
+pub fn check_append(keys: &Rows, values: &Rows, heads: usize, dim: usize) -> Result<usize> {
     let t = keys.rows();
     keys.expect("keys", [t, heads * dim])?;
     values.expect("values", [t, heads * dim])?;
@@ -308,7 +321,7 @@ pub(crate) fn check_units(units: &[u32], len: usize) -> Result<()> {
 }
 
 /// Checks what is to be kept against what is there.
-pub(crate) fn check_retain(kept: &[Vec<u32>], lens: impl Iterator<Item = usize>) -> Result<()> {
+pub fn check_retain(kept: &[Vec<u32>], lens: impl Iterator<Item = usize>) -> Result<()> {
     let lens: Vec<usize> = lens.collect();
     if kept.len() != lens.len() {
         return Err(Error::shape("selection", [lens.len()], [kept.len()]));
@@ -357,7 +370,7 @@ pub(crate) fn check_away(blocks: &[Vec<Vec<u32>>], lens: &[usize]) -> Result<(),
 }
 
 /// Checks what is to be folded against the number of units.
-pub(crate) fn check_folds(folds: &[Fold], len: usize) -> Result<()> {
+pub fn check_folds(folds: &[Fold], len: usize) -> Result<()> {
     let units = folds.iter().flat_map(|f| [f.from, f.into]);
     match units.max() {
         Some(unit) if unit as usize >= len => Err(Error::setting(
@@ -370,7 +383,7 @@ pub(crate) fn check_folds(folds: &[Fold], len: usize) -> Result<()> {
 }
 
 /// The new values of units that others are folded into, from the old values.
-pub(crate) fn folded(folds: &[Fold], value: impl Fn(u32) -> Vec<f32>) -> Vec<(u32, Vec<f32>)> {
+pub fn folded(folds: &[Fold], value: impl Fn(u32) -> Vec<f32>) -> Vec<(u32, Vec<f32>)> {
     let mut folds = folds.to_vec();
     folds.sort_by_key(|fold| fold.into);
     folds

@@ -12,7 +12,7 @@ const MAGIC: [u8; 4] = *b"KVS1";
 const NAME: usize = 256;
 
 /// The name of a dense store.
-pub(super) fn name(dtype: DType) -> String {
+pub fn name(dtype: DType) -> String {
     dtype.name().to_ascii_lowercase()
 }
 

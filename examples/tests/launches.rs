@@ -1,0 +1,102 @@
+//! How many kernels a layer launches for a token and for a chunk, as CubeCL's log has them; each launch takes the host
+//! some microseconds, whatever the kernel does.
+//!
+//! ```text
+//! cargo test -p locret-examples --features wgpu --test launches -- --nocapture
+//! ```
+
+#![cfg(feature = "wgpu")]
+
+use locret_core::{Budget, CacheOptions, Generate, Kernels, Positions, Prefill, Session};
+use locret_examples::runtime::{compute, device};
+use locret_models::{LoadOptions, WeightDtype, load_model_with};
+use locret_policies::{Method, PolicyConfig};
+use std::{env, fs, path::PathBuf, process::Command, thread::sleep, time::Duration};
+
+/// What the process whose log is read is told: kernels, chunks, tokens.
+const ASKED: &str = "LOCRET_LAUNCHES";
+
+/// Tokens of a chunk.
+const CHUNK: usize = 16;
+
+fn golden() -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../locret-models/tests/golden/llama31")
+}
+
+/// Reads and answers, in a process of its own.
+#[test]
+#[ignore = "another test starts it"]
+fn reads() {
+    let asked = env::var(ASKED).unwrap();
+    let asked: Vec<usize> = asked.split(' ').map(|n| n.parse().unwrap()).collect();
+    let [operations, chunks, tokens] = asked[..] else {
+        panic!("{asked:?}")
+    };
+    let kernels = [Kernels::Auto, Kernels::Operations][operations];
+    let options = LoadOptions::new()
+        .weights(WeightDtype::F32)
+        .kernels(kernels);
+    let compute = compute(&device("wgpu").unwrap(), &options).unwrap();
+    let model = load_model_with(golden(), &options, &compute).unwrap().model;
+    let config = PolicyConfig::new(Method::Window)
+        .budget(Budget::Units(24))
+        .positions(Positions::Original);
+    let policy = config.build(model.spec(), &*compute).unwrap();
+    let mut session = Session::with_options(model, policy, CacheOptions::new()).unwrap();
+    let ids: Vec<u32> = (0..chunks * CHUNK).map(|i| i as u32 * 7 % 180).collect();
+    session.prefill(&ids, &Prefill::new(CHUNK, 0)).unwrap();
+    for token in session.generate(Generate::greedy(tokens)).unwrap() {
+        token.unwrap();
+    }
+    // The log is written by a thread that nobody waits for.
+    sleep(Duration::from_secs(2));
+}
+
+/// Launches of reading so many chunks and answering with so many tokens.
+fn launches(kernels: Kernels, chunks: usize, tokens: usize) -> usize {
+    let folder = tempfile::tempdir().unwrap();
+    let log = folder.path().join("launches");
+    let settings = format!("[profiling]\nlogger = {{ level = \"minimal\", file = {log:?} }}\n");
+    fs::write(folder.path().join("cubecl.toml"), settings).unwrap();
+    let operations = u8::from(kernels == Kernels::Operations);
+    let ran = Command::new(env::current_exe().unwrap())
+        .args(["--exact", "reads", "--ignored"])
+        .current_dir(folder.path())
+        .env(ASKED, format!("{operations} {chunks} {tokens}"))
+        .output()
+        .unwrap();
+    assert!(
+        ran.status.success(),
+        "{}",
+        String::from_utf8_lossy(&ran.stdout)
+    );
+    let log = fs::read_to_string(log).unwrap();
+    log.lines()
+        .filter(|line| line.contains("Executing "))
+        .count()
+}
+
+#[test]
+fn a_layer_launches_few_kernels() {
+    let layers = {
+        let options = LoadOptions::new();
+        let compute = compute(&device("flex").unwrap(), &options).unwrap();
+        let loaded = load_model_with(golden(), &options, &compute).unwrap();
+        loaded.model.spec().layers
+    };
+    let of = |kernels| {
+        let before = launches(kernels, 4, 2);
+        let token = launches(kernels, 4, 6) - before;
+        let chunk = launches(kernels, 6, 2) - before;
+        [
+            token as f64 / (4 * layers) as f64,
+            chunk as f64 / (2 * layers) as f64,
+        ]
+    };
+    let [token, chunk] = of(Kernels::Auto);
+    let [token_before, chunk_before] = of(Kernels::Operations);
+    println!("launches of a layer, with what belongs to none: {token} a token, {chunk} a chunk");
+    println!("by Burn's operations: {token_before} a token, {chunk_before} a chunk");
+    assert!(token > 8.0 && token <= 20.0, "{token}");
+    assert!(chunk > 8.0 && chunk <= 20.0, "{chunk}");
+}

@@ -1,0 +1,97 @@
+//! Which kernels attend, and how many cubes of them.
+
+use crate::{
+    kernels::attention::{self, Form},
+    place::{Place, element},
+    store::{CubeStore, elementwise},
+    tables::Table,
+};
+use burn::tensor::DType as TensorType;
+use burn_cubecl::tensor::CubeTensor;
+use cubecl::prelude::*;
+use locret_core::LayerSpec;
+
+/// Cubes that keep a multiprocessor busy while others wait for memory.
+const RESIDENT: usize = 4;
+
+/// Multiprocessors of a device that does not say how many it has.
+const PROCESSORS: usize = 16;
+
+/// Tiles that a part of a row's units has at least: less is not worth joining.
+const TILES: usize = 4;
+
+/// Attention of rotated queries `[tokens, heads * dim]` over all units of a store, in as many parts as there are to
+/// be; `None` where heads are too wide.
+pub(crate) fn attend(
+    place: &Place,
+    q: CubeTensor,
+    store: &CubeStore,
+    table: Option<&Table>,
+    layer: &LayerSpec,
+    scale: f32,
+    parts: Option<usize>,
+) -> Option<CubeTensor> {
+    let (tokens, width) = (q.meta.shape()[0], q.meta.shape()[1]);
+    let (group, dim) = (layer.group(), layer.head_dim);
+    let rows = tokens * group;
+    let half = table.map_or(0, Table::half);
+    let form = Form::new(dim, half, group, rows)?;
+    let blocks = rows.div_ceil(form.rows);
+    let parts = parts.unwrap_or_else(|| {
+        let processors = place
+            .client
+            .properties()
+            .hardware
+            .num_streaming_multiprocessors;
+        let wanted = RESIDENT * processors.map_or(PROCESSORS, |n| n as usize);
+        let most = store.longest().div_ceil(TILES * form.tile());
+        wanted.div_ceil(blocks * layer.kv_heads).min(most).max(1)
+    });
+    let form = Form {
+        split: parts > 1,
+        ..form
+    };
+    let out = |parts: usize| place.empty([parts * tokens, width], TensorType::F32);
+    let stats = match form.split {
+        true => 2 * parts * tokens * layer.heads,
+        false => 1,
+    };
+    let (made, stats) = (out(parts), place.empty([stats], TensorType::F32));
+    let [cos, sin] = match table {
+        Some(table) => [table.cos.clone(), table.sin.clone()],
+        None => [(); 2].map(|()| place.empty([1], TensorType::F32)),
+    };
+    attention::attend::launch(
+        &place.client,
+        CubeCount::Static(blocks as u32, layer.kv_heads as u32, parts as u32),
+        CubeDim::new_1d(form.units() as u32),
+        q.into_tensor_arg(),
+        store.keys.clone().into_buffer_arg(),
+        store.values.clone().into_buffer_arg(),
+        store.bounds.clone().into_buffer_arg(),
+        cos.into_buffer_arg(),
+        sin.into_buffer_arg(),
+        made.clone().into_buffer_arg(),
+        stats.clone().into_buffer_arg(),
+        scale,
+        tokens as u32,
+        form,
+        element(store.kind()),
+    );
+    if !form.split {
+        return Some(made);
+    }
+    let joined = out(1);
+    let (count, cube) = elementwise(place, tokens * width);
+    attention::join::launch(
+        &place.client,
+        count,
+        cube,
+        made.into_buffer_arg(),
+        stats.into_buffer_arg(),
+        joined.clone().into_buffer_arg(),
+        parts as u32,
+        dim,
+    );
+    Some(joined)
+}

@@ -1,0 +1,145 @@
+//! The third place where things are computed.
+
+use crate::{
+    attention, elementwise,
+    matrix::{self, CubeMatrix},
+    place::{Place, made},
+    store::CubeStore,
+    tables::Tables,
+};
+use burn::tensor::Device;
+use locret_core::{
+    Attention, Compute, DType, Error, KvStore, LayerSpec, Matrix, Observe, Observed, Ops,
+    Perceptron, Result, Rotation, Rows, Survey, Weight,
+};
+use std::sync::Arc;
+
+/// Computes with fused kernels on a device of Burn's CubeCL backends, and with Burn's operations where it has none.
+#[derive(Debug)]
+pub struct Cube {
+    place: Arc<Place>,
+    ops: Ops,
+    tables: Tables,
+    parts: Option<usize>,
+}
+
+impl Cube {
+    /// On `device`.
+    ///
+    /// # Errors
+    /// [`Error::Setting`] for a device of another kind.
+    pub fn new(device: &Device) -> Result<Self> {
+        Ok(Self {
+            place: Arc::new(Place::new(device)?),
+            ops: Ops::new(device),
+            tables: Tables::default(),
+            parts: None,
+        })
+    }
+
+    /// The same, with the units of every head attended to in so many parts, rather than in as many as keep the
+    /// device busy.
+    pub fn in_parts(self, parts: usize) -> Self {
+        Self {
+            parts: Some(parts.max(1)),
+            ..self
+        }
+    }
+}
+
+impl Compute for Cube {
+    fn name(&self) -> &'static str {
+        "GPU kernels"
+    }
+
+    fn device(&self) -> &Device {
+        &self.place.device
+    }
+
+    fn rows(&self, values: Vec<f32>, width: usize) -> Result<Rows> {
+        self.ops.rows(values, width)
+    }
+
+    fn matrix(&self, parts: Vec<Weight>) -> Result<Arc<dyn Matrix>> {
+        Ok(Arc::new(CubeMatrix::new(&self.place, &parts)?))
+    }
+
+    fn computes_with(&self, dtype: DType) -> bool {
+        matrix::kind(dtype).is_some()
+    }
+
+    fn perceptron(&self, first: Weight, second: Vec<f32>) -> Result<Arc<dyn Perceptron>> {
+        self.ops.perceptron(first, second)
+    }
+
+    fn norm(&self, x: &Rows, gain: &Rows, epsilon: f32) -> Result<Rows> {
+        elementwise::norm(&self.place, x, gain, epsilon)
+    }
+
+    fn add_norm(&self, x: &mut Rows, y: &Rows, gain: &Rows, epsilon: f32) -> Result<Rows> {
+        elementwise::add_norm(&self.place, x, y, gain, epsilon)
+    }
+
+    fn gate(&self, gate_up: &Rows) -> Result<Rows> {
+        elementwise::gate(&self.place, gate_up)
+    }
+
+    fn rotate(&self, x: Rows, by: &Rotation<'_>) -> Result<Rows> {
+        elementwise::rotate(&self.place, &self.tables, x, by)
+    }
+
+    fn attend(&self, q: Rows, over: &Attention<'_>) -> Result<Rows> {
+        let store = over
+            .store
+            .as_any()
+            .and_then(|store| store.downcast_ref::<CubeStore>());
+        let Some(store) = store.filter(|_| over.sight.is_none()) else {
+            return self.ops.attend(q, over);
+        };
+        over.validate(&q)?;
+        if q.rows() == 0 {
+            return Ok(q);
+        }
+        let table = over
+            .rotation
+            .map(|table| self.tables.get(&self.place, table));
+        let rows = self.place.rows(&q)?;
+        let attended = attention::attend(
+            &self.place,
+            rows,
+            store,
+            table.as_ref(),
+            &over.layer,
+            over.scale,
+            self.parts,
+        );
+        match attended {
+            Some(attended) => Ok(made(attended)),
+            None => self.ops.attend(q, over),
+        }
+    }
+
+    fn observe(
+        &self,
+        q: &Rows,
+        over: &Attention<'_>,
+        what: Observe,
+        factors: Option<&[f32]>,
+    ) -> Result<Observed> {
+        self.ops.observe(q, over, what, factors)
+    }
+
+    fn survey(&self, q: &Rows, over: &Attention<'_>, last: usize) -> Result<Survey> {
+        self.ops.survey(q, over, last)
+    }
+
+    fn store(&self, layer: &LayerSpec, dtype: DType) -> Result<Box<dyn KvStore>> {
+        match CubeStore::new(&self.place, layer, dtype) {
+            Some(store) => Ok(Box::new(store)),
+            None => Err(Error::NotSupported {
+                operation: "keeping units in this type",
+                implementer: format!("this device ({dtype})"),
+            }),
+        }
+    }
+}

@@ -1,0 +1,11 @@
+//! What runs on the device. Here a `Tensor` is CubeCL's.
+
+#![allow(
+    clippy::too_many_arguments,
+    reason = "a kernel's arguments are its buffers"
+)]
+
+pub(crate) mod attention;
+pub(crate) mod elementwise;
+pub(crate) mod product;
+pub(crate) mod units;
