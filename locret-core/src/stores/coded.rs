@@ -64,19 +64,18 @@ impl Default for Quantization {
             layout: QuantLayout::PerToken,
             group: 64,
             residual: 32,
-            first: 4,
-            hadamard: true,
+            first: 0,
+            hadamard: false,
         }
     }
 }
 
 impl Quantization {
-    /// Codes of this many bits in the layout that goes with them.
+    /// Codes of this many bits in the form that goes with them.
     ///
     /// That is by token for 3, 4 and 8 bits, and KIVI's in groups of 32 for 2, measured as `-ln p` of
     /// a continuation of 1,500 tokens of essays (SmolLM2-135M; 3.176 from 65.2 MiB of 32-bit keys
-    /// and values), without Hadamard's matrix and with no first units of 16 bits
-    /// (`hadamard: false, first: 0`):
+    /// and values), without Hadamard's matrix and with no first units of 16 bits:
     ///
     /// | bits | by token, groups of 64 | KIVI, groups of 32 |
     /// |---|---|---|
@@ -86,21 +85,27 @@ impl Quantization {
     /// | 4, KeyDiff keeps 256 units (exact: 3.276, 12.7 MiB) | 3.292, 4.4 MiB | 3.278, 5.3 MiB |
     /// | 2, KeyDiff keeps 256 units | 4.636, 3.7 MiB | 3.474, 4.6 MiB |
     ///
-    /// With both, 2 bits lose a sixth of what they lose without: over 4,096 tokens of an essay 3.297 and
-    /// 3.499, of 3.256 in 32 bits (`docs/ablation.md`).
+    /// With 2 and 3 bits the matrix and four first units of 16 bits go: 2 bits lose a sixth of what they lose
+    /// without. With 4 they gain nothing (`docs/ablation.md`), and attention to plain codes is faster.
     pub fn bits(bits: u8) -> Self {
         let default = Self {
             bits,
             ..Self::default()
         };
-        if bits == 2 {
-            return Self {
+        let turned = Self {
+            first: 4,
+            hadamard: true,
+            ..default
+        };
+        match bits {
+            2 => Self {
                 layout: QuantLayout::Kivi,
                 group: 32,
-                ..default
-            };
+                ..turned
+            },
+            3 => turned,
+            _ => default,
         }
-        default
     }
 
     /// Checks the settings.
@@ -123,7 +128,7 @@ impl Quantization {
             QuantLayout::PerToken => "",
             QuantLayout::Kivi => "-kivi",
         };
-        let turned = if self.hadamard { "" } else { "-plain" };
+        let turned = if self.hadamard { "-hadamard" } else { "" };
         format!("{}bit{layout}{turned}", self.bits)
     }
 
