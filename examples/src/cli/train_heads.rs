@@ -40,7 +40,7 @@ pub struct Args {
     /// Where unfinished work is kept [default: OUT with .work]
     #[arg(long, value_name = "DIR")]
     pub workdir: Option<PathBuf>,
-    /// Built-in texts to make [default: 140; 80 for reconstruct]
+    /// Built-in texts to make [default: 140; 200 for reconstruct]
     #[arg(long, value_name = "N")]
     pub samples: Option<usize>,
     /// Have every text of a file repeated as a whole, beside its answers, as reconstruct does
@@ -56,9 +56,9 @@ pub struct Args {
     /// scores fall with age [default: locret; mlp for reconstruct]
     #[arg(long, value_name = "KIND")]
     pub head: Option<Head>,
-    /// Width of a head, d_R [default: 256; 128 for reconstruct]
-    #[arg(long, value_name = "N")]
-    pub d_r: Option<usize>,
+    /// Width of a head, d_R
+    #[arg(long, value_name = "N", default_value_t = 256)]
+    pub d_r: usize,
     /// How often each text is seen [default: 4; 8 for reconstruct]
     #[arg(long, value_name = "N")]
     pub epochs: Option<usize>,
@@ -296,7 +296,7 @@ impl Args {
         let mut config = TrainConfig::default();
         config.label = self.label();
         config.form = self.form();
-        config.d_r = self.or(self.d_r, 256, 128);
+        config.d_r = self.d_r;
         config.epochs = self.or(self.epochs, 4, 8);
         config.span = self.or(self.span, 512, 256);
         config.learning_rate = self.or(self.learning_rate, 5e-4, 3e-3);
@@ -342,7 +342,7 @@ pub(super) fn samples(args: &Args, runtime: &Runtime) -> Result<Vec<Sample>> {
             corpus = corpus.with(Ordinary::fetch(&fetch, &|p| shown.show(p))?);
         }
         let count = |text: &str| runtime.count(text);
-        let (planted, samples) = (args.planted, args.or(args.samples, 140, 80));
+        let (planted, samples) = (args.planted, args.or(args.samples, 140, 200));
         let made =
             training_data::generate(recipe, planted, samples, args.seed, &corpus, &frame, &count)?;
         (made, 0)
