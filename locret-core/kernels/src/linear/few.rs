@@ -99,7 +99,16 @@ pub(super) fn few_tokens(
     let jobs = jobs(weights, &widths, |_| job_rows);
     let run = |job: &Job| {
         let (weight, out) = (weights[job.weight], outs[job.out]);
-        dispatch!(isa, s => few_rows(s, Work { weight, job, input, out }, rounded));
+        few_rows(
+            isa,
+            Work {
+                weight,
+                job,
+                input,
+                out,
+            },
+            rounded,
+        );
     };
     if serial {
         jobs.iter().for_each(run);
@@ -240,21 +249,22 @@ pub(super) struct Work<'a> {
     pub(super) out: Columns,
 }
 
-#[inline(always)]
-fn few_rows<S: Simd>(s: S, work: Work<'_>, rounded: bool) {
+/// A function for each type of weights: all of them in one would take more stack than a thread has where nothing is
+/// optimised.
+fn few_rows(isa: Isa, work: Work<'_>, rounded: bool) {
     match (work.weight.dtype, rounded) {
-        (DType::F32, _) => work.rows::<S, Float<f32>>(s),
-        (DType::F16, _) => work.rows::<S, Float<f16>>(s),
-        (DType::BF16, _) => work.rows::<S, Float<bf16>>(s),
-        (DType::Q8_0, false) => work.rows::<S, Bytes>(s),
-        (DType::Q4_0, false) => work.rows::<S, Nibbles<false>>(s),
-        (DType::Q4_1, false) => work.rows::<S, Nibbles<true>>(s),
-        (DType::Q4_K, _) => work.rows::<S, Eights<false>>(s),
-        (DType::Q5_K, _) => work.rows::<S, Eights<true>>(s),
-        (DType::Q6_K, _) => work.rows::<S, SixK>(s),
-        (DType::Q8_0, true) => rounded_rows::<S, Bytes>(s, work),
-        (DType::Q4_0, true) => rounded_rows::<S, Nibbles<false>>(s, work),
-        (DType::Q4_1, true) => rounded_rows::<S, Nibbles<true>>(s, work),
+        (DType::F32, _) => dispatch!(isa, s => work.rows::<_, Float<f32>>(s)),
+        (DType::F16, _) => dispatch!(isa, s => work.rows::<_, Float<f16>>(s)),
+        (DType::BF16, _) => dispatch!(isa, s => work.rows::<_, Float<bf16>>(s)),
+        (DType::Q8_0, false) => dispatch!(isa, s => work.rows::<_, Bytes>(s)),
+        (DType::Q4_0, false) => dispatch!(isa, s => work.rows::<_, Nibbles<false>>(s)),
+        (DType::Q4_1, false) => dispatch!(isa, s => work.rows::<_, Nibbles<true>>(s)),
+        (DType::Q4_K, _) => dispatch!(isa, s => work.rows::<_, Eights<false>>(s)),
+        (DType::Q5_K, _) => dispatch!(isa, s => work.rows::<_, Eights<true>>(s)),
+        (DType::Q6_K, _) => dispatch!(isa, s => work.rows::<_, SixK>(s)),
+        (DType::Q8_0, true) => dispatch!(isa, s => rounded_rows::<_, Bytes>(s, work)),
+        (DType::Q4_0, true) => dispatch!(isa, s => rounded_rows::<_, Nibbles<false>>(s, work)),
+        (DType::Q4_1, true) => dispatch!(isa, s => rounded_rows::<_, Nibbles<true>>(s, work)),
         (dtype, _) => unreachable!("no weight is of type {dtype}"),
     }
 }
