@@ -403,7 +403,7 @@ mod tests {
     /// Sylvester's matrix: the sign is the parity of the bits that row and column share.
     fn textbook(x: &[f32], block: usize) -> Vec<f64> {
         let entry = |i: usize, j: usize| {
-            if (i & j).count_ones() % 2 == 0 {
+            if (i & j).count_ones().is_multiple_of(2) {
                 1.0
             } else {
                 -1.0
