@@ -312,10 +312,10 @@ mod tests {
         assert!(r.plan().is_err());
         r.policy = PolicyConfig::new(Method::Full);
         r.policy.quantize = Some(Quantization::bits(4));
-        // 964 units of 2 (32 + 4) bytes a head, the first four of 16 bits, 32 newest ones of 32 bits.
+        // 968 units of 2 (32 + 4) bytes a head, 32 newest ones of 32 bits.
         r.max_new = 1;
         let quantised = r.plan().unwrap();
-        let units = 964 * 2 * (32 + 4) + 4 * 2 * 64 * 2 + 32 * 2 * 64 * 4;
+        let units = 968 * 2 * (32 + 4) + 32 * 2 * 64 * 4;
         assert_eq!(quantised.kv_decode, 30 * 3 * units);
         r.policy = PolicyConfig::new(Method::KeyNorm);
         assert!(r.plan().unwrap_err().to_string().contains("budget"));

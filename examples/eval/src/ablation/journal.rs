@@ -340,7 +340,7 @@ pub(super) mod tests {
         // Nor is one of codes from before these were turned one of codes that are.
         let mut coded = all[0].clone();
         if let Settings::Config(config) = &mut coded.policy {
-            config.quantize = Some(Quantization::bits(4));
+            config.quantize = Some(Quantization::bits(2));
         }
         let mut old = serde_json::to_value(&coded).unwrap();
         let quantize = old["policy"]["quantize"].as_object_mut().unwrap();
