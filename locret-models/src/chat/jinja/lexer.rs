@@ -6,7 +6,7 @@ use std::sync::Arc;
 /// No template comes near these.
 const MAX_SOURCE: usize = 1 << 19;
 /// A token takes a hundred times the memory that a character does, or more, as it becomes a part of the tree.
-const MAX_TOKENS: usize = 1 << 13;
+const MAX_TOKENS: usize = 1 << 14;
 
 #[derive(Debug, Clone, PartialEq)]
 pub(super) enum Token {
