@@ -96,11 +96,11 @@ fn changed(method: Method) -> Vec<(String, PolicyConfig)> {
         ("8 bits", Quantization { bits: 8, ..plain }),
         ("2 bits", Quantization { bits: 2, ..plain }),
         ("3 bits", Quantization { bits: 3, ..plain }),
-        ("no first units", Quantization { first: 0, ..plain }),
+        ("first units", Quantization { first: 4, ..plain }),
         (
-            "not turned",
+            "turned",
             Quantization {
-                hadamard: false,
+                hadamard: true,
                 ..plain
             },
         ),

@@ -192,7 +192,7 @@ fn compare(spec: &ModelSpec, settings: &Settings, talk: &Talk, seed: u64) -> usi
                     assert_eq!(
                         real.positions(layer, head),
                         naive.positions(layer, head),
-                        "layer {layer}, head {head}, {:?}",
+                        "layer {layer}, head {head}, {:?}, {settings:?}",
                         step.phase
                     );
                     // Where values are weighed, scores are kept only where something goes.

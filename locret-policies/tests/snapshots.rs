@@ -206,7 +206,7 @@ fn every_policy_goes_on_bit_for_bit_over_every_store() {
         }
     }
     // InfLLM has compact positions only.
-    assert_eq!(cases, 9 * (Method::ALL.len() * 2 - 1) * 2);
+    assert_eq!(cases, 10 * (Method::ALL.len() * 2 - 1) * 2);
 }
 
 #[test]

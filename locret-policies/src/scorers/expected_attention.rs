@@ -102,6 +102,9 @@ impl ExpectedAttention {
     }
 }
 
+/// The score of first units, which is above that of all others, of other layers, too.
+const FIRST: f32 = 1e9;
+
 /// The number of queries, and for each query head their mean and the sum of products of what they are apart
 /// from it.
 #[derive(Debug, Clone)]
@@ -345,15 +348,9 @@ impl Scorer for ExpectedAttention {
                     .zip(lengths)
                     .for_each(|(share, length)| *share = (*share + self.epsilon) * length);
             }
-            scores.push((sinks, list));
+            list[..sinks].fill(FIRST);
+            scores.push(list);
         }
-        // The first units are above all others.
-        let all = scores.iter().flat_map(|(sinks, list)| &list[*sinks..]);
-        let above = all.copied().fold(0.0, f32::max) + 1.0;
-        let marked = scores.into_iter().map(|(sinks, mut list)| {
-            list[..sinks].fill(above);
-            list
-        });
-        Scores::per_head(marked.collect())
+        Scores::per_head(scores)
     }
 }

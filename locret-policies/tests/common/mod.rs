@@ -481,7 +481,7 @@ impl Naive {
                 Rule::Cur(window) => {
                     let squares = |i: usize| {
                         let unit = &self.units[layer][head][i];
-                        [&unit.k, &unit.v]
+                        [&unit.k, &unit.born]
                             .map(|x| x.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>())
                     };
                     (0..n)
@@ -506,8 +506,9 @@ impl Naive {
                 Rule::Compactor(tile, sketches) => {
                     let judged = self.compactor(step, layer, *tile, &sketches[layer]);
                     let first = 8usize.saturating_sub(self.seen).min(t);
-                    // Two keys stand out equally from their mean: rounding decides.
-                    if judged.as_ref().is_some_and(|all| all[head].len() < 3) {
+                    // Fewer keys than features stand out equally from their mean, and what little they differ by is
+                    // brought to one scale: rounding decides.
+                    if judged.as_ref().is_some_and(|all| all[head].len() < d) {
                         closest = 0.0;
                     }
                     let most = judged.as_ref().map(|all| {
