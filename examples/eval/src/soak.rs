@@ -18,7 +18,7 @@ use std::{
 };
 
 /// Units that each head keeps.
-const BUDGET: usize = 64;
+pub const BUDGET: usize = 64;
 const PREFILL: Prefill = Prefill::new(256, 0);
 /// How far a number of a key may be from what it is in a session that read only what was kept, as a share of the largest
 /// number: keys that were turned again with every prompt, in 32 bits.
@@ -337,19 +337,4 @@ pub fn batch(sequences: usize) -> Result<Soaked> {
         compared,
         difference: None,
     })
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    /// The same as an example's, short. Memory is everybody's here, and too little for its figures to say anything.
-    #[test]
-    fn a_long_session_and_a_busy_batch_end_as_their_oracles() {
-        assert_eq!(scores(6_000).unwrap().compared, 2 * 2 * BUDGET);
-        let turned = positions(6_000).unwrap();
-        assert_eq!(turned.compared, BUDGET);
-        let busy = batch(200).unwrap();
-        assert!(busy.compared >= 3, "{busy:?}");
-    }
 }
