@@ -36,6 +36,8 @@ pub use compute::{
     Activations, Attention, Compute, Host, Kernels, Matrix, Ops, Perceptron, Rotation, Rows, Sight,
     TableRows, Weight, compute,
 };
+#[doc(hidden)]
+pub use compute::{check_product, divided, no_row};
 pub use contract::{
     Budget, BudgetTable, CausalLm, DecodeEviction, Error, Evict, Guard, Held, Keep, KvCachePolicy,
     LayerSpec, LayerUnits, ModelSpec, Needs, Observation, Observe, Observed, Part, PastContext,

@@ -53,11 +53,11 @@ fn stores() -> Vec<(&'static str, Option<Quantization>, f32, f32)> {
     let (rows, kivi) = (QuantLayout::PerToken, QuantLayout::Kivi);
     vec![
         ("dense", None, 0.0, 1e-4),
-        ("8 bit", Some(store(8, rows, true)), 0.03, 0.2),
-        ("8 bit KIVI", Some(store(8, kivi, false)), 0.01, 0.2),
-        ("4 bit", Some(store(4, rows, true)), 0.45, 2.0),
-        ("4 bit KIVI", Some(store(4, kivi, false)), 0.1, 2.0),
-        ("3 bit", Some(store(3, rows, false)), 0.25, 5.0),
+        ("8 bit", Some(store(8, rows, false)), 0.01, 0.2),
+        ("8 bit KIVI", Some(store(8, kivi, true)), 0.03, 0.2),
+        ("4 bit", Some(store(4, rows, false)), 0.1, 2.0),
+        ("4 bit KIVI", Some(store(4, kivi, true)), 0.45, 2.0),
+        ("3 bit", Some(store(3, rows, true)), 0.95, 5.0),
         ("2 bit", Some(store(2, rows, false)), 0.5, 10.0),
         ("2 bit KIVI", Some(store(2, kivi, true)), 2.2, 10.0),
     ]

@@ -142,11 +142,6 @@ fn policy(spec: &ModelSpec, settings: &Settings) -> Arc<dyn KvCachePolicy> {
 
 /// Both caches through the same conversation. Returns how many times something was evicted.
 fn compare(spec: &ModelSpec, settings: &Settings, talk: &Talk, seed: u64) -> usize {
-    // Means of ranks are often the same but for rounding, in either arithmetic. Not compared either is SnapKV, whose
-    // window stands above everything, so that whole blocks do.
-    if matches!(settings.rule, Rule::LagKv(_) | Rule::SnapKv(..)) && settings.blocks.is_some() {
-        return 0;
-    }
     let mut numbers = Numbers(seed);
     let policy = policy(spec, settings);
     policy.validate(spec, &Default::default()).unwrap();
@@ -360,8 +355,7 @@ fn any_settings() -> impl Strategy<Value = (ModelSpec, Settings, Talk, u64)> {
                         0 => DecodeEviction::Off,
                         n => DecodeEviction::Every(n),
                     },
-                    // Blocks are their own way of keeping neighbours together.
-                    pool: if around == 1 { 1 } else { pool },
+                    pool,
                     pyramid,
                     ada: [None, Some(0.2), Some(0.7), Some(0.0)][shape.1],
                     model,
@@ -504,7 +498,7 @@ fn every_policy_with_every_shape_equals_plain_loops() {
                 .map(|seed| compare(&spec, &settings, &talk, seed))
                 .sum();
             let least = match (&settings.rule, settings.blocks) {
-                (Rule::LagKv(_) | Rule::SnapKv(..), Some(_)) => 0,
+                (Rule::LagKv(_), Some(_)) => 0,
                 _ => 11,
             };
             assert!(evictions >= least, "{settings:?}: {evictions}");

@@ -8,7 +8,7 @@ use crate::{
 use burn::tensor::{DType as TensorType, Tensor};
 use burn_cubecl::tensor::CubeTensor;
 use cubecl::prelude::*;
-use locret_core::{DType, Error, Matrix, Result, Rows, Weight};
+use locret_core::{DType, Error, Matrix, Result, Rows, Weight, check_product, divided, no_row};
 use std::sync::Arc;
 
 /// Rows that are few enough to meet weights one by one.
@@ -230,35 +230,19 @@ impl Matrix for CubeMatrix {
     }
 
     fn apply_parts(&self, x: &Rows, widths: &[usize]) -> Result<Vec<Rows>> {
-        let [outputs, inputs] = self.shape();
-        x.expect("the input of a product", [x.rows(), inputs])?;
-        if widths.iter().sum::<usize>() != outputs || widths.contains(&0) {
-            return Err(Error::shape("outputs of a product", [outputs], widths));
-        }
+        let shape = self.shape();
+        check_product(shape, x, widths)?;
         let y: Tensor<2> = match x.rows() {
-            0 => Tensor::zeros([0, outputs], &self.place.device),
+            0 => Tensor::zeros([0, shape[0]], &self.place.device),
             _ => made(self.product(&self.place.rows(x)?)).into_tensor(),
         };
-        if widths.len() == 1 {
-            return Ok(vec![y.into()]);
-        }
-        let mut first = 0;
-        let parts = widths.iter().map(|width| {
-            let part = y.clone().narrow(1, first, *width);
-            first += width;
-            part.into()
-        });
-        Ok(parts.collect())
+        Ok(divided(y, widths))
     }
 
     fn rows(&self, ids: &[u32]) -> Result<Rows> {
         let shape = self.shape();
         if let Some(id) = ids.iter().find(|id| **id as usize >= shape[0]) {
-            return Err(Error::shape(
-                "rows of a matrix",
-                format!("below {}", shape[0]),
-                id,
-            ));
+            return Err(no_row(*id, shape));
         }
         Ok(match ids.is_empty() {
             true => Tensor::zeros([0, self.columns], &self.place.device).into(),

@@ -19,7 +19,7 @@ use crate::{
     DType, Error, KvStore, LayerSpec, Observation, Observe, Observed, Result, Survey, Views,
     host::is_host_device,
 };
-use burn::tensor::Device;
+use burn::tensor::{Device, Tensor};
 use bytes::Bytes;
 use locret_kernels::rope::RopeTable;
 use std::{fmt::Debug, ops::Range, sync::Arc};
@@ -415,7 +415,7 @@ fn columns(parts: &[Weight]) -> Result<usize> {
 }
 
 /// Checks what a matrix `[outputs, inputs]` is applied to, and what is made of it.
-fn check_product([outputs, inputs]: [usize; 2], x: &Rows, widths: &[usize]) -> Result<()> {
+pub fn check_product([outputs, inputs]: [usize; 2], x: &Rows, widths: &[usize]) -> Result<()> {
     x.expect("the input of a product", [x.rows(), inputs])?;
     match widths.iter().sum::<usize>() == outputs && !widths.contains(&0) {
         true => Ok(()),
@@ -438,7 +438,22 @@ fn check_parts([inputs, ..]: [usize; 3], parts: &[&Rows]) -> Result<usize> {
     ))
 }
 
-fn no_row(id: u32, shape: [usize; 2]) -> Error {
+/// The outputs of a product, `[tokens, outputs]`, in parts of these widths, which are all of it.
+pub fn divided(y: Tensor<2>, widths: &[usize]) -> Vec<Rows> {
+    if widths.len() == 1 {
+        return vec![y.into()];
+    }
+    let mut first = 0;
+    let part = |width: &usize| {
+        let part = y.clone().narrow(1, first, *width);
+        first += width;
+        part.into()
+    };
+    widths.iter().map(part).collect()
+}
+
+/// A row that a matrix `[rows, columns]` does not have.
+pub fn no_row(id: u32, shape: [usize; 2]) -> Error {
     Error::shape("rows of a matrix", format!("below {}", shape[0]), id)
 }
 

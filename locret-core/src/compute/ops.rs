@@ -440,16 +440,7 @@ impl Matrix for OpsMatrix {
     fn apply_parts(&self, x: &Rows, widths: &[usize]) -> Result<Vec<Rows>> {
         super::check_product(self.shape(), x, widths)?;
         let y = x.tensor().matmul(full(self.0.clone()));
-        if widths.len() == 1 {
-            return Ok(vec![y.into()]);
-        }
-        let mut first = 0;
-        let parts = widths.iter().map(|width| {
-            let part = y.clone().narrow(1, first, *width);
-            first += width;
-            part.into()
-        });
-        Ok(parts.collect())
+        Ok(super::divided(y, widths))
     }
 
     fn rows(&self, ids: &[u32]) -> Result<Rows> {

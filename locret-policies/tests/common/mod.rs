@@ -865,10 +865,8 @@ impl Naive {
                 }
                 None => *budget,
             };
+            self.margin = self.margin.min(distance(&list, own));
             let others = list.split_off(own.min(list.len()));
-            if let (Some(worst), Some(lost)) = (list.last(), others.first()) {
-                self.margin = self.margin.min(distance(*worst, *lost));
-            }
             kept.push(list.iter().map(|r| r.2).collect());
             rest.extend(others.iter().map(|r| (r.1, at, r.2)));
         }
@@ -877,11 +875,8 @@ impl Naive {
             let taken: usize = kept.iter().map(Vec::len).sum();
             let all: usize = heads.iter().map(|h| h.2).sum();
             let more = all.saturating_sub(taken).min(rest.len());
-            if more > 0 && more < rest.len() {
-                let (worst, lost) = (rest[more - 1], rest[more]);
-                let pair = ((false, worst.0, 0), (false, lost.0, 0));
-                self.margin = self.margin.min(distance(pair.0, pair.1));
-            }
+            let list: Vec<_> = rest.iter().map(|r| (false, r.0, r.2)).collect();
+            self.margin = self.margin.min(distance(&list, more));
             for (_, at, unit) in &rest[..more] {
                 kept[*at].push(*unit);
             }
@@ -904,10 +899,7 @@ impl Naive {
                 })
                 .collect();
             list.sort_by(|a, b| b.0.cmp(&a.0).then(b.1.total_cmp(&a.1)));
-            if kept.len() < n && !kept.is_empty() {
-                let pair = (list[kept.len() - 1], list[kept.len()]);
-                self.margin = self.margin.min(distance(pair.0, pair.1));
-            }
+            self.margin = self.margin.min(distance(&list, kept.len()));
             *kept = list[..kept.len()].iter().map(|r| r.2).collect();
         }
         for ((layer, head, _), mut kept) in heads.into_iter().zip(kept) {
@@ -971,10 +963,8 @@ impl Naive {
         let mut order: Vec<usize> = (0..units.len()).collect();
         order.sort_by(|a, b| units[*b].score.total_cmp(&units[*a].score));
         let first = own.max(keep / 2).max(1).min(keep);
-        if 0 < first && first < order.len() {
-            let pair = [order[first - 1], order[first]].map(|i| (false, units[i].score, 0));
-            self.margin = self.margin.min(distance(pair[0], pair[1]));
-        }
+        let list: Vec<_> = order.iter().map(|i| (false, units[*i].score, *i)).collect();
+        self.margin = self.margin.min(distance(&list, first));
         let mut ranks: Vec<f64> = (units.iter())
             .map(|unit| (unit.score + f64::from(1e-4f32)) * norm(&unit.born))
             .collect();
@@ -1042,12 +1032,20 @@ impl Naive {
     }
 }
 
-/// How far apart the last that stays and the first that goes are, as a share of their scores.
-fn distance(worst: (bool, f64, usize), lost: (bool, f64, usize)) -> f64 {
-    if worst.0 || worst.1 == lost.1 {
+/// How far apart those that stay and those that go are, as a share of their scores: of a list from the best on, whose
+/// first `kept` stay. Equals are told apart by where they stand, and what equals them but for rounding is not.
+fn distance(list: &[(bool, f64, usize)], kept: usize) -> f64 {
+    let (stay, go) = list.split_at(kept.min(list.len()));
+    let (Some(worst), Some(lost)) = (stay.last(), go.first()) else {
         return f64::INFINITY;
-    }
-    (worst.1 - lost.1) / worst.1.abs().max(lost.1.abs())
+    };
+    let above = stay.iter().filter(|r| !r.0 && r.1 != lost.1);
+    let below = go.iter().filter(|r| !worst.0 && r.1 != worst.1);
+    let gap = |a: f64, b: f64| (a - b) / a.abs().max(b.abs());
+    above
+        .map(|r| gap(r.1, lost.1))
+        .chain(below.map(|r| gap(worst.1, r.1)))
+        .fold(f64::INFINITY, f64::min)
 }
 
 /// The same with the files that a method cannot do without, but for Locret's heads.
