@@ -4,7 +4,6 @@ use crate::error::{PolicyError, Result};
 use half::{bf16, f16};
 use locret_core::DType;
 use memmap2::Mmap;
-use pytorch_reader::PytorchReader;
 use safetensors::SafeTensors;
 use serde::Deserialize;
 use std::{
@@ -158,8 +157,10 @@ pub(super) fn read_safetensors(
         .collect())
 }
 
+#[cfg(feature = "pytorch")]
 pub(super) fn read_torch(path: &Path, take: &mut Take<'_>) -> Result<()> {
-    let reader = PytorchReader::new(path).map_err(|e| PolicyError::file(path, e))?;
+    let reader =
+        pytorch_reader::PytorchReader::new(path).map_err(|e| PolicyError::file(path, e))?;
     for (name, tensor) in reader.tensors() {
         let raw = Raw {
             shape: tensor.shape().to_vec(),
@@ -169,6 +170,12 @@ pub(super) fn read_torch(path: &Path, take: &mut Take<'_>) -> Result<()> {
         take(name, raw)?;
     }
     Ok(())
+}
+
+#[cfg(not(feature = "pytorch"))]
+pub(super) fn read_torch(path: &Path, _take: &mut Take<'_>) -> Result<()> {
+    let found = "a PyTorch file, which is read with the feature `pytorch` of locret-policies alone";
+    Err(PolicyError::file(path, found))
 }
 
 /// Whole values of a plain float type as `f32`; all have to be finite.

@@ -78,6 +78,7 @@ pub enum HeadInput {
 
 impl HeadInput {
     /// Its name in files.
+    #[cfg(feature = "training")]
     pub(crate) fn name(self) -> &'static str {
         match self {
             Self::Qkv => "qkv",

@@ -53,7 +53,7 @@ pub(super) fn few_tokens(
     let coded = rounded && weights.iter().any(|w| w.dtype.block() == BLOCK);
     let summed = weights.iter().any(|w| match w.dtype {
         DType::Q4_0 | DType::Q4_1 => !rounded,
-        DType::Q4_K | DType::Q5_K => true,
+        DType::Q4_K | DType::Q5_K | DType::Q6_K => true,
         _ => false,
     });
     let if_needed = |needed: bool, numbers: usize| if needed { numbers } else { 0 };
@@ -183,8 +183,9 @@ fn interleave<S: Simd>(s: S, x: &[f32], tokens: usize, out: &mut [f32]) {
 }
 
 /// What scales and minima of packed blocks are multiplied with, for each token and block of its
-/// activations `x`: all `[0, Σ x]`, for weights with minima, then all `[-8 Σ x, 0]`, for those without, and
-/// then, for super-blocks whose minima are subtracted, eight zeros and eight `-Σ x` in turn.
+/// activations `x`: all `[0, Σ x]`, for weights with minima, then all `[-8 Σ x, 0]`, for those without,
+/// then, for super-blocks whose minima are subtracted, eight zeros and eight `-Σ x` in turn, and at last, for those with
+/// groups of 16, `-32 Σ x` of each half of a block.
 #[derive(Clone, Copy)]
 pub(super) struct Sums {
     /// Blocks, and zeros beyond them, so that a vector can be read from any block on.
@@ -200,7 +201,7 @@ impl Sums {
 
     /// Numbers of a token.
     const fn len(self) -> usize {
-        6 * self.blocks
+        8 * self.blocks
     }
 
     /// Where the pairs for weights without minima begin.
@@ -213,20 +214,31 @@ impl Sums {
         4 * self.blocks
     }
 
+    /// Where those of half a block begin.
+    pub(super) const fn halves(self) -> usize {
+        6 * self.blocks
+    }
+
     #[inline(always)]
     fn of<S: Simd>(self, s: S, x: &[f32], out: &mut [f32]) {
         let (with, rest) = out[..self.len()].split_at_mut(self.without_minimum());
-        let (without, eights) = rest.split_at_mut(self.without_minimum());
+        let (without, rest) = rest.split_at_mut(self.without_minimum());
+        let (eights, halves) = rest.split_at_mut(self.halves() - self.super_blocks());
+        let sum = |x: &[f32]| {
+            let mut sum = s.splat(0.0);
+            for x in x.chunks_exact(S::LANES) {
+                sum = s.add(sum, load(s, x));
+            }
+            s.sum(sum)
+        };
+        let mut half = x.chunks_exact(BLOCK / 2);
+        for halves in halves {
+            *halves = half.next().map_or(0.0, |x| -32.0 * sum(x));
+        }
         let mut x = x.chunks_exact(BLOCK);
         let pairs = with.chunks_exact_mut(2).zip(without.chunks_exact_mut(2));
         for (i, (with, without)) in pairs.enumerate() {
-            let sum = x.next().map_or(0.0, |x| {
-                let mut sum = s.splat(0.0);
-                for x in x.chunks_exact(S::LANES) {
-                    sum = s.add(sum, load(s, x));
-                }
-                s.sum(sum)
-            });
+            let sum = x.next().map_or(0.0, sum);
             with.copy_from_slice(&[0.0, sum]);
             without.copy_from_slice(&[-8.0 * sum, 0.0]);
             let at = i / 8 * 16 + i % 8;

@@ -234,21 +234,19 @@ impl SixK {
     const SCALES: usize = 192;
     const WHOLE: usize = 208;
 
-    /// The codes, the scales, and then for each of these `-32 · scale`.
+    /// The codes and the scales.
     ///
     /// # Safety
     /// `block` must be valid for reading a super-block.
     #[inline(always)]
-    unsafe fn unpack<S: Simd>(s: S, block: *const u8, codes: &mut Codes, scales: &mut Scales<32>) {
+    unsafe fn unpack<S: Simd>(s: S, block: *const u8, codes: &mut Codes, scales: &mut Scales<16>) {
         // SAFETY: a super-block has this layout.
         unsafe {
             s.unpack_sixes(block, block.add(Self::HIGH), codes.0.as_mut_ptr());
             let whole = s.splat_f16(half_at(block.add(Self::WHOLE)));
             for i in (0..16).step_by(S::LANES) {
                 let own = s.mul(whole, s.load_i8(block.add(Self::SCALES + i).cast()));
-                let to = scales.0.as_mut_ptr().add(i);
-                s.store(to, own);
-                s.store(to.add(16), s.mul(own, s.splat(-32.0)));
+                s.store(scales.0.as_mut_ptr().add(i), own);
             }
         }
     }
@@ -257,7 +255,7 @@ impl SixK {
 impl Convert for SixK {
     #[inline(always)]
     unsafe fn convert<S: Simd>(s: S, row: *const u8, from: usize, out: &mut [f32]) {
-        let (mut codes, mut scales) = (Codes::NONE, Scales([0.0; 32]));
+        let (mut codes, mut scales) = (Codes::NONE, Scales([0.0; 16]));
         for (at, out) in out.chunks_exact_mut(SUPER).enumerate() {
             // SAFETY: the row has a super-block for each 256 numbers of `out`.
             unsafe {
@@ -276,6 +274,7 @@ impl Convert for SixK {
 
 impl Dot for SixK {
     const PACKED: bool = true;
+    const SUMS: bool = true;
 
     #[inline(always)]
     unsafe fn dots<S: Simd, const R: usize, const T: usize>(
@@ -284,40 +283,78 @@ impl Dot for SixK {
         rows: [*const u8; R],
         mut ahead: Ahead,
         x: *const f32,
-        _: [*const f32; T],
+        sums: [*const f32; T],
     ) -> [[S::V; T]; R] {
         let mut acc = [[s.splat(0.0); T]; R];
-        let (mut codes, mut scales) = ([Codes::NONE; R], [Scales([0.0; 32]); R]);
+        let (mut codes, mut scales) = ([Codes::NONE; R], [Scales([0.0; 16]); R]);
+        let first = Sums::new(columns).halves();
         for at in 0..columns / SUPER {
-            // SAFETY: the rows have a super-block here, each token 256 numbers.
+            // SAFETY: the rows have a super-block here, each token 256 numbers, and 16 among its sums.
             unsafe {
                 for r in 0..R {
                     let block = rows[r].add(at * Self::BYTES);
                     Self::unpack(s, block, &mut codes[r], &mut scales[r]);
+                    for i in (0..16).step_by(S::LANES) {
+                        let scales = s.load(scales[r].0.as_ptr().add(i));
+                        for t in 0..T {
+                            let sums = s.load(sums[t].wrapping_add(first + 16 * at + i));
+                            acc[r][t] = s.fma(scales, sums, acc[r][t]);
+                        }
+                    }
                 }
-                for i in (0..SUPER).step_by(S::LANES) {
-                    if i % PAIR == 0 {
+                for group in 0..SUPER / GROUP {
+                    if group % (PAIR / GROUP) == 0 {
                         for _ in 0..R {
                             ahead.ask(s, Self::BYTES / (SUPER / PAIR));
                         }
                     }
-                    let mut numbers = [s.splat(0.0); R];
+                    let from = group * GROUP;
+                    let x = x.add((at * SUPER + from) * T);
+                    let mut own = [std::ptr::null(); R];
+                    let mut scale = [s.splat(0.0); R];
                     for r in 0..R {
-                        // Exact: what is added makes it smaller.
-                        let own = &scales[r].0;
-                        let (scale, offset) = (own[i / GROUP], own[16 + i / GROUP]);
-                        let code = s.load_i8(codes[r].0.as_ptr().add(i).cast());
-                        numbers[r] = s.fma(code, s.splat(scale), s.splat(offset));
+                        own[r] = codes[r].0.as_ptr().add(from);
+                        scale[r] = s.splat(scales[r].0[group]);
                     }
-                    for t in 0..T {
-                        let x = s.load(x.add((at * SUPER + i) * T + t * S::LANES));
-                        for r in 0..R {
-                            acc[r][t] = s.fma(numbers[r], x, acc[r][t]);
-                        }
-                    }
+                    sixteen::<S, R, T>(s, scale, own, x, &mut acc);
                 }
             }
         }
         acc
+    }
+}
+
+/// Adds the products of a group of 16: scales times the sums of codes times activations.
+///
+/// # Safety
+/// `codes` must be valid for reading 16 of each row, and `x` for 16 numbers of `T` interleaved tokens.
+#[inline(always)]
+unsafe fn sixteen<S: Simd, const R: usize, const T: usize>(
+    s: S,
+    scales: [S::V; R],
+    codes: [*const u8; R],
+    x: *const f32,
+    acc: &mut [[S::V; T]; R],
+) {
+    let vectors = GROUP / S::LANES;
+    let mut numbers = [[s.splat(0.0); 4]; R];
+    for r in 0..R {
+        for i in 0..vectors {
+            // SAFETY: promised by the caller.
+            numbers[r][i] = unsafe { s.load_i8(codes[r].add(i * S::LANES).cast()) };
+        }
+    }
+    for t in 0..T {
+        let mut dots = [s.splat(0.0); R];
+        for i in 0..vectors {
+            // SAFETY: promised by the caller.
+            let x = unsafe { s.load(x.add((i * T + t) * S::LANES)) };
+            for r in 0..R {
+                dots[r] = s.fma(numbers[r][i], x, dots[r]);
+            }
+        }
+        for r in 0..R {
+            acc[r][t] = s.fma(scales[r], dots[r], acc[r][t]);
+        }
     }
 }

@@ -8,6 +8,7 @@ mod header;
 mod split;
 mod value;
 
+#[cfg(any(feature = "hub", test))]
 pub(crate) use split::part_names;
 pub use value::{Array, Value};
 
