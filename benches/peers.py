@@ -330,6 +330,8 @@ def measure(bench, args):
         peer, command = bench.best["f16", phase]
         contenders[f"{peer}, long"] = command(long, new)
     bench.group(args.long_rounds, contenders)
+    if args.stream_rounds == 0:
+        return name
     stream = bench.peers("q4")["llama.cpp Q4_1, flash, cache f16"]
     bench.group(args.stream_rounds, {
         f"ours q4, {name}, near": bench.ours("q4", near, 2, *bounded),
@@ -413,17 +415,20 @@ def report(bench, args, name):
         best = max(sorted(peers), key=rates.get)
         rows.append((f"{work}, {at}, f16", f"{rates[bounded]:.1f} tok/s",
                      f"{best.removesuffix(', long')}: {rates[best]:.1f} tok/s", rates[bounded] / rates[best], "≥", 2.0))
-    rows.append((f"time per token of {n(args.far)} over {n(args.near)}, {at}, Q4_1", f"{1e3 / prefill[far]:.2f} ms",
-                 f"{1e3 / prefill[near]:.2f} ms", prefill[near] / prefill[far], "≤", 1.05))
+    if args.stream_rounds > 0:
+        rows.append((f"time per token of {n(args.far)} over {n(args.near)}, {at}, Q4_1", f"{1e3 / prefill[far]:.2f} ms",
+                     f"{1e3 / prefill[near]:.2f} ms", prefill[near] / prefill[far], "≤", 1.05))
     if args.heads:
         window = "ours f16, Window, long"
         rows.append((f"Locret over Window, budget {n(args.budget)}, prefill {long}",
                      f"{args.long / prefill[bounded]:.1f} s", f"{args.long / prefill[window]:.1f} s",
                      prefill[window] / prefill[bounded], "≤", 1.05))
-    ours, theirs = m(far, "rss"), m("llama.cpp q4, far", "rss")
-    rows.append((f"peak memory, {n(args.far)} tokens, {at}, Q4_1", f"{ours / 2**20:.0f} MiB",
-                 f"llama.cpp Q4_1: {theirs / 2**20:.0f} MiB", ours / theirs, "≤", 0.5))
-    rounds = f"{args.rounds} rounds ({short} tokens), {args.long_rounds} ({long}) and {args.stream_rounds} ({n(args.far)})"
+    rounds = f"{args.rounds} rounds ({short} tokens), {args.long_rounds} ({long})"
+    if args.stream_rounds > 0:
+        ours, theirs = m(far, "rss"), m("llama.cpp q4, far", "rss")
+        rows.append((f"peak memory, {n(args.far)} tokens, {at}, Q4_1", f"{ours / 2**20:.0f} MiB",
+                     f"llama.cpp Q4_1: {theirs / 2**20:.0f} MiB", ours / theirs, "≤", 0.5))
+        rounds += f" and {args.stream_rounds} ({n(args.far)})"
     return table(bench, args, rows, rounds)
 
 
@@ -467,7 +472,7 @@ def main():
     ap.add_argument("--far", type=int, default=32768, help="tokens of the longer stream")
     ap.add_argument("--rounds", type=int, default=5)
     ap.add_argument("--long-rounds", type=int, default=3)
-    ap.add_argument("--stream-rounds", type=int, default=1)
+    ap.add_argument("--stream-rounds", type=int, default=1, help="0 leaves this group out")
     ap.add_argument("--k-quants", action="store_true", help="a model in Q4_K_M, and nothing else")
     ap.add_argument("--keep", type=pathlib.Path, help="runs are kept in this file, and those that it has are not repeated")
     ap.add_argument("--screen", type=int, default=1, help="rounds in which all settings of the peers run")
