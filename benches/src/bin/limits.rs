@@ -50,7 +50,7 @@ const FORMATS: [(DType, &[(usize, usize)], usize); 9] = [
 const SMOL: [(usize, usize); 4] = [(960, 576), (576, 576), (3072, 576), (576, 1536)];
 const WIDE: [(usize, usize); 4] = [(2048, 1024), (1024, 1024), (5632, 1024), (1024, 2816)];
 const VOCABULARY: usize = 49_152;
-const CHUNKS: [usize; 2] = [256, 512];
+const CHUNKS: [usize; 3] = [64, 256, 512];
 
 /// Something that is measured.
 struct Work<'a> {

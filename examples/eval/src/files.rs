@@ -31,6 +31,8 @@ pub fn write_atomically(
         content(&mut out)?;
         out.flush()?;
         let file = out.into_inner().map_err(|e| e.into_error())?;
+        // Else a machine that loses power may be left with the name and nothing in it.
+        file.as_file().sync_all()?;
         file.persist(path).map_err(|e| e.error)?;
         Ok(())
     };

@@ -74,7 +74,7 @@ impl Pattern {
 }
 
 /// The patterns of a model's query heads, as the authors publish them: a JSON list with an object for each layer,
-/// in which a head's number stands for `[name, size, size, score]`.
+/// in which a head's number stands for `[name, size, size, score]`. Such a list alone is one pattern for all heads.
 ///
 /// Their table for Llama-3.1-8B has (512, 2048) for all heads, which is [`Patterns::llama_3_1`]. That for
 /// Phi-3-mini-128K (378 heads (3500, 100), 277 (1000, 6096), 184 (100, 750), 92 (500, 700), 50 (30, 800), and 43
@@ -167,8 +167,17 @@ impl Patterns {
     /// # Errors
     /// A sentence that says what is no pattern.
     pub fn from_json(text: &str) -> Result<Self, String> {
+        type Entry = (String, usize, usize, f64);
+        let value: Value = serde_json::from_str(text).map_err(|e| e.to_string())?;
+        let one = value.get(0).is_some_and(Value::is_string);
+        if let (true, Ok((name, a, b, _))) = (one, serde_json::from_value::<Entry>(value.clone())) {
+            let pattern = Pattern::from_published(&name, a, b);
+            return pattern
+                .map(Self::uniform)
+                .ok_or_else(|| format!("no pattern is named {name:?}"));
+        }
         let layers: Vec<BTreeMap<String, Value>> =
-            serde_json::from_str(text).map_err(|e| e.to_string())?;
+            serde_json::from_value(value).map_err(|e| e.to_string())?;
         let mut table = Self::default();
         for (index, layer) in layers.into_iter().enumerate() {
             let mut heads = BTreeMap::new();
@@ -181,7 +190,7 @@ impl Patterns {
                     )
                 };
                 let number: usize = head.parse().map_err(|_| wrong())?;
-                let (name, a, b, score): (String, usize, usize, f64) =
+                let (name, a, b, score): Entry =
                     serde_json::from_value(value.clone()).map_err(|_| wrong())?;
                 let pattern = Pattern::from_published(&name, a, b).ok_or_else(wrong)?;
                 heads.insert(number, (pattern, score));
@@ -191,7 +200,7 @@ impl Patterns {
         Ok(table)
     }
 
-    /// As JSON. One pattern for all heads is an empty list, and its name and sizes after it.
+    /// As JSON. One pattern for all heads is its own list alone, with a score of 0.
     pub fn to_json(&self) -> String {
         let entry = |(pattern, score): &(Pattern, f64)| {
             let (name, a, b) = pattern.published();
@@ -204,9 +213,9 @@ impl Patterns {
             Value::Object(heads.collect())
         };
         let layers: Vec<Value> = self.layers.iter().map(layer).collect();
-        match (layers.is_empty(), self.others) {
-            (true, others) => format!("[] {:?}", others.published()),
-            _ => Value::from(layers).to_string(),
+        match layers.is_empty() {
+            true => entry(&(self.others, 0.0)).to_string(),
+            false => Value::from(layers).to_string(),
         }
     }
 }
@@ -231,7 +240,9 @@ mod tests {
         // As their kernel has it, whatever a table says.
         assert_eq!(table.of(1, 1), Pattern::BlockSparse { blocks: 100 });
         assert_eq!(table.score(0, 0), Some(336_787.6));
-        assert_eq!(Patterns::from_json(&table.to_json()).unwrap(), table);
+        for table in [&table, &Patterns::llama_3_1(), &Patterns::default()] {
+            assert_eq!(&Patterns::from_json(&table.to_json()).unwrap(), table);
+        }
         assert!(table.check(2, 3).is_ok());
         assert!(table.check(3, 3).is_err() && table.check(2, 2).is_err());
         assert!(Patterns::llama_3_1().check(32, 32).is_ok());
@@ -254,6 +265,8 @@ mod tests {
             (r#"[{"0": ["stream_llm", -1, 2, 3]}]"#, "found"),
             (r#"[{"0": ["stream_llm", 1, 2]}]"#, "found"),
             (r#"[{"0": 7}]"#, "found 7"),
+            (r#"["stream", 1, 2, 3]"#, "no pattern is named"),
+            (r#"["stream_llm", 1]"#, "expected a map"),
         ] {
             let found = Patterns::from_json(text).unwrap_err();
             assert!(found.contains(says), "{text}: {found}");
