@@ -195,7 +195,7 @@ fn a_plan_takes_presets_and_model_folders() {
         plan::run(&args).map_err(|e| e.chain())
     };
     let phi = "--model phi-3-mini --context 131072 --kv bf16 --policy locret --budget 6000 \
-               --chunk 3072 --card 24GiB";
+               --chunk 3072 --device-memory 24GiB";
     assert_eq!(run(phi), Ok(()));
     assert_eq!(run(&format!("--model {}", model())), Ok(()));
     assert!(run("--model phi-4").unwrap_err().contains("phi-3-mini"));
@@ -205,7 +205,11 @@ fn a_plan_takes_presets_and_model_folders() {
             .unwrap_err()
             .contains("at least one token")
     );
-    assert!(run("--card much").unwrap_err().contains("such as 4MiB"));
+    assert!(
+        run("--device-memory much")
+            .unwrap_err()
+            .contains("such as 4MiB")
+    );
 }
 
 /// `plan` against a run, in bytes.
@@ -242,7 +246,7 @@ fn a_plan_is_what_a_run_takes() {
                 policy: policy.clone(),
                 prefill,
                 store: Default::default(),
-                weight_bytes: 4,
+                weights: DType::F32,
                 d_r: 0,
             };
             let plan = request.plan().unwrap();
