@@ -6,8 +6,8 @@
 
 #![cfg(feature = "wgpu")]
 
-use burn::tensor::Tensor;
-use locret_core::{Compute, Error, Rows, Weight};
+use burn::tensor::{Device, DeviceKind, Tensor};
+use locret_core::{Compute, Error, Rows, Weight, usable};
 use locret_examples::runtime::{compute, device};
 use locret_models::LoadOptions;
 use std::sync::Arc;
@@ -26,6 +26,15 @@ fn a_card_that_is_not_there() {
     // And the one that is there works as before.
     let one = on_device().rows(vec![1.0, 2.0], 2).unwrap();
     assert_eq!(one.into_values().unwrap(), [1.0, 2.0]);
+}
+
+#[test]
+fn kernels_for_a_card_that_is_not_there() {
+    let none = Device::wgpu(DeviceKind::DiscreteGpu(7));
+    let error = locret_cube::Cube::new(&none).unwrap_err();
+    assert!(matches!(error, Error::Device(_)), "{error}");
+    let error = usable(|| Device::wgpu(DeviceKind::IntegratedGpu(7))).unwrap_err();
+    assert!(matches!(error, Error::Device(_)), "{error}");
 }
 
 #[test]
