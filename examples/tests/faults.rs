@@ -24,7 +24,10 @@ fn a_card_that_is_not_there() {
         "{error}"
     );
     // And the one that is there works as before.
-    let one = on_device().rows(vec![1.0, 2.0], 2).unwrap();
+    let compute = on_device();
+    let one = compute.rows(vec![1.0, 2.0], 2).unwrap();
+    // By which it is known whether rows have to move.
+    assert_eq!(one.device(), *compute.device());
     assert_eq!(one.into_values().unwrap(), [1.0, 2.0]);
 }
 
