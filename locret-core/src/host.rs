@@ -39,8 +39,9 @@ pub fn into_f32<const D: usize>(tensor: Tensor<D>) -> Result<Vec<f32>> {
 /// What a device says of an error, without the backtrace that some backends append.
 fn failed(error: &dyn std::fmt::Display) -> Error {
     let text = error.to_string();
-    let said = text.split("\nBacktrace").next().unwrap_or(&text);
-    Error::Device(said.trim_end().to_owned())
+    let ends = ["\nBacktrace", "\nNo backtrace"].map(|mark| text.find(mark));
+    let end = ends.into_iter().flatten().min().unwrap_or(text.len());
+    Error::Device(text[..end].trim_end().to_owned())
 }
 
 /// Does what waits for a device. What a backend cannot hand back as an error (a lost device, memory that the
