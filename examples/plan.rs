@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! cargo run --release --example plan -- --model phi-3-mini --context 131072 \
-//!     --policy locret --budget 6000 --chunk 3072 --local 100 --kv bf16 --card 24GiB
+//!     --policy locret --budget 6000 --chunk 3072 --local 100 --kv bf16 --device-memory 24GiB
 //! ```
 
 use clap::Parser;

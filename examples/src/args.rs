@@ -25,9 +25,29 @@ pub struct ModelArgs {
     /// smollm2, a .gguf file, a folder with config.json and safetensors, or hf:owner/name
     #[arg(long, value_name = "MODEL", default_value = "smollm2")]
     pub model: String,
-    /// flex (CPU), or cuda, vulkan, metal, wgpu where built with that feature
+    /// flex (CPU), or cuda, vulkan, metal, wgpu where built with that feature; cuda:1 is the second card
     #[arg(long, value_name = "NAME", default_value = "flex")]
     pub device: String,
+    /// Lay the layers over several of these, the first ones on the first: cuda:0,cuda:1
+    #[arg(
+        long,
+        value_name = "NAMES",
+        value_delimiter = ',',
+        conflicts_with = "device"
+    )]
+    pub devices: Vec<String>,
+    /// How many layers each of --devices has, rather than equally many: 20,12
+    #[arg(
+        long,
+        value_name = "NUMBERS",
+        value_delimiter = ',',
+        requires = "devices"
+    )]
+    pub layers_each: Vec<usize>,
+    /// As llama.cpp has it: the output and the last N - 1 layers on --device or --devices, all else on the CPU (so
+    /// that everything but the embedding is there with one more than the model has layers)
+    #[arg(long, value_name = "N")]
+    pub gpu_layers: Option<usize>,
     /// Type of the weights in memory: file (as they are), f32, f16 or bf16
     #[arg(long, value_name = "TYPE", default_value = "file", value_parser = parse_weights)]
     pub weights: WeightDtype,
@@ -54,6 +74,9 @@ impl Default for ModelArgs {
         Self {
             model: "smollm2".into(),
             device: "flex".into(),
+            devices: Vec::new(),
+            layers_each: Vec::new(),
+            gpu_layers: None,
             weights: WeightDtype::default(),
             activations: Activations::default(),
             kernels: Kernels::default(),
@@ -70,6 +93,11 @@ impl ModelArgs {
         let mut options = FetchOptions::new().offline(self.offline);
         options.cache.clone_from(&self.cache);
         options
+    }
+
+    /// Whether layers lie on several devices.
+    pub fn is_mapped(&self) -> bool {
+        !self.devices.is_empty() || self.gpu_layers.is_some()
     }
 
     /// How the model is loaded.

@@ -7,10 +7,12 @@
 
 pub mod args;
 pub mod cli;
+pub mod devices;
 pub mod plan;
 pub mod progress;
 pub mod qwen2;
 pub mod runtime;
+pub mod split;
 
 pub use locret_eval::{Error, Result, report};
 

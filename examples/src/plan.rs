@@ -2,11 +2,14 @@
 
 use crate::Result;
 use burn::tensor::Device;
-use locret_core::{CacheOptions, Compute, DType, Host, ModelSpec, Prefill, plan};
+use locret_core::{
+    CacheOptions, Compute, DType, Host, KvCachePolicy, ModelSpec, Plan as CachePlan, Prefill,
+    plan_layers,
+};
 use locret_eval::report;
 use locret_models::ModelConfig;
 use locret_policies::{HeadWeights, LayerHead, Method, PolicyConfig, RetainingHeads};
-use std::sync::Arc;
+use std::{cell::RefCell, collections::BTreeMap, ops::Range, sync::Arc};
 
 /// A model's dimensions.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -99,6 +102,36 @@ impl Shape {
         self.layers * layer + embedding + self.hidden
     }
 
+    /// Bytes of a matrix of so many numbers.
+    fn matrix_bytes(numbers: usize, dtype: DType) -> usize {
+        numbers / dtype.block() * dtype.block_bytes()
+    }
+
+    /// Bytes of one layer's weights, whose norms are in 32 bits whatever the matrices are in.
+    pub fn layer_bytes(&self, dtype: DType) -> usize {
+        let qkv = self.spec().layer(0).qkv_features() * self.hidden;
+        let output = self.heads * self.head_dim * self.hidden;
+        let mlp = 3 * self.hidden * self.intermediate;
+        Self::matrix_bytes(qkv + output + mlp, dtype) + 2 * self.norm_bytes()
+    }
+
+    /// Bytes of the embedding, or of an output matrix.
+    pub fn table_bytes(&self, dtype: DType) -> usize {
+        Self::matrix_bytes(self.vocab * self.hidden, dtype)
+    }
+
+    /// Bytes of a norm.
+    pub fn norm_bytes(&self) -> usize {
+        4 * self.hidden
+    }
+
+    /// Bytes of all weights.
+    pub fn weight_bytes(&self, dtype: DType) -> usize {
+        let tables = if self.tied { 1 } else { 2 };
+        let tables = tables * self.table_bytes(dtype);
+        self.layers * self.layer_bytes(dtype) + tables + self.norm_bytes()
+    }
+
     /// Bytes of retaining heads of width `d_r` in memory, folded into the model's matrices where that makes them narrower
     /// ([`RetainingHeads::for_model`](locret_policies::RetainingHeads::for_model)), in 32 bits.
     pub fn head_bytes(&self, d_r: usize) -> usize {
@@ -122,8 +155,8 @@ pub struct Request {
     pub prefill: Prefill,
     /// Type of cached keys and values.
     pub store: DType,
-    /// Bytes of one weight.
-    pub weight_bytes: usize,
+    /// Type of the matrices.
+    pub weights: DType,
     /// Width of retaining heads; used for Locret alone.
     pub d_r: usize,
 }
@@ -155,40 +188,86 @@ impl Request {
     /// [`Error::Core`](crate::Error::Core) for an empty prompt, a chunk of 0
     /// or an impossible budget.
     pub fn plan(&self) -> Result<Plan> {
-        let (shape, spec) = (&self.shape, self.shape.spec());
+        let (shape, planned) = (&self.shape, self.planned()?);
+        let cache = planned.layers(self, 0..shape.layers)?;
+        let total = self.context + self.max_new.saturating_sub(1);
+        Ok(Plan {
+            weights: shape.weight_bytes(self.weights),
+            heads: planned.heads(self),
+            kv_prefill: cache.prefill.bytes,
+            kv_decode: cache.bytes,
+            kv_full: (planned.spec).full_cache_bytes(total, self.store.block_bytes()),
+            activations: planned.activations(self, true, true),
+            peak_units: cache.peak.units_per_head,
+        })
+    }
+
+    /// What plans of any of the layers are made with.
+    pub(crate) fn planned(&self) -> Result<Planned> {
+        let spec = self.shape.spec();
         let compute: Arc<dyn Compute> = Arc::new(Host::new(&Device::default()));
-        let locret = self.policy.policy == Method::Locret;
-        let policy = match locret {
+        let policy = match self.policy.policy == Method::Locret {
             true => self
                 .policy
                 .build_with_heads(&spec, stand_in(&spec, &*compute)?)?,
             false => self.policy.build(&spec, &*compute)?,
         };
-        let options = CacheOptions::new().dtype(self.store);
-        let tokens = [self.context, self.max_new];
-        let cache = plan(&spec, &*policy, &compute, options, &self.prefill, tokens)?;
-        let total = self.context + self.max_new.saturating_sub(1);
-        let rows = self.prefill.chunk.min(self.context);
-        let logits_rows = if policy.needs().surprisal {
-            rows.min(64)
-        } else {
-            1
+        Ok(Planned {
+            spec,
+            policy,
+            compute,
+            known: RefCell::default(),
+        })
+    }
+}
+
+/// A model's shape and a policy for it.
+pub(crate) struct Planned {
+    spec: ModelSpec,
+    policy: Arc<dyn KvCachePolicy>,
+    compute: Arc<dyn Compute>,
+    /// What was planned before.
+    known: RefCell<BTreeMap<[usize; 2], CachePlan>>,
+}
+
+impl Planned {
+    /// What the caches of these layers take.
+    pub(crate) fn layers(&self, request: &Request, layers: Range<usize>) -> Result<CachePlan> {
+        let options = CacheOptions::new().dtype(request.store);
+        let tokens = [request.context, request.max_new];
+        let (spec, policy, prefill) = (&self.spec, &*self.policy, &request.prefill);
+        let (compute, key) = (&self.compute, [layers.start, layers.end]);
+        if let Some(known) = self.known.borrow().get(&key) {
+            return Ok(*known);
+        }
+        let made = plan_layers(spec, policy, compute, options, prefill, tokens, layers)?;
+        self.known.borrow_mut().insert(key, made);
+        Ok(made)
+    }
+
+    /// Bytes of retaining heads.
+    pub(crate) fn heads(&self, request: &Request) -> usize {
+        match request.policy.policy == Method::Locret {
+            true => request.shape.head_bytes(request.d_r),
+            false => 0,
+        }
+    }
+
+    /// Bytes of the largest intermediate results of a layer, if there is one, and of rows of logits, if there are any.
+    pub(crate) fn activations(&self, request: &Request, layer: bool, logits: bool) -> usize {
+        let (shape, rows) = (&request.shape, request.prefill.chunk.min(request.context));
+        let logits_rows = match (logits, self.policy.needs().surprisal) {
+            (false, _) => 0,
+            (true, true) => rows.min(64),
+            (true, false) => 1,
         };
         // Residual, normalised and output rows; q, k, v; gate, up and their product; logits.
-        let per_row = 3 * shape.hidden + 2 * spec.layer(0).qkv_features() + 3 * shape.intermediate;
-        Ok(Plan {
-            weights: shape.parameters() * self.weight_bytes,
-            heads: if locret {
-                shape.head_bytes(self.d_r)
-            } else {
-                0
-            },
-            kv_prefill: cache.prefill.bytes,
-            kv_decode: cache.bytes,
-            kv_full: spec.full_cache_bytes(total, self.store.block_bytes()),
-            activations: 4 * (rows * per_row + logits_rows * shape.vocab),
-            peak_units: cache.peak.units_per_head,
-        })
+        let qkv = self.spec.layer(0).qkv_features();
+        let per_row = match layer {
+            true => 3 * shape.hidden + 2 * qkv + 3 * shape.intermediate,
+            false => 2 * shape.hidden,
+        };
+        4 * (rows * per_row + logits_rows * shape.vocab)
     }
 }
 
@@ -246,7 +325,7 @@ mod tests {
             policy,
             prefill: Prefill::new(chunk, 100),
             store: DType::BF16,
-            weight_bytes: 2,
+            weights: DType::BF16,
             d_r: 1024,
         }
     }
@@ -321,5 +400,104 @@ mod tests {
         assert!(r.plan().unwrap_err().to_string().contains("budget"));
         r.context = 0;
         assert!(r.plan().is_err());
+    }
+
+    #[test]
+    fn llama_8b_on_24_gib() {
+        // Layers of Llama-3.1-8B: q, k and v; o; gate, up and down. Two norms of 32 bits beside them.
+        let layer = 6144 * 4096 + 4096 * 4096 + 3 * 4096 * 14_336;
+        let table = 128_256 * 4096;
+        let norms = 4 * 4096;
+        let bf16 = 32 * (2 * layer + 2 * norms) + 2 * 2 * table + norms;
+        let q4_k = 32 * (layer / 256 * 144 + 2 * norms) + 2 * (table / 256 * 144) + norms;
+        assert_eq!([bf16, q4_k], [16_061_054_976, 4_517_937_152]);
+        // Keys and values of a token in a layer, in bf16; all tokens, or the budget with 100 local ones.
+        let unit = 2 * 8 * 128 * 2;
+        let (all, kept) = (32 * 131_072 * unit, 32 * (16_384 + 100) * unit);
+        assert_eq!([all, kept], [17_179_869_184, 2_160_590_848]);
+        // Heads of d_R 1,024, folded, in f32; three rows of the model's width, q, k and v twice, and three of the
+        // MLP's, for each token of a chunk, and a row of logits.
+        let heads = 4 * 32 * 1024 * (4096 + 8);
+        let rows = 4 * (1024 * (3 * 4096 + 2 * 6144 + 3 * 14_336) + 128_256);
+        assert_eq!([heads, rows], [537_919_488, 277_337_088]);
+        let card = 24 << 30;
+        let locret = PolicyConfig::new(Method::Locret).budget(Budget::Units(16_384));
+        let window = PolicyConfig::new(Method::Window).budget(Budget::Units(16_384));
+        let full = PolicyConfig::new(Method::Full);
+        for (weights, bytes, policy, expected, fits) in [
+            (DType::BF16, bf16, &full, bf16 + all + rows, false),
+            (DType::BF16, bf16, &locret, bf16 + heads + kept + rows, true),
+            (DType::BF16, bf16, &window, bf16 + kept + rows, true),
+            (DType::Q4_K, q4_k, &full, q4_k + all + rows, true),
+            (DType::Q4_K, q4_k, &locret, q4_k + heads + kept + rows, true),
+            (DType::Q4_K, q4_k, &window, q4_k + kept + rows, true),
+        ] {
+            let mut request = request("llama-3.1-8b", policy.clone(), 1024);
+            request.weights = weights;
+            let plan = request.plan().unwrap();
+            assert_eq!(plan.weights, bytes);
+            assert_eq!(plan.total(), expected, "{weights}, {}", policy.policy);
+            assert_eq!(plan.total() <= card, fits, "{weights}, {}", policy.policy);
+            let split = request.split(&[card]).unwrap();
+            assert_eq!(split.is_whole(), fits, "{weights}, {}", policy.policy);
+            if fits {
+                assert_eq!(split.parts[0].total(), expected);
+                assert_eq!(split.flags(), "--device cuda");
+            }
+        }
+        // The full cache beside bf16: what a layer takes, and the head with the last norm; as many layers as there
+        // is room for.
+        let request = request("llama-3.1-8b", full, 1024);
+        let there = (card - 2 * table - norms - rows) / (2 * layer + 2 * norms + 131_072 * unit);
+        assert_eq!(there, 25);
+        let split = request.split(&[card]).unwrap();
+        assert_eq!(split.flags(), "--device cuda --gpu-layers 26");
+        let [cpu, gpu] = &split.parts[..] else {
+            panic!("{split:?}")
+        };
+        assert_eq!([cpu.layers.clone(), gpu.layers.clone()], [0..7, 7..32]);
+        assert_eq!(cpu.weights + gpu.weights, bf16);
+        assert_eq!(cpu.kv + gpu.kv, all);
+        assert!(gpu.fits());
+        // Two such cards have room for all of it, 16 layers each.
+        let split = request.split(&[card, card]).unwrap();
+        assert_eq!(split.flags(), "--devices cuda:0,cuda:1 --layers-each 16,16");
+        let weights: usize = split.parts.iter().map(|part| part.weights).sum();
+        assert_eq!(weights, bf16);
+    }
+
+    #[test]
+    fn layers_are_laid_by_bytes() {
+        let window = PolicyConfig::new(Method::Window).budget(Budget::Units(1000));
+        let mut request = request("smollm2-135m", window, 256);
+        request.context = 4000;
+        let plan = request.plan().unwrap();
+        // The second card has a third of the first one's memory.
+        let (large, small) = (plan.total(), plan.total() / 3);
+        let split = request.split(&[large, small]).unwrap();
+        let [first, second] = &split.parts[..] else {
+            panic!("{split:?}")
+        };
+        assert!(split.is_whole() && first.fits() && second.fits());
+        // Moving a layer either way makes the fuller one fuller.
+        let fill = |part: &crate::split::Part| part.total() as f64 / part.memory.unwrap() as f64;
+        let layer = first.weights as f64 / first.layers.len() as f64;
+        assert!((fill(first) - fill(second)).abs() < 1.5 * layer / small as f64);
+        // A tied head is held twice where the embedding stays on the CPU.
+        let split = request.split(&[small]).unwrap();
+        let [cpu, gpu] = &split.parts[..] else {
+            panic!("{split:?}")
+        };
+        let table = request.shape.table_bytes(request.weights);
+        assert_eq!(cpu.weights + gpu.weights, plan.weights + table);
+        assert!(gpu.fits() && !split.is_whole() && !gpu.layers.is_empty());
+        // Nothing fits: all of it on the CPU.
+        let split = request.split(&[1 << 20]).unwrap();
+        assert_eq!(
+            (split.flags().as_str(), split.on_devices()),
+            ("--device flex", 0)
+        );
+        assert_eq!(split.parts[0].weights, plan.weights);
+        assert_eq!(split, request.split(&[]).unwrap());
     }
 }

@@ -1,8 +1,8 @@
 //! A model that is ready to run, on a device that is there.
 
-use crate::{Error, Result, args::ModelArgs, progress, report};
-use burn::tensor::{Device, Tensor};
-use locret_core::{CausalLm, Compute};
+use crate::{Error, Result, args::ModelArgs, devices, progress, report};
+use burn::tensor::Device;
+use locret_core::{CausalLm, Compute, usable};
 #[cfg(feature = "cube")]
 use locret_core::{Kernels, is_host_device};
 use locret_eval::{
@@ -12,14 +12,13 @@ use locret_eval::{
     tasks::{Frame, Kind, Texts},
 };
 use locret_models::{
-    Date, FetchOptions, LoadOptions, LoadedModel, Message, SpecialTokens, Tokenizer,
+    Date, FetchOptions, LoadOptions, LoadedModel, Message, ModelFiles, SpecialTokens, Tokenizer,
     load_model_with, resolve,
 };
 use std::{
     cell::{Cell, OnceCell},
-    panic::{self, AssertUnwindSafe},
     path::PathBuf,
-    sync::{Arc, Mutex, PoisonError},
+    sync::Arc,
     time::Instant,
 };
 
@@ -32,7 +31,7 @@ pub struct Runtime {
     pub path: PathBuf,
     /// The model, and what its files say.
     pub loaded: LoadedModel,
-    /// Where it runs.
+    /// Where it runs; its output does, where layers lie on several devices.
     pub device: Device,
     /// Made when it is first needed: token ids need none.
     tokenizer: OnceCell<Tokenizer>,
@@ -46,23 +45,31 @@ impl Runtime {
     /// # Errors
     /// [`Error::Usage`] for a device that is not there, [`Error::Model`].
     pub fn load(args: &ModelArgs) -> Result<Self> {
-        let device = device(&args.device)?;
+        // Before anything is fetched for a device that is not there.
+        let one = match args.is_mapped() {
+            true => None,
+            false => Some(devices::computes(args, 0)?),
+        };
         let shown = progress::Fetching::new();
         let path = resolve(&args.model, &args.fetch(), &|p| shown.show(p))?;
         drop(shown);
         let started = Instant::now();
-        let options = args.options();
-        let loaded = load_model_with(&path, &options, &compute(&device, &options)?)?;
-        eprintln!(
-            "loaded {} in {}",
+        let compute = match one {
+            Some(one) => one,
+            None => devices::computes(args, ModelFiles::open(&path)?.config()?.layers)?,
+        };
+        let loaded = load_model_with(&path, &args.options(), &compute)?;
+        eprint!(
+            "loaded {} in {}\n{}",
             args.model,
-            report::duration(started.elapsed().as_secs_f64())
+            report::duration(started.elapsed().as_secs_f64()),
+            devices::described(&*compute)
         );
         Ok(Self {
             name: args.model.clone(),
             path,
+            device: compute.device().clone(),
             loaded,
-            device,
             tokenizer: OnceCell::new(),
             told: Cell::new(false),
         })
@@ -250,78 +257,66 @@ fn no_template() -> Error {
     Error::Usage("the model has no chat template".into())
 }
 
-/// A device by name, and how it is made.
-type NamedDevice = (&'static str, fn() -> Device);
+/// A device by name, and how that of a number is made.
+type NamedDevice = (&'static str, fn(Option<usize>) -> Device);
 
 /// Devices beside the CPU that this program was built with.
 const ACCELERATORS: &[NamedDevice] = &[
     #[cfg(feature = "cuda")]
-    ("cuda", || Device::cuda(burn::tensor::DeviceIndex::Default)),
+    ("cuda", |number| {
+        use burn::tensor::DeviceIndex::{Default, Specified};
+        Device::cuda(number.map_or(Default, Specified))
+    }),
     #[cfg(feature = "vulkan")]
-    ("vulkan", || {
-        Device::vulkan(burn::tensor::DeviceKind::DefaultDevice)
-    }),
+    ("vulkan", |number| Device::vulkan(kind(number))),
     #[cfg(feature = "metal")]
-    ("metal", || {
-        Device::metal(burn::tensor::DeviceKind::DefaultDevice)
-    }),
+    ("metal", |number| Device::metal(kind(number))),
     #[cfg(feature = "wgpu")]
-    ("wgpu", || {
-        Device::wgpu(burn::tensor::DeviceKind::DefaultDevice)
-    }),
+    ("wgpu", |number| Device::wgpu(kind(number))),
 ];
 
-/// The device called `name`.
+/// The card of that number, or the best there is.
+#[cfg(any(feature = "vulkan", feature = "metal", feature = "wgpu"))]
+fn kind(number: Option<usize>) -> burn::tensor::DeviceKind {
+    use burn::tensor::DeviceKind::{DefaultDevice, DiscreteGpu};
+    number.map_or(DefaultDevice, DiscreteGpu)
+}
+
+/// The device called `name`, or the card of a number: `cuda:1`.
 ///
 /// # Errors
 /// [`Error::Usage`] for a name that is unknown or that this program was built without, and for a
-/// device that cannot compute.
+/// device that is not there or cannot compute.
 pub fn device(name: &str) -> Result<Device> {
     #[cfg(feature = "flex")]
     if name == "flex" {
         return Ok(Device::flex());
     }
-    if !["flex", "cuda", "vulkan", "metal", "wgpu"].contains(&name) {
+    let (kind, number) = match name.split_once(':') {
+        Some((kind, number)) => (kind, Some(number)),
+        None => (name, None),
+    };
+    let known = ["cuda", "vulkan", "metal", "wgpu"].contains(&kind);
+    if !known && name != "flex" {
         return Err(Error::Usage(format!(
             "unknown device {name:?}: there are flex, cuda, vulkan, metal, wgpu"
         )));
     }
-    let Some((_, make)) = ACCELERATORS.iter().find(|d| d.0 == name) else {
+    let number = number.map(str::parse).transpose();
+    let number = number.map_err(|_| {
+        Error::Usage(format!(
+            "unknown device {name:?}: a card is {kind}:0, {kind}:1 and so on"
+        ))
+    })?;
+    let Some((_, make)) = ACCELERATORS.iter().find(|d| d.0 == kind) else {
         return Err(Error::Usage(format!(
-            "this program was built without {name}: build it with --features {name}"
+            "this program was built without {kind}: build it with --features {kind}"
         )));
     };
-    // A missing driver or card shows as a panic in the backend when the first tensor is made, often on
-    // a thread of its own: what the first one says is the cause.
-    let hook = panic::take_hook();
-    let cause = Arc::new(Mutex::new(None));
-    let heard = cause.clone();
-    panic::set_hook(Box::new(move |panic| {
-        let mut heard = heard.lock().unwrap_or_else(PoisonError::into_inner);
-        heard.get_or_insert_with(|| panic.payload_as_str().unwrap_or("it panicked").to_owned());
-    }));
-    let tried = panic::catch_unwind(AssertUnwindSafe(|| {
-        let device = make();
-        let sum = Tensor::<1>::ones([8], &device).sum();
-        let right = sum.try_into_data().is_ok_and(|d| {
-            let values = d.convert::<f32>().try_into_vec::<f32>();
-            values.is_ok_and(|v| v == [8.0])
-        });
-        right.then_some(device)
-    }));
-    panic::set_hook(hook);
-    match tried {
-        Ok(Some(device)) => Ok(device),
-        Ok(None) => Err(Error::Usage(format!("the device {name} cannot compute"))),
-        Err(_) => {
-            let cause = cause.lock().unwrap_or_else(PoisonError::into_inner);
-            let text = cause.as_deref().unwrap_or("it panicked");
-            Err(Error::Usage(format!(
-                "the device {name} is not usable here: {}",
-                report::shorten(text, 200)
-            )))
-        }
-    }
+    usable(|| make(number)).map_err(|e| {
+        let what = report::shorten(&e.to_string(), 240);
+        Error::Usage(format!("the device {name} is not usable here: {what}"))
+    })
 }
 
 /// What computes on a device: kernels of this repository where there are some for it, and otherwise what `options` ask
@@ -349,6 +344,9 @@ mod tests {
             unknown.contains("flex, cuda, vulkan, metal, wgpu"),
             "{unknown}"
         );
+        for wrong in ["flex:1", "cuda:", "cuda:x", "wgpu:-1"] {
+            assert!(device(wrong).is_err(), "{wrong}");
+        }
         #[cfg(not(feature = "metal"))]
         assert!(
             device("metal")

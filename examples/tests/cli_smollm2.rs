@@ -236,7 +236,7 @@ fn a_plan_is_within_five_percent_of_what_is_measured() {
                 policy: policy.clone(),
                 prefill,
                 store,
-                weight_bytes: 4,
+                weights: DType::F32,
                 d_r: 0,
             };
             let plan = request.plan().unwrap();

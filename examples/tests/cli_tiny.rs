@@ -195,8 +195,13 @@ fn a_plan_takes_presets_and_model_folders() {
         plan::run(&args).map_err(|e| e.chain())
     };
     let phi = "--model phi-3-mini --context 131072 --kv bf16 --policy locret --budget 6000 \
-               --chunk 3072 --card 24GiB";
+               --chunk 3072 --device-memory 24GiB";
     assert_eq!(run(phi), Ok(()));
+    // Two cards, and one that is too small.
+    assert_eq!(run(&format!("{phi} --device-memory 24GiB")), Ok(()));
+    let full = "--model phi-3-mini --context 131072 --weights f32 --device-memory 24GiB";
+    assert_eq!(run(full), Ok(()));
+    assert!(run("--weights q9").unwrap_err().contains("q4_k"));
     assert_eq!(run(&format!("--model {}", model())), Ok(()));
     assert!(run("--model phi-4").unwrap_err().contains("phi-3-mini"));
     assert!(run("--policy window").unwrap_err().contains("budget"));
@@ -205,7 +210,11 @@ fn a_plan_takes_presets_and_model_folders() {
             .unwrap_err()
             .contains("at least one token")
     );
-    assert!(run("--card much").unwrap_err().contains("such as 4MiB"));
+    assert!(
+        run("--device-memory much")
+            .unwrap_err()
+            .contains("such as 4MiB")
+    );
 }
 
 /// `plan` against a run, in bytes.
@@ -242,7 +251,7 @@ fn a_plan_is_what_a_run_takes() {
                 policy: policy.clone(),
                 prefill,
                 store: Default::default(),
-                weight_bytes: 4,
+                weights: DType::F32,
                 d_r: 0,
             };
             let plan = request.plan().unwrap();
@@ -364,6 +373,23 @@ fn published_dimensions_take_what_is_planned() {
         assert_eq!(run(&flags), Ok(()), "{policy}");
     }
     assert_eq!(run(&format!("--model {}", model())), Ok(()));
+    // Layers apart, tokens after the prompt, and what was measured as JSON.
+    let dir = tempfile::tempdir().unwrap();
+    let json = dir.path().join("figures.json");
+    let flags = format!(
+        "{preset} --policy window --budget 40 --tokens 400 --max-new 5 --warm-up 40 --json {}",
+        json.display()
+    );
+    let read =
+        || -> serde_json::Value { serde_json::from_slice(&fs::read(&json).unwrap()).unwrap() };
+    assert_eq!(run(&format!("{flags} --devices flex,flex")), Ok(()));
+    let whole = read();
+    assert_eq!(whole["prompt"], 400);
+    assert_eq!(whole["kv_bytes"], whole["plan"]["kv_bytes"]);
+    assert!(whole["prefill"].as_f64().unwrap() > 0.0 && whole["decode"].as_f64().unwrap() > 0.0);
+    // Without any time it reads a chunk, and the local tokens after it.
+    assert_eq!(run(&format!("{flags} --gpu-layers 2 --seconds 0")), Ok(()));
+    assert_eq!(read()["prompt"], 40);
     let wrong = format!("{preset} --tokens 10 --policy locret --budget 8 --d-r 0");
     assert!(run(&wrong).is_err());
     assert!(run("--model /none").unwrap_err().contains("/none"));

@@ -2,6 +2,7 @@
 
 use crate::{Error, Result};
 use burn::tensor::{DType, Device, Int, Tensor, TensorData};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 
 /// Whether tensors on `device` lie in host memory and change hands without a copy.
 ///
@@ -25,9 +26,7 @@ pub fn is_host_device(device: &Device) -> bool {
 /// # Errors
 /// [`Error::Device`] if the device fails.
 pub fn into_f32<const D: usize>(tensor: Tensor<D>) -> Result<Vec<f32>> {
-    let data = tensor
-        .try_into_data()
-        .map_err(|e| Error::Device(e.to_string()))?;
+    let data = caught(|| tensor.try_into_data().map_err(|e| failed(&e)))?;
     let data = if data.dtype() == DType::F32 {
         data
     } else {
@@ -35,6 +34,29 @@ pub fn into_f32<const D: usize>(tensor: Tensor<D>) -> Result<Vec<f32>> {
     };
     data.try_into_vec::<f32>()
         .map_err(|e| Error::Device(format!("{e:?}")))
+}
+
+/// What a device says of an error, without the backtrace that some backends append.
+fn failed(error: &dyn std::fmt::Display) -> Error {
+    let text = error.to_string();
+    let ends = ["\nBacktrace", "\nNo backtrace"].map(|mark| text.find(mark));
+    let end = ends.into_iter().flatten().min().unwrap_or(text.len());
+    Error::Device(text[..end].trim_end().to_owned())
+}
+
+/// Does what waits for a device. What a backend cannot hand back as an error (a lost device, memory that the
+/// driver does not give) it panics with, here or on a thread of its own whose panic is raised again here.
+///
+/// # Errors
+/// [`Error::Device`] for a panic; those of `work`.
+pub fn caught<T>(work: impl FnOnce() -> Result<T>) -> Result<T> {
+    match catch_unwind(AssertUnwindSafe(work)) {
+        Ok(done) => done,
+        Err(panic) => Err(match Error::panicked(&*panic) {
+            Error::Panicked(text) => failed(&text),
+            other => other,
+        }),
+    }
 }
 
 /// A float tensor of shape `shape` that takes over `values`.

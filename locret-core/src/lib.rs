@@ -33,8 +33,8 @@ mod stores;
 pub mod conformance;
 
 pub use compute::{
-    Activations, Attention, Compute, Host, Kernels, Matrix, Ops, Perceptron, Rotation, Rows, Sight,
-    TableRows, Weight, compute,
+    Activations, Attention, Compute, DeviceMap, Host, Kernels, Matrix, Ops, Perceptron, Rotation,
+    Rows, Sight, TableRows, Weight, compute, layer_compute, usable,
 };
 #[doc(hidden)]
 pub use compute::{check_product, divided, no_row};
@@ -49,8 +49,10 @@ pub use engine::{
     Handle, Kept, Limits, Load, LongRopeSwitch, OnChunk, Pass, Peak, Plan, Prefill, PrefixCache,
     PrefixStats, Probe, Report, Request, RopeConfig, RopeScaling, Sampler, Sampling, SequenceCache,
     SequenceId, SequenceStep, Session, Sink, SnapshotStore, Stored, TURN, TokenScore, Tokens,
-    argmax, forward, plan,
+    argmax, forward, plan, plan_layers,
 };
+#[doc(hidden)]
+pub use host::caught;
 pub use host::{from_f32, ids_tensor, into_f32, is_host_device};
 #[doc(hidden)]
 pub use locret_kernels as kernels;

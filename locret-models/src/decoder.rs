@@ -2,7 +2,9 @@
 
 use crate::{Loader, Result};
 use burn::tensor::Tensor;
-use locret_core::{CausalLm, Compute, Error as CoreError, Matrix, ModelSpec, Pass, Qkv, Rows};
+use locret_core::{
+    CausalLm, Compute, Error as CoreError, Matrix, ModelSpec, Pass, Qkv, Rows, layer_compute,
+};
 use rayon::prelude::*;
 use sha2::{Digest, Sha256};
 use std::{
@@ -25,15 +27,18 @@ pub struct Decoder {
     epsilon: f32,
     /// `[vocab, hidden]`; the embedding itself where they are tied.
     head: Arc<dyn Matrix>,
+    /// The embedding is the head, too; held twice where the two lie on different devices.
+    tied: bool,
     /// Made when it is first asked for.
     fingerprint: OnceLock<String>,
-    /// Rows lie in host memory.
-    in_host: bool,
 }
 
 /// One layer's weights. Projections that read the same input are one matrix.
 #[derive(Debug)]
 struct DecoderLayer {
+    compute: Arc<dyn Compute>,
+    /// Rows lie in host memory.
+    in_host: bool,
     /// `[1, hidden]`
     attention_norm: Rows,
     /// `[(heads + 2 * kv_heads) * head_dim, hidden]`: queries, keys, values.
@@ -156,19 +161,28 @@ impl Extras {
 }
 
 impl Decoder {
-    /// Loads a decoder's weights to where the loader's compute with them. Biases, and norms of the heads
+    /// Loads a decoder's weights to where the loader's compute with them, each layer's to its own device if
+    /// that is a [`DeviceMap`](locret_core::DeviceMap). Biases, and norms of the heads
     /// of q and k, are used if the checkpoint has them.
     ///
     /// # Errors
     /// Missing tensors, wrong shapes, values that are not finite; an impossible
-    /// [`ModelSpec`].
+    /// [`ModelSpec`], or a map of another number of layers.
     pub fn load(config: &DecoderConfig, loader: &Loader<'_>) -> Result<Self> {
         let extras = Extras::of(loader, config.layout);
         let spec = config.spec.clone().with_layer_input();
         spec.validate()?;
+        let (input, output) = match loader.compute().map() {
+            Some(map) => {
+                map.check(spec.layers)?;
+                (loader.at(map.input()), loader.at(map.output()))
+            }
+            None => (loader.clone(), loader.clone()),
+        };
         let (hidden, inner) = (spec.hidden, config.intermediate);
         let (q, kv) = (spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim);
         let layers = (0..spec.layers).map(|index| {
+            let loader = &loader.at_layer(index);
             let own = |name: &str| format!("model.layers.{index}.{name}.weight");
             let attn = |name: &str| own(&format!("self_attn.{name}"));
             let mlp = |name: &str| own(&format!("mlp.{name}"));
@@ -226,8 +240,11 @@ impl Decoder {
             loader.skip(&format!(
                 "model.layers.{index}.self_attn.rotary_emb.inv_freq"
             ));
+            let attention_norm = loader.row(&own("input_layernorm"), hidden)?;
             Ok(DecoderLayer {
-                attention_norm: loader.row(&own("input_layernorm"), hidden)?,
+                compute: loader.compute().clone(),
+                in_host: matches!(attention_norm.values()?, Cow::Borrowed(_)),
+                attention_norm,
                 qkv: loader.matrix(&qkv, hidden)?,
                 qkv_bias,
                 head_norms,
@@ -240,26 +257,30 @@ impl Decoder {
                 down_bias: bias_if(extras.mlp_bias, &down)?,
             })
         });
-        let table = |name: &str| loader.matrix(&[(name.to_owned(), spec.vocab)], hidden);
-        let embedding = table("model.embed_tokens.weight")?;
+        let table = |loader: &Loader<'_>, name: &str| {
+            loader.matrix(&[(name.to_owned(), spec.vocab)], hidden)
+        };
+        let embedding = table(&input, "model.embed_tokens.weight")?;
         let layers = layers.collect::<Result<_>>()?;
-        let norm = loader.row("model.norm.weight", hidden)?;
-        let in_host = matches!(norm.values()?, Cow::Borrowed(_));
+        let norm = output.row("model.norm.weight", hidden)?;
         let (head, words) = ("lm_head.weight", "model.embed_tokens.weight");
         // A tied head may be stored all the same, and is the same tensor then; or the configuration is
         // wrong, as after a training that untied them.
         let tied = config.tied && (!loader.has(head) || loader.same(head, words)?);
+        if tied {
+            loader.skip(head);
+        }
+        let together = Arc::ptr_eq(input.compute(), output.compute());
         Ok(Self {
-            head: if tied {
-                loader.skip(head);
-                embedding.clone()
-            } else {
-                table(head)?
+            head: match (tied, together) {
+                (true, true) => embedding.clone(),
+                (true, false) => table(&output, words)?,
+                (false, _) => table(&output, head)?,
             },
             embedding,
             layers,
             norm,
-            in_host,
+            tied,
             epsilon: config.norm_epsilon,
             compute: loader.compute().clone(),
             spec,
@@ -297,7 +318,7 @@ impl Decoder {
         }
         hash_norm(&mut hash, &self.norm)?;
         hash_matrix(&mut hash, &*self.embedding)?;
-        if !Arc::ptr_eq(&self.head, &self.embedding) {
+        if !self.tied {
             hash_matrix(&mut hash, &*self.head)?;
         }
         let digest = hash.finalize();
@@ -345,22 +366,24 @@ impl CausalLm for Decoder {
     }
 
     fn hidden(&self, ids: &[u32], pass: &mut Pass<'_>) -> locret_core::Result<Rows> {
-        let (spec, compute, epsilon) = (&self.spec, &*self.compute, self.epsilon);
+        let (spec, epsilon) = (&self.spec, self.epsilon);
         let (q, kv) = (spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim);
         let mut norms = self.layers.iter().map(|layer| &layer.attention_norm);
         let first = norms.next().unwrap_or(&self.norm);
-        let mut x = self.embedding.rows(ids)?;
+        let compute = layer_compute(&self.compute, 0);
+        let mut x = self.embedding.rows(ids)?.moved_to(&**compute)?;
         let mut normed = compute.norm(&x, first, epsilon)?;
         let norms = norms.chain([&self.norm]);
         for ((index, layer), next_norm) in self.layers.iter().enumerate().zip(norms) {
+            let compute = &layer.compute;
             let parts = layer.qkv.apply_parts(&normed, &[q, kv, kv])?;
             let [mut q, mut k, mut v]: [Rows; 3] = parts.try_into().map_err(|_| three())?;
             if let Some([of_q, of_k, of_v]) = &layer.qkv_bias {
                 (q, k, v) = (of_q.add(q)?, of_k.add(k)?, of_v.add(v)?);
             }
             if let Some([of_q, of_k]) = &layer.head_norms {
-                q = self.norm_heads(q, of_q)?;
-                k = self.norm_heads(k, of_k)?;
+                q = self.norm_heads(layer, q, of_q)?;
+                k = self.norm_heads(layer, k, of_k)?;
             }
             let qkv = Qkv::new(q, k, v);
             let attended = pass.attend(index, qkv.made_from(normed))?;
@@ -374,7 +397,16 @@ impl CausalLm for Decoder {
             drop(gate_up);
             let y = through(&*layer.down, gated)?;
             let y = Bias::add_if(layer.down_bias.as_ref(), y)?;
-            normed = compute.add_norm(&mut x, &y, next_norm, epsilon)?;
+            let next = layer_compute(&self.compute, index + 1);
+            normed = match Arc::ptr_eq(compute, next) {
+                true => compute.add_norm(&mut x, &y, next_norm, epsilon)?,
+                false => {
+                    // The sum alone crosses the border; any norm will do for it.
+                    compute.add_norm(&mut x, &y, &layer.mlp_norm, epsilon)?;
+                    x = x.moved_to(&**next)?;
+                    next.norm(&x, next_norm, epsilon)?
+                }
+            };
         }
         Ok(normed)
     }
@@ -416,16 +448,17 @@ impl Decoder {
     }
 
     /// Each head of `x`, `[tokens, heads * head_dim]`, normalised for itself.
-    fn norm_heads(&self, x: Rows, gain: &Rows) -> locret_core::Result<Rows> {
+    fn norm_heads(&self, layer: &DecoderLayer, x: Rows, gain: &Rows) -> locret_core::Result<Rows> {
         let ([tokens, width], head) = (x.shape(), self.spec.head_dim);
-        if self.in_host {
+        let compute = &layer.compute;
+        if layer.in_host {
             let device = x.device();
             let heads = Rows::new(x.into_values()?, head, &device)?;
-            let normed = self.compute.norm(&heads, gain, self.epsilon)?;
+            let normed = compute.norm(&heads, gain, self.epsilon)?;
             return Rows::new(normed.into_values()?, width, &device);
         }
         let heads = x.into_tensor().reshape([tokens * width / head, head]);
-        let normed = self.compute.norm(&heads.into(), gain, self.epsilon)?;
+        let normed = compute.norm(&heads.into(), gain, self.epsilon)?;
         Ok(normed.into_tensor().reshape([tokens, width]).into())
     }
 }

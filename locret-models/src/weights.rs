@@ -7,6 +7,7 @@ use half::{bf16, f16};
 use locret_core::{
     Compute, Matrix, Rows, Weight,
     kernels::{dtype::Number, pages::Arena},
+    layer_compute,
 };
 use rayon::prelude::*;
 use std::{
@@ -298,13 +299,13 @@ impl<W: Weights + ?Sized> Convert for W {}
 ///
 /// A name that a model asks for and that is not there is an error at once; [`finish`](Self::finish)
 /// finds those that the model never asked for. Both mean that file and model are not of one kind.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Loader<'a> {
     weights: &'a dyn Weights,
     dtype: WeightDtype,
     compute: Arc<dyn Compute>,
-    used: Mutex<BTreeSet<String>>,
-    arena: Mutex<Arena>,
+    used: Arc<Mutex<BTreeSet<String>>>,
+    arena: Arc<Mutex<Arena>>,
 }
 
 impl<'a> Loader<'a> {
@@ -314,9 +315,24 @@ impl<'a> Loader<'a> {
             weights,
             dtype,
             compute: compute.clone(),
-            used: Mutex::default(),
-            arena: Mutex::default(),
+            used: Arc::default(),
+            arena: Arc::default(),
         }
+    }
+
+    /// The same loader for another compute: both keep one count.
+    pub fn at(&self, compute: &Arc<dyn Compute>) -> Self {
+        Self {
+            compute: compute.clone(),
+            ..self.clone()
+        }
+    }
+
+    /// The same loader for what computes a layer, if layers lie on several devices ([`DeviceMap`]).
+    ///
+    /// [`DeviceMap`]: locret_core::DeviceMap
+    pub fn at_layer(&self, index: usize) -> Self {
+        self.at(layer_compute(&self.compute, index))
     }
 
     /// The weights.

@@ -3,12 +3,12 @@
 
 use crate::Result;
 use burn::tensor::Device;
-use locret_core::CausalLm;
+use locret_core::{CausalLm, Compute};
 use locret_models::{
     DType, Decoder, DecoderConfig, Layout, LoadOptions, Loader, TensorInfo, WeightDtype, Weights,
 };
 use locret_policies::{HeadWeights, LayerHead, RetainingHeads};
-use std::{borrow::Cow, collections::BTreeMap, ops::Range, path::Path};
+use std::{borrow::Cow, collections::BTreeMap, ops::Range, path::Path, sync::Arc};
 
 /// The standard deviation that the published models were initialised with.
 const DEVIATION: f32 = 0.02;
@@ -180,7 +180,20 @@ pub fn decoder(
     device: &Device,
 ) -> Result<Decoder> {
     let compute = options.kernels.with(device, options.activations);
-    let loader = Loader::new(weights, options.weights, &compute);
+    decoder_with(config, weights, options, &compute)
+}
+
+/// As [`decoder`], computed by `compute`.
+///
+/// # Errors
+/// As [`decoder`]; those of a map of another number of layers.
+pub fn decoder_with(
+    config: &DecoderConfig,
+    weights: &dyn Weights,
+    options: &LoadOptions,
+    compute: &Arc<dyn Compute>,
+) -> Result<Decoder> {
+    let loader = Loader::new(weights, options.weights, compute);
     let decoder = Decoder::load(config, &loader)?;
     loader.finish()?;
     Ok(decoder)

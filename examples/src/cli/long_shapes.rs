@@ -3,23 +3,30 @@
 use crate::{
     Error, Result,
     args::{ModelArgs, PolicyArgs, PrefillArgs},
-    plan::{Request, Shape},
+    devices,
+    plan::{Plan, Request, Shape},
     progress::{Progress, Unit},
     report::{self, Table, bytes},
-    runtime,
 };
 use clap::Parser;
 use locret_core::{
-    CausalLm, KvCachePolicy, LongRopeSwitch, ModelSpec, RopeConfig, RopeScaling, Session,
+    CausalLm, DType, Error as CoreError, Generate, KvCachePolicy, LongRopeSwitch, ModelSpec,
+    RopeConfig, RopeScaling, Session,
 };
 use locret_eval::{
     memory::{Memory, Watch},
     patterns::Recalling,
     random::{self, RandomWeights, resident_bytes},
 };
-use locret_models::{DecoderConfig, Layout, Weights};
+use locret_models::{DecoderConfig, Layout, WeightDtype, Weights};
 use locret_policies::Method;
-use std::sync::Arc;
+use serde_json::json;
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 /// Loads a model of published dimensions and streams random tokens through it
 #[derive(Debug, Parser)]
@@ -31,6 +38,19 @@ pub struct Args {
     /// Tokens to read; none: load the model and stop
     #[arg(long, value_name = "N", default_value_t = 0)]
     tokens: usize,
+    /// Tokens to generate after them
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    max_new: usize,
+    /// Tokens that are read, and followed by four more, before the clock starts: what a device compiles when it is first
+    /// asked is done then
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    warm_up: usize,
+    /// Stop reading after so many seconds, and go on with what was read by then
+    #[arg(long, value_name = "N")]
+    seconds: Option<u64>,
+    /// Write what was measured as JSON
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
     /// Layers of a preset
     #[arg(long, value_name = "N", default_value_t = 2)]
     layers: usize,
@@ -87,22 +107,29 @@ pub fn run(args: &Args) -> Result<()> {
     let plan = Request {
         shape,
         context: args.tokens,
-        max_new: 1,
+        max_new: args.max_new,
         policy: config,
         prefill: args.prefill.prefill(),
         store: args.prefill.kv,
-        weight_bytes: 0,
-        d_r: 0,
+        weights: held(args.model.weights),
+        d_r: args.d_r,
     }
     .plan()?;
     let ids = random::tokens(args.tokens, model.spec().vocab, args.seed);
     let mut session = Session::with_options(model, policy, args.prefill.cache())?;
+    if args.warm_up > 0 {
+        let mut first = session.fork()?;
+        first.prefill(&ids[..args.warm_up.min(ids.len())], &args.prefill.prefill())?;
+        generate(&mut first, 4)?;
+    }
 
     let mut bar = Progress::new("reading", Some(args.tokens as u64), Unit::Tokens);
     let mut table = Table::new(&[">tokens", ">process memory", ">keys and values"]);
     let mut tenths = 0;
     let (mut tenth_chunk, mut later) = (None, 0);
-    session.prefill_with(&ids, &args.prefill.prefill(), &mut |chunk| {
+    let (begun, mut cut) = (Instant::now(), false);
+    let limit = args.seconds.map(Duration::from_secs);
+    let read = session.prefill_with(&ids, &args.prefill.prefill(), &mut |chunk| {
         bar.set(chunk.done as u64);
         let resident = Memory::now().map(|m| m.resident);
         match tenth_chunk {
@@ -118,9 +145,18 @@ pub fn run(args: &Args) -> Result<()> {
                 bytes(chunk.cache.bytes()),
             ]);
         }
-        Ok(())
-    })?;
+        cut = chunk.done < chunk.tokens && limit.is_some_and(|limit| begun.elapsed() > limit);
+        match cut {
+            true => Err(CoreError::Model("its time is up".into())),
+            false => Ok(()),
+        }
+    });
     bar.finish();
+    match cut {
+        // Answers follow prompts that were read to their ends.
+        true => session.prefill(&ids[..args.prefill.local.max(1)], &args.prefill.prefill())?,
+        false => read?,
+    }
 
     println!("\n{table}");
     if let (Some(first), true) = (tenth_chunk, later > 0) {
@@ -132,6 +168,14 @@ pub fn run(args: &Args) -> Result<()> {
             100.0 * growth
         );
     }
+    // Before tokens are generated, too: a run that is ended from outside leaves what it had.
+    let note = |session: &Session| match &args.json {
+        Some(file) => write_json(file, session, &plan),
+        None => Ok(()),
+    };
+    note(&session)?;
+    generate(&mut session, args.max_new)?;
+    note(&session)?;
     println!("\n{}", report::session(&session));
     if let Some(recalling) = recalling {
         match recalling.recall() {
@@ -149,10 +193,44 @@ pub fn run(args: &Args) -> Result<()> {
         report::grouped(plan.kv_prefill),
         100.0 * (peak.bytes as f64 / plan.kv_prefill as f64 - 1.0)
     );
-    if exact && peak.bytes != plan.kv_prefill {
+    if cut {
+        println!("Its time was up before all was read.");
+    } else if exact && peak.bytes != plan.kv_prefill {
         return Err(Error::Usage("the plan is not what the run took".into()));
     }
     Ok(())
+}
+
+/// The type of matrices that are drawn by lot in `bf16`.
+fn held(weights: WeightDtype) -> DType {
+    weights.resident(DType::BF16)
+}
+
+/// So many greedy tokens.
+fn generate(session: &mut Session, tokens: usize) -> Result<()> {
+    for token in session.generate(Generate::greedy(tokens))? {
+        token?;
+    }
+    Ok(())
+}
+
+/// Rates, and bytes beside the plan's.
+fn write_json(file: &Path, session: &Session, plan: &Plan) -> Result<()> {
+    let report = session.report();
+    let found = json!({
+        "prompt": report.prefill_tokens,
+        "prefill": report.prefill_rate(),
+        "decode": report.decode_rate(),
+        "kv_bytes": report.prefill_peak.bytes,
+        "plan": {
+            "weights": plan.weights,
+            "heads": plan.heads,
+            "kv_bytes": plan.kv_prefill,
+            "activations": plan.activations,
+            "total": plan.total(),
+        },
+    });
+    fs::write(file, format!("{found}\n")).map_err(|e| Error::write(file, e))
 }
 
 /// Loads a model and prints what that took.
@@ -165,11 +243,12 @@ fn load(args: &Args) -> Result<(Arc<dyn CausalLm>, Shape)> {
                 vocab: args.vocab,
                 ..shape
             };
-            let device = runtime::device(&args.model.device)?;
+            let compute = devices::computes(&args.model, shape.layers)?;
+            eprint!("{}", devices::described(&*compute));
             let config = decoder(&shape, args.model.always_long);
             let weights = RandomWeights::new(&config, args.seed).near(&config, args.near);
             let options = args.model.options();
-            let model = random::decoder(&config, &weights, &options, &device)?;
+            let model = random::decoder_with(&config, &weights, &options, &compute)?;
             let resident = resident_bytes(&weights, args.model.weights);
             let model: Arc<dyn CausalLm> = Arc::new(model);
             (model, shape, resident)
@@ -265,7 +344,7 @@ fn decoder(shape: &Shape, always_long: bool) -> DecoderConfig {
 mod tests {
     use super::*;
     use burn::tensor::Device;
-    use locret_models::{LoadOptions, WeightDtype};
+    use locret_models::LoadOptions;
 
     #[test]
     fn every_preset_has_the_weights_that_its_decoder_asks_for() {

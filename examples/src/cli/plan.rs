@@ -3,10 +3,11 @@
 use crate::{
     Error, Result,
     args::{PolicyArgs, PrefillArgs, parse_bytes},
-    plan::{Request, Shape},
+    plan::{Plan, Request, Shape},
     report,
 };
 use clap::Parser;
+use locret_core::DType;
 use locret_models::{FetchOptions, ModelFiles, resolve};
 
 /// Bytes of weights, cache, activations and heads
@@ -22,15 +23,16 @@ pub struct Args {
     /// Tokens to generate
     #[arg(long, value_name = "N", default_value_t = 256)]
     pub max_new: usize,
-    /// Bytes of one weight: 4 for f32, 2 for 16 bits
-    #[arg(long, value_name = "N", default_value_t = 2)]
-    pub weight_bytes: usize,
+    /// Type of the matrices: f32, f16, bf16, q8_0, q4_k and so on
+    #[arg(long, value_name = "TYPE", default_value = "bf16")]
+    pub weights: DType,
     /// Width of Locret's retaining heads
     #[arg(long, value_name = "N", default_value_t = 1024)]
     pub d_r: usize,
-    /// Whether it fits into this much memory: 24GiB, for instance
+    /// Whether it fits into this much memory, 24GiB for instance, and if not, which layers do; several times for
+    /// several devices
     #[arg(long, value_name = "BYTES", value_parser = parse_bytes)]
-    pub card: Option<usize>,
+    pub device_memory: Vec<usize>,
     #[command(flatten)]
     /// The policy.
     pub policy: PolicyArgs,
@@ -54,7 +56,7 @@ pub fn run(args: &Args) -> Result<()> {
         policy: args.policy.config()?,
         prefill: args.prefill.prefill(),
         store: args.prefill.kv,
-        weight_bytes: args.weight_bytes,
+        weights: args.weights,
         d_r: args.d_r,
         shape,
     };
@@ -67,7 +69,17 @@ pub fn run(args: &Args) -> Result<()> {
         request.policy.policy,
         plan.table()
     );
-    if let Some(card) = args.card {
+    if !args.device_memory.is_empty() {
+        println!("{}", fitted(&request, &plan, &args.device_memory)?);
+    }
+    Ok(())
+}
+
+/// Whether it fits into one device, and how it is laid over all there are.
+fn fitted(request: &Request, plan: &Plan, memory: &[usize]) -> Result<String> {
+    let mut text = String::new();
+    let all = memory.iter().sum();
+    if let [card] = memory {
         let total = plan.total();
         let (verb, rest) = match card.checked_sub(total) {
             Some(rest) => ("fits into", format!("{} to spare", report::bytes(rest))),
@@ -76,9 +88,18 @@ pub fn run(args: &Args) -> Result<()> {
                 format!("{} too much", report::bytes(total - card)),
             ),
         };
-        println!("It {verb} {}: {rest}.", report::bytes(card));
+        text += &format!("It {verb} {}: {rest}.", report::bytes(*card));
+        if plan.total() <= *card {
+            return Ok(text);
+        }
+        text += "\n";
     }
-    Ok(())
+    let split = request.split(memory)?;
+    if !split.is_whole() && memory.len() > 1 {
+        text += &format!("It does not fit into {} in all.\n", report::bytes(all));
+    }
+    text += &format!("\n{}\nWith `{}`.", split.table(), split.flags());
+    Ok(text)
 }
 
 /// From a model's own files. Nothing is downloaded but a model that is asked for by its name.

@@ -27,7 +27,7 @@ impl Cube {
     /// On `device`.
     ///
     /// # Errors
-    /// [`Error::Setting`] for a device of another kind.
+    /// [`Error::Setting`] for a device of another kind; [`Error::Device`] for one that is not there.
     pub fn new(device: &Device) -> Result<Self> {
         Ok(Self {
             place: Arc::new(Place::new(device)?),

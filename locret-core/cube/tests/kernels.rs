@@ -3,6 +3,7 @@
 //! ```text
 //! cargo test -p locret-cube --features wgpu
 //! ```
+#![cfg(any(feature = "wgpu", feature = "cuda"))]
 
 use burn::tensor::Device;
 use locret_core::{
@@ -14,6 +15,12 @@ use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use std::sync::Arc;
 
+#[cfg(feature = "cuda")]
+fn device() -> Device {
+    Device::cuda(burn::tensor::DeviceIndex::Default)
+}
+
+#[cfg(not(feature = "cuda"))]
 fn device() -> Device {
     Device::wgpu(burn::tensor::DeviceKind::DefaultDevice)
 }

@@ -4,16 +4,20 @@
 //! attention. [`Host`] computes with the CPU kernels, [`Ops`] with Burn's operations on any device.
 //! Whoever computes has an `Arc<dyn Compute>` and never asks which one it is; [`Rows`] go in and come out.
 
+mod devices;
 mod host;
 mod masked;
 mod ops;
 mod pool;
 mod rows;
+mod trial;
 
+pub use devices::{DeviceMap, layer_compute};
 pub use host::{Activations, Host};
 pub use ops::Ops;
 pub(crate) use ops::full;
 pub use rows::Rows;
+pub use trial::usable;
 
 use crate::{
     DType, Error, KvStore, LayerSpec, Observation, Observe, Observed, Result, Survey, Views,
@@ -34,6 +38,11 @@ pub trait Compute: Debug + Send + Sync {
 
     /// The device that tensors lie on.
     fn device(&self) -> &Device;
+
+    /// Which device has which layer, where this is not one device but several.
+    fn map(&self) -> Option<&DeviceMap> {
+        None
+    }
 
     /// Does `work`, a pass through a model, at its best: threads may be kept awake meanwhile, and memory
     /// that is written again and again.

@@ -1,7 +1,7 @@
 //! Rows of numbers, wherever they lie.
 
 use super::pool::Buffer;
-use crate::{Error, Result, host};
+use crate::{Compute, Error, Result, host};
 use burn::tensor::{Device, Tensor};
 use locret_kernels::elementwise::copied;
 use std::{borrow::Cow, ops::Range, sync::Arc};
@@ -220,6 +220,19 @@ impl Rows {
             all.extend_from_slice(&part.values()?);
         }
         Self::new(all, width, &device)
+    }
+
+    /// The same numbers where `compute` computes: these rows, if they lie on its device, or a copy that went by way
+    /// of host memory.
+    ///
+    /// # Errors
+    /// [`Error::Device`] if either device fails.
+    pub fn moved_to(self, compute: &dyn Compute) -> Result<Self> {
+        if self.device() == *compute.device() {
+            return Ok(self);
+        }
+        let width = self.width();
+        compute.rows(self.into_values()?, width)
     }
 
     /// Checks the shape.

@@ -49,6 +49,17 @@ impl Qkv {
         self.input.take()
     }
 
+    /// The same, where `compute` computes.
+    pub(crate) fn moved_to(self, compute: &dyn Compute) -> Result<Self> {
+        let input = self.input.map(|input| input.moved_to(compute));
+        Ok(Self {
+            q: self.q.moved_to(compute)?,
+            k: self.k.moved_to(compute)?,
+            v: self.v.moved_to(compute)?,
+            input: input.transpose()?,
+        })
+    }
+
     /// Checks that these are `tokens` tokens of a layer, with their input if it is due.
     pub(crate) fn check(
         &self,

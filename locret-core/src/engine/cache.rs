@@ -8,7 +8,8 @@ use super::{
 };
 use crate::{
     Compute, DType, Error, Keep, Kernels, KvCachePolicy, KvStore, ModelSpec, Needs, Phase,
-    Placement, Positions, Result, Rotation, Scores, TableRows, Verdict, contract::HeadMeta, stores,
+    Placement, Positions, Result, Rotation, Scores, TableRows, Verdict, contract::HeadMeta,
+    layer_compute, stores,
 };
 use std::sync::Arc;
 
@@ -44,15 +45,29 @@ impl CacheOptions {
         Self { kernels, ..self }
     }
 
-    /// Where a model that `compute` computes keeps its units.
-    pub(super) fn placement(self, compute: &Arc<dyn Compute>) -> Placement {
-        Placement {
-            compute: match self.kernels {
-                Kernels::Auto => compute.clone(),
-                kernels => kernels.on(compute.device()),
-            },
-            dtype: self.dtype,
+    /// Where a model that `compute` computes keeps the units of its layers.
+    ///
+    /// # Errors
+    /// [`Error::Setting`] for a map of another number of layers.
+    pub(super) fn places(
+        self,
+        compute: &Arc<dyn Compute>,
+        layers: usize,
+    ) -> Result<Vec<Placement>> {
+        if let Some(map) = compute.map() {
+            map.check(layers)?;
         }
+        let of_layer = |index| {
+            let compute = layer_compute(compute, index);
+            Placement {
+                compute: match self.kernels {
+                    Kernels::Auto => compute.clone(),
+                    kernels => kernels.on(compute.device()),
+                },
+                dtype: self.dtype,
+            }
+        };
+        Ok((0..layers).map(of_layer).collect())
     }
 }
 
@@ -64,7 +79,8 @@ impl CacheOptions {
 pub struct SequenceCache {
     pub(super) spec: ModelSpec,
     pub(super) policy: Arc<dyn KvCachePolicy>,
-    pub(super) place: Placement,
+    /// By layer.
+    pub(super) places: Vec<Placement>,
     options: CacheOptions,
     pub(super) needs: Needs,
     pub(super) positions: Positions,
@@ -128,10 +144,10 @@ impl SequenceCache {
     ) -> Result<Self> {
         spec.validate()?;
         let needs = needs(spec, &*policy, Needs::NOTHING)?;
-        let place = options.placement(compute);
+        let places = options.places(compute, spec.layers)?;
         let layers = (0..spec.layers)
             .map(|index| {
-                let store = policy.store(&spec.layer(index), &place)?;
+                let store = policy.store(&spec.layer(index), &places[index])?;
                 Ok(LayerCache {
                     bytes: store.bytes(),
                     store,
@@ -148,7 +164,7 @@ impl SequenceCache {
             needs,
             positions: policy.positions(),
             policy,
-            place,
+            places,
             options,
             layers,
             seen: 0,
@@ -169,7 +185,7 @@ impl SequenceCache {
         Ok(Self {
             spec: self.spec.clone(),
             policy: self.policy.clone(),
-            place: self.place.clone(),
+            places: self.places.clone(),
             options: self.options,
             needs: self.needs,
             positions: self.positions,
@@ -303,6 +319,11 @@ impl SequenceCache {
         &self.layers[layer].heads[head].scores
     }
 
+    /// What computes the units of a layer.
+    pub fn compute(&self, layer: usize) -> &Arc<dyn Compute> {
+        &self.places[layer].compute
+    }
+
     /// The store of a layer.
     pub fn store(&self, layer: usize) -> &dyn KvStore {
         &*self.layers[layer].store
@@ -426,7 +447,8 @@ impl SequenceCache {
             stores::check_retain(kept, this.heads.iter().map(|h| h.positions.len()))
                 .map_err(|e| broken(e.to_string()))?;
             let head_dim = self.spec.head_dim;
-            this.retain(kept, &mut self.rope, head_dim, &*self.place.compute)?;
+            let compute = &*self.places[layer].compute;
+            this.retain(kept, &mut self.rope, head_dim, compute)?;
         }
         this.store.settle()?;
         if !away.is_empty() {
@@ -489,20 +511,22 @@ impl SequenceCache {
         if !self.rope.set_length(total) || self.seen == 0 {
             return Ok(());
         }
-        let (head_dim, compute) = (self.spec.head_dim, &*self.place.compute);
+        let head_dim = self.spec.head_dim;
         let (old, new) = match self.positions {
             Positions::Original => (before.range(0..self.seen), self.rope.range(0..self.seen)),
             Positions::Compact => {
                 // Rotated at compact positions: back to un-rotated, with the old factors.
-                for layer in self.layers.iter_mut().filter(|layer| layer.rotated) {
+                let layers = self.layers.iter_mut().zip(&self.places);
+                for (layer, place) in layers.filter(|(layer, _)| layer.rotated) {
                     let table = before.range(0..layer.longest());
-                    layer.turn(compute, &Rotation::contiguous(&table, head_dim).undone())?;
+                    let turn = Rotation::contiguous(&table, head_dim).undone();
+                    layer.turn(&*place.compute, &turn)?;
                 }
                 return Ok(());
             }
         };
-        for layer in &mut self.layers {
-            let heads = &layer.heads;
+        for (layer, place) in self.layers.iter_mut().zip(&self.places) {
+            let (heads, compute) = (&layer.heads, &place.compute);
             layer.store.turn_keys(&|head, keys| {
                 let by = |table| Rotation {
                     table,
@@ -515,6 +539,20 @@ impl SequenceCache {
             })?;
         }
         Ok(())
+    }
+}
+
+/// What computes layers, by name: once if it is the same for all of them.
+pub(super) fn computed_by(places: &[Placement]) -> String {
+    let name = |place: &Placement| place.compute.name();
+    let runs = places.chunk_by(|a, b| name(a) == name(b));
+    let runs: Vec<(usize, &str)> = runs.map(|run| (run.len(), name(&run[0]))).collect();
+    match &runs[..] {
+        [(_, only)] => (*only).into(),
+        runs => {
+            let run = |(layers, name): &(usize, &str)| format!("{layers} by {name}");
+            runs.iter().map(run).collect::<Vec<_>>().join(", ")
+        }
     }
 }
 

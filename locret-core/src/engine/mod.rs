@@ -17,7 +17,7 @@ pub use batch::{
 };
 pub use cache::{CacheOptions, Peak, SequenceCache};
 pub use pass::{Pass, SequenceStep, forward};
-pub use plan::{Plan, plan};
+pub use plan::{Plan, plan, plan_layers};
 pub use prefix::{PrefixCache, PrefixStats};
 pub use probe::{Births, ChunkDone, Decided, OnChunk, Probe};
 pub(crate) use rope::Rope;

@@ -210,16 +210,34 @@ impl<'a> Pass<'a> {
         qkv.check(&spec.layer(layer), self.tokens(), hidden)?;
         self.next += 1;
         self.broken = true;
-        let out = self.attend_each(layer, qkv)?;
+        let out = self.attend_there(layer, qkv)?;
         self.broken = false;
         Ok(out)
+    }
+
+    /// Brings what an adapter that knows of no map has computed elsewhere to where the layer is, and what comes
+    /// of it back.
+    fn attend_there(&mut self, layer: usize, qkv: Qkv) -> Result<Rows> {
+        let (from, there) = (
+            qkv.q.device(),
+            self.steps[0].cache.places[layer].compute.clone(),
+        );
+        if from == *there.device() {
+            return self.attend_each(layer, qkv);
+        }
+        let out = self.attend_each(layer, qkv.moved_to(&*there)?)?;
+        let width = out.width();
+        Rows::new(out.into_values()?, width, &from)
     }
 
     fn attend_each(&mut self, layer: usize, qkv: Qkv) -> Result<Rows> {
         if let ([only], false) = (&mut self.steps[..], self.apart) {
             return only.attend(layer, qkv);
         }
-        let (apart, compute) = (self.apart, self.steps[0].cache.place.compute.clone());
+        let (apart, compute) = (
+            self.apart,
+            self.steps[0].cache.places[layer].compute.clone(),
+        );
         let mut first = 0;
         let mut work = Vec::with_capacity(self.steps.len());
         for step in &mut self.steps {
@@ -384,7 +402,7 @@ impl<'a> SequenceStep<'a> {
         match self.guarded(|step| step.attend(layer, qkv)) {
             Some(out) => Ok(out),
             None => {
-                let compute = &self.cache.place.compute;
+                let compute = &self.cache.places[layer].compute;
                 compute.rows(vec![0.0; tokens * width], width)
             }
         }
@@ -403,7 +421,7 @@ impl<'a> SequenceStep<'a> {
 
     fn attend(&mut self, layer: usize, mut qkv: Qkv) -> Result<Rows> {
         let (needs, cache) = (self.needs, &mut *self.cache);
-        let (spec, compute) = (cache.spec.layer(layer), cache.place.compute.clone());
+        let (spec, compute) = (cache.spec.layer(layer), cache.places[layer].compute.clone());
         let input = qkv.take_input().filter(|_| needs.input);
         let kept = needs.qkv.then(|| qkv.clone());
         let (Qkv { q, k, v, .. }, t) = (qkv, self.incoming);
@@ -515,7 +533,6 @@ impl<'a> SequenceStep<'a> {
     /// Asks for the verdicts on the layers that are pending, from `first` on, and carries them out.
     fn decide(&mut self, first: usize, surprisal: Option<&[f32]>) -> Result<()> {
         let (pending, cache) = (std::mem::take(&mut self.pending), &mut *self.cache);
-        let compute = cache.place.compute.clone();
         let layers = first..first + pending.len();
         let tables: Vec<_> = layers
             .clone()
@@ -551,7 +568,7 @@ impl<'a> SequenceStep<'a> {
                     next: (cache.positions == Positions::Original).then_some(seen + incoming),
                     rotation: table.as_deref(),
                     scale: cache.spec.softmax_scale,
-                    compute: &*compute,
+                    compute: &*cache.places[step.layer.index].compute,
                     qkv: pending.qkv.as_ref(),
                     input: pending.input.as_ref(),
                     surprisal,
@@ -638,7 +655,7 @@ fn rotated(
     q: Rows,
     k: Rows,
 ) -> Result<(Rows, Rows, Option<Arc<RopeTable>>)> {
-    let (head_dim, compute) = (cache.spec.head_dim, cache.place.compute.clone());
+    let (head_dim, compute) = (cache.spec.head_dim, cache.places[layer].compute.clone());
     let by = |table, first| Rotation {
         table,
         head_dim,

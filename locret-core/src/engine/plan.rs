@@ -5,7 +5,7 @@ use crate::{
     CacheOptions, Compute, Error, Growth, KvCachePolicy, ModelSpec, Needs, Peak, Prefill, Result,
     SequenceCache,
 };
-use std::sync::Arc;
+use std::{ops::Range, sync::Arc};
 
 /// What one sequence's cache takes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -41,7 +41,37 @@ pub fn plan(
     prefill: &Prefill,
     [prompt, generated]: [usize; 2],
 ) -> Result<Plan> {
+    let (all, tokens) = (0..spec.layers, [prompt, generated]);
+    plan_layers(spec, policy, compute, options, prefill, tokens, all)
+}
+
+/// As [`plan`], of some of the layers: what the device takes that they lie on ([`DeviceMap`](crate::DeviceMap)).
+///
+/// Peaks of several devices are at different moments: together they are more than the peak of all layers, by
+/// a chunk's units in one layer of each.
+///
+/// # Errors
+/// As [`plan`]; [`Error::Setting`] for layers that the model does not have.
+pub fn plan_layers(
+    spec: &ModelSpec,
+    policy: &dyn KvCachePolicy,
+    compute: &Arc<dyn Compute>,
+    options: CacheOptions,
+    prefill: &Prefill,
+    [prompt, generated]: [usize; 2],
+    layers: Range<usize>,
+) -> Result<Plan> {
+    if layers.start > layers.end || layers.end > spec.layers {
+        let expected = format!("some of 0..{}", spec.layers);
+        return Err(Error::setting(
+            "layers of a plan",
+            expected,
+            format!("{layers:?}"),
+        ));
+    }
     let mut planner = Planner::new(spec, policy, compute, options)?;
+    planner.layers.truncate(layers.end);
+    planner.layers.drain(..layers.start);
     planner.read(prompt, prefill)?;
     planner.generate(generated);
     Ok(planner.plan())
@@ -68,11 +98,12 @@ impl<'a> Planner<'a> {
     ) -> Result<Self> {
         spec.validate()?;
         let later = needs(spec, policy, Needs::NOTHING)?.later();
-        let place = options.placement(compute);
+        let places = options.places(compute, spec.layers)?;
         let mut layers = Vec::with_capacity(spec.layers);
-        for index in 0..spec.layers {
+        for (index, place) in places.iter().enumerate() {
             layers.push(Layer {
-                growth: policy.store(&spec.layer(index), &place)?.growth(),
+                index,
+                growth: policy.store(&spec.layer(index), place)?.growth(),
                 budget: None,
             });
         }
@@ -104,9 +135,9 @@ impl<'a> Planner<'a> {
             let heads = self.spec.layers * self.spec.kv_heads;
             cache.units().div_ceil(heads)
         });
-        for (index, layer) in self.layers.iter_mut().enumerate() {
+        for layer in &mut self.layers {
             let heads = 0..self.spec.kv_heads;
-            let units: usize = heads.map(|head| cache.len(index, head)).sum();
+            let units: usize = heads.map(|head| cache.len(layer.index, head)).sum();
             let units = mean.unwrap_or(units.div_ceil(self.spec.kv_heads));
             layer.change(self.spec.kv_heads, &mut self.now, |growth| {
                 // As single tokens leave them: with a reserve.
@@ -194,8 +225,8 @@ impl<'a> Planner<'a> {
 
     /// What layers keep in a sequence that has `total` tokens.
     fn budgets(&mut self, total: usize) {
-        for (index, layer) in self.layers.iter_mut().enumerate() {
-            let held = self.policy.held(&self.spec.layer(index), total);
+        for layer in &mut self.layers {
+            let held = self.policy.held(&self.spec.layer(layer.index), total);
             layer.budget = held.map(|held| (held.units.div_ceil(self.spec.kv_heads), held.newest));
         }
     }
@@ -232,6 +263,7 @@ impl<'a> Planner<'a> {
 const STEPS: usize = 1 << 14;
 
 struct Layer {
+    index: usize,
     growth: Box<dyn Growth>,
     /// Units of a head, and whether they are the newest.
     budget: Option<(usize, bool)>,

@@ -1,6 +1,7 @@
 //! Texts that many sequences begin with, read once.
 
 use super::{
+    cache::computed_by,
     session::{Prefill, Session},
     snapshot::{Identity, VERSION},
     snapshots::SnapshotStore,
@@ -127,9 +128,9 @@ impl PrefixCache {
         prefill: &Prefill,
         tokens: &[u32],
     ) -> Result<Option<Session>> {
-        let place = options.placement(model.compute());
+        let places = options.places(model.compute(), model.spec().layers)?;
         let of = self.identity(model, policy)?;
-        let hash = hash(&of, place.compute.name(), place.dtype, prefill, tokens);
+        let hash = hash(&of, &computed_by(&places), options.dtype, prefill, tokens);
         let key = (hash, address(model));
         let hit = self.lock().hit(&key);
         if let Some(session) = hit {
@@ -162,8 +163,8 @@ impl PrefixCache {
         }
         let (model, cache) = (session.model(), session.cache());
         let of = self.identity(model, cache.policy())?;
-        let (compute, dtype) = (cache.place.compute.name(), cache.place.dtype);
-        let hash = hash(&of, compute, dtype, &session.prefill, session.tokens());
+        let (compute, dtype) = (computed_by(&cache.places), cache.options().dtype);
+        let hash = hash(&of, &compute, dtype, &session.prefill, session.tokens());
         self.keep((hash, address(model)), session)?;
         if let (Some(store), Some(_)) = (&self.store, &of.model_fingerprint) {
             let key = hex(&hash);

@@ -5,6 +5,7 @@
 //! themselves, and last a SHA-256 of every byte before it.
 
 use super::{
+    cache::computed_by,
     session::{Prefill, Report, Session},
     snapshots,
 };
@@ -192,7 +193,7 @@ impl Session {
         }
         let own = cache
             .policy()
-            .store(&cache.spec().layer(0), &cache.place)?
+            .store(&cache.spec().layer(0), &cache.places[0])?
             .name();
         let found = cache.store(0).name();
         match own == found {
@@ -221,8 +222,8 @@ impl Session {
         let (cache, times) = (&self.cache, &self.times);
         State {
             store: cache.store(0).name(),
-            dtype: cache.place.dtype.name().into(),
-            computed_by: cache.place.compute.name().into(),
+            dtype: cache.options().dtype.name().into(),
+            computed_by: computed_by(&cache.places),
             pending: self.pending,
             midway: self.midway,
             prompts: self.prompts,
@@ -333,7 +334,10 @@ impl Session {
     /// Checks what can be checked before a tensor is read.
     fn check_state(&self, state: State) -> Result<State> {
         let cache = &self.cache;
-        let given = [cache.store(0).name(), cache.place.dtype.name().to_owned()];
+        let given = [
+            cache.store(0).name(),
+            cache.options().dtype.name().to_owned(),
+        ];
         if state.store != given[0] || state.dtype != given[1] {
             return Err(SnapshotError::OtherStore {
                 expected: format!("{}, dense units in {}", given[0], given[1]),

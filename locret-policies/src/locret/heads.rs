@@ -29,7 +29,7 @@ pub struct RetainingHeads {
 }
 
 impl RetainingHeads {
-    /// Puts heads where `compute` computes, to read what heads of their form do: queries, keys and values for
+    /// Puts heads where `compute` computes their layers, to read what heads of their form do: queries, keys and values for
     /// Locret's.
     ///
     /// # Errors
@@ -69,7 +69,11 @@ impl RetainingHeads {
             let Some(own) = own else {
                 return Self::new(weights, spec, compute);
             };
-            placing.add(head, &product(compute, head, &own, [features, hidden])?)?;
+            let features = [features, hidden];
+            placing.add(
+                head,
+                &product(compute.for_layer(layer), head, &own, features)?,
+            )?;
         }
         Ok(placing.heads())
     }
@@ -173,14 +177,15 @@ impl<'a> Placing<'a> {
             }
         }
         let (form, outputs) = (self.heads.form, self.heads.outputs);
+        let compute = self.compute.for_layer(self.heads.layers.len());
         let mut first = packed(fc1, head.d_r, self.heads.inputs, &mut self.arena);
         let placed: Arc<dyn Perceptron> = match form {
-            HeadForm::Locret => self.compute.perceptron(first, head.fc2.clone())?,
+            HeadForm::Locret => compute.perceptron(first, head.fc2.clone())?,
             _ => {
-                if !self.compute.computes_with(first.dtype) {
+                if !compute.computes_with(first.dtype) {
                     first = Weight::from_f32(fc1, head.d_r, self.heads.inputs);
                 }
-                let first = self.compute.matrix(vec![first])?;
+                let first = compute.matrix(vec![first])?;
                 Arc::new(Formed::new(form, head, first, outputs))
             }
         };

@@ -4,7 +4,7 @@ use super::Sample;
 use crate::{PolicyError, Result};
 use locret_core::{
     CacheOptions, CausalLm, Decided, Matrix, Needs, Observation, Pass, Phase, Probe, Queries, Rows,
-    SequenceCache, Step, Weight, forward,
+    SequenceCache, Step, Weight, forward, layer_compute,
 };
 use serde::{Deserialize, Serialize};
 use std::sync::Arc;
@@ -264,7 +264,7 @@ impl Factors {
             for layer in 0..model.spec().layers {
                 let weight = model.output_weight(layer)?;
                 let weight = weight.ok_or_else(|| missing("the model's output matrices"))?;
-                squares.push(squares_of(model, &weight)?);
+                squares.push(squares_of(model, layer, &weight)?);
             }
         }
         Ok(Self {
@@ -324,8 +324,8 @@ impl Factors {
 }
 
 /// Of one layer's output matrix `[hidden, heads * head_dim]`.
-fn squares_of(model: &dyn CausalLm, weight: &[f32]) -> Result<Vec<Arc<dyn Matrix>>> {
-    let (spec, compute) = (model.spec(), model.compute());
+fn squares_of(model: &dyn CausalLm, layer: usize, weight: &[f32]) -> Result<Vec<Arc<dyn Matrix>>> {
+    let (spec, compute) = (model.spec(), layer_compute(model.compute(), layer));
     let (dim, hidden, group) = (spec.head_dim, spec.hidden, spec.heads / spec.kv_heads);
     let width = spec.heads * dim;
     if weight.len() != hidden * width {

@@ -59,7 +59,8 @@ impl OutputNorms {
         }
         let (mut arena, mut hash) = (Arena::default(), Sha256::new());
         let mut placed = Vec::with_capacity(layers.len());
-        for all in layers {
+        for (layer, all) in layers.iter().enumerate() {
+            let compute = compute.for_layer(layer);
             for x in all {
                 hash.update(x.to_le_bytes());
             }
