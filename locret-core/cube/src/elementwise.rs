@@ -1,7 +1,10 @@
 //! What a layer does between its products, one launch each.
 
 use crate::{
-    kernels::elementwise::{self, From, ROW_UNITS, Turn},
+    kernels::{
+        elementwise::{self, From, ROW_UNITS, Turn},
+        largest,
+    },
     place::{Place, made},
     store,
     tables::Tables,
@@ -129,4 +132,26 @@ pub(crate) fn rotate(place: &Place, tables: &Tables, x: Rows, by: &Rotation<'_>)
         turn,
     );
     Ok(made(out))
+}
+
+/// The number of the largest of a row; `None` of so many that a float does not count them.
+pub(crate) fn largest(place: &Place, row: &Rows) -> Result<Option<u32>> {
+    if row.width() >= 1 << f32::MANTISSA_DIGITS {
+        return Ok(None);
+    }
+    let out = place.empty([1, 2], TensorType::F32);
+    largest::largest::launch(
+        &place.client,
+        CubeCount::Static(1, 1, 1),
+        CubeDim::new_1d(largest::UNITS as u32),
+        place.rows(row)?.into_tensor_arg(),
+        out.clone().into_buffer_arg(),
+    );
+    match made(out).into_values()?[..] {
+        [at, top] if top.is_finite() => Ok(Some(at as u32)),
+        _ => Err(Error::NotFinite {
+            what: "a logit",
+            at: "the last token".into(),
+        }),
+    }
 }

@@ -14,6 +14,11 @@ use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use std::sync::Arc;
 
+#[path = "kernels/coded.rs"]
+mod coded;
+#[path = "kernels/observed.rs"]
+mod observed;
+
 fn device() -> Device {
     Device::wgpu(burn::tensor::DeviceKind::DefaultDevice)
 }

@@ -16,8 +16,8 @@ pub(crate) use ops::full;
 pub use rows::Rows;
 
 use crate::{
-    DType, Error, KvStore, LayerSpec, Observation, Observe, Observed, Result, Survey, Views,
-    host::is_host_device,
+    DType, Error, KvStore, LayerSpec, Observation, Observe, Observed, Quantization, QuantizedStore,
+    Result, Survey, Views, host::is_host_device,
 };
 use burn::tensor::{Device, Tensor};
 use bytes::Bytes;
@@ -145,11 +145,30 @@ pub trait Compute: Debug + Send + Sync {
         })
     }
 
+    /// The number of the largest of one row of numbers, of equals the first, if it was found where the row lies: a
+    /// vocabulary of logits need not come to the host for one token of it. `None`, the default, where the row is to be
+    /// read and looked at.
+    ///
+    /// # Errors
+    /// [`Error::NotFinite`] for a NaN, and if the largest is not finite; [`Error::Shape`] for no row, or several;
+    /// [`Error::Device`].
+    fn largest(&self, _row: &Rows) -> Result<Option<u32>> {
+        Ok(None)
+    }
+
     /// An empty store of units as they are, in 32 or 16 bits, where this computes.
     ///
     /// # Errors
     /// [`Error::NotSupported`] for another type.
     fn store(&self, layer: &LayerSpec, dtype: DType) -> Result<Box<dyn KvStore>>;
+
+    /// An empty store of units as codes: in host memory, where nothing here reads codes.
+    ///
+    /// # Errors
+    /// As [`Quantization::validate`].
+    fn coded_store(&self, layer: &LayerSpec, config: Quantization) -> Result<Box<dyn KvStore>> {
+        Ok(Box::new(QuantizedStore::on(self.device(), layer, config)?))
+    }
 }
 
 /// The best there is for a device: the CPU kernels where its tensors lie in host memory, and otherwise
@@ -381,7 +400,7 @@ pub struct Sight<'a> {
 }
 
 /// Checks the factors on what `queries` queries pay; they are there for one observation alone.
-fn check_factors(what: Observation, queries: usize, factors: Option<&[f32]>) -> Result<()> {
+pub fn check_factors(what: Observation, queries: usize, factors: Option<&[f32]>) -> Result<()> {
     let due = (what == Observation::MaxWeightsByInput).then_some(queries);
     match factors.map(<[f32]>::len) == due {
         true => Ok(()),

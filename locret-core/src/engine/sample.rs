@@ -95,6 +95,11 @@ pub fn argmax(values: &[f32]) -> Option<usize> {
 }
 
 impl Sampler {
+    /// Whether it is always the most likely token, whatever came before.
+    pub(super) fn takes_the_most_likely(&self) -> bool {
+        self.settings.temperature == 0.0 && self.settings.repetition_penalty == 1.0
+    }
+
     /// The next token, given the logits of all tokens and the ids that have occurred so far.
     ///
     /// # Errors

@@ -283,7 +283,12 @@ impl Session {
         let mut reading = self.begin(ids, prefill, Some(&mut *probe))?;
         while let Some(due) = reading.due() {
             let ids = &reading.ids[due.tokens.clone()];
-            self.feed(due.phase, ids, reading.total, due.last, Some(&mut *probe))?;
+            let wanted = if due.last {
+                Wanted::Logits
+            } else {
+                Wanted::Nothing
+            };
+            self.feed(due.phase, ids, reading.total, wanted, Some(&mut *probe))?;
             self.have_read(&mut reading, &due, started.elapsed());
             probe.chunk(&reading.done(&due, &self.cache))?;
             started = Instant::now();
@@ -375,7 +380,7 @@ impl Session {
     pub fn score(&mut self, ids: &[u32]) -> Result<Vec<TokenScore>> {
         check_ids(self.cache.spec(), ids)?;
         self.ready()?;
-        self.feed_pending(None)?;
+        self.feed_pending(None, Wanted::Logits)?;
         let first = self.logits.clone().ok_or(Error::EmptyPrompt)?;
         if ids.is_empty() {
             return Ok(Vec::new());
@@ -412,13 +417,19 @@ impl Session {
         cache.policy().validate(cache.spec(), &self.prefill)
     }
 
-    fn feed_pending(&mut self, probe: Option<&mut dyn Probe>) -> Result<()> {
-        if let Some(id) = self.pending {
-            let total = self.cache.seen() + 1;
-            self.feed(Phase::Decode, &[id], total, true, probe)?;
-            self.have_fed(Duration::ZERO);
-        }
-        Ok(())
+    /// Feeds the token that the model has not seen; the most likely next one, if that alone is wanted and was found.
+    fn feed_pending(
+        &mut self,
+        probe: Option<&mut dyn Probe>,
+        wanted: Wanted,
+    ) -> Result<Option<u32>> {
+        let Some(id) = self.pending else {
+            return Ok(None);
+        };
+        let total = self.cache.seen() + 1;
+        let best = self.feed(Phase::Decode, &[id], total, wanted, probe)?;
+        self.have_fed(Duration::ZERO);
+        Ok(best)
     }
 
     /// The pending token has been fed.
@@ -432,33 +443,45 @@ impl Session {
     pub(super) fn choose(&mut self, sampler: &Sampler) -> Result<u32> {
         let logits = self.logits.as_deref().ok_or(Error::EmptyPrompt)?;
         let id = sampler.sample(logits, &self.history)?;
-        self.pending = Some(id);
-        self.history.push(id);
+        self.chosen(id);
         Ok(id)
     }
 
-    /// Puts `ids` through the model and the cache; keeps the last logits if they are wanted.
+    fn chosen(&mut self, id: u32) {
+        self.pending = Some(id);
+        self.history.push(id);
+    }
+
+    /// Puts `ids` through the model and the cache; keeps the last logits if they are wanted, or returns the most likely
+    /// token if that is.
     fn feed(
         &mut self,
         phase: Phase,
         ids: &[u32],
         total: usize,
-        wanted: bool,
+        wanted: Wanted,
         probe: Option<&mut dyn Probe>,
-    ) -> Result<()> {
+    ) -> Result<Option<u32>> {
         // Where surprisal is needed, the last logits are there already.
         if self.cache.policy().needs().surprisal {
-            return self.step(phase, ids, total, probe, |_, _| Ok(()));
+            return self.step(phase, ids, total, probe, |_, _| Ok(None));
         }
-        self.logits = self.step(phase, ids, total, probe, |model, hidden| {
-            if !wanted {
+        let (logits, best) = self.step(phase, ids, total, probe, |model, hidden| {
+            if wanted == Wanted::Nothing {
                 // Those of an earlier token must not be taken for this one's.
-                return Ok(None);
+                return Ok((None, None));
             }
             let last = hidden.slice(ids.len() - 1..ids.len())?;
-            model.logits(last)?.into_values().map(Some)
+            let logits = model.logits(last)?;
+            if wanted == Wanted::MostLikely
+                && let Some(best) = model.compute().largest(&logits)?
+            {
+                return Ok((None, Some(best)));
+            }
+            Ok((Some(logits.into_values()?), None))
         })?;
-        Ok(())
+        self.logits = logits;
+        Ok(best)
     }
 
     /// Puts `ids` through the model and the cache. `read` makes what is wanted of the hidden states
@@ -572,6 +595,16 @@ fn check_ids(spec: &ModelSpec, ids: &[u32]) -> Result<()> {
         }),
         None => Ok(()),
     }
+}
+
+/// What is wanted of the logits after the last of some tokens.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Wanted {
+    Nothing,
+    /// All of them.
+    Logits,
+    /// Which token is the most likely one, and no more, where that is to be had without them.
+    MostLikely,
 }
 
 /// What one session is fed in a pass that others are in, too.
@@ -807,11 +840,21 @@ impl<'a> Tokens<'a> {
 
     fn draw(&mut self) -> Result<u32> {
         let started = Instant::now();
-        match &mut self.probe {
-            Some(probe) => self.session.feed_pending(Some(&mut **probe))?,
-            None => self.session.feed_pending(None)?,
-        }
-        let id = self.session.choose(&self.sampler)?;
+        let wanted = match self.sampler.takes_the_most_likely() {
+            true => Wanted::MostLikely,
+            false => Wanted::Logits,
+        };
+        let best = match &mut self.probe {
+            Some(probe) => (self.session).feed_pending(Some(&mut **probe), wanted)?,
+            None => self.session.feed_pending(None, wanted)?,
+        };
+        let id = match best {
+            Some(id) => {
+                self.session.chosen(id);
+                id
+            }
+            None => self.session.choose(&self.sampler)?,
+        };
         self.session.times.decode_time += started.elapsed();
         Ok(id)
     }
