@@ -3,6 +3,10 @@
 use crate::{Error, Result};
 use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 
+/// Tensors that this process has read so far.
+#[cfg(feature = "conformance")]
+pub(crate) static READ: std::sync::atomic::AtomicUsize = std::sync::atomic::AtomicUsize::new(0);
+
 /// Whether tensors on `device` lie in host memory and change hands without a copy.
 ///
 /// Found by trying: the address of a buffer that went in and came out again is the same. This
@@ -25,6 +29,8 @@ pub fn is_host_device(device: &Device) -> bool {
 /// # Errors
 /// [`Error::Device`] if the device fails.
 pub fn into_f32<const D: usize>(tensor: Tensor<D>) -> Result<Vec<f32>> {
+    #[cfg(feature = "conformance")]
+    READ.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
     let data = tensor
         .try_into_data()
         .map_err(|e| Error::Device(e.to_string()))?;
