@@ -134,24 +134,25 @@ pub(crate) fn rotate(place: &Place, tables: &Tables, x: Rows, by: &Rotation<'_>)
     Ok(made(out))
 }
 
-/// The number of the largest of a row; `None` of so many that a float does not count them.
-pub(crate) fn largest(place: &Place, row: &Rows) -> Result<Option<u32>> {
-    if row.width() >= 1 << f32::MANTISSA_DIGITS {
+/// The number of the largest of each row, if there is one that is finite; `None` of so many that a float does not count
+/// them.
+pub(crate) fn largest(place: &Place, rows: &Rows) -> Result<Option<Vec<Option<u32>>>> {
+    let [many, width] = rows.shape();
+    if width == 0 || width >= 1 << f32::MANTISSA_DIGITS {
         return Ok(None);
     }
-    let out = place.empty([1, 2], TensorType::F32);
+    if many == 0 {
+        return Ok(Some(Vec::new()));
+    }
+    let out = place.empty([many, 2], TensorType::F32);
     largest::largest::launch(
         &place.client,
-        CubeCount::Static(1, 1, 1),
+        store::spread(many),
         CubeDim::new_1d(largest::UNITS as u32),
-        place.rows(row)?.into_tensor_arg(),
+        place.rows(rows)?.into_tensor_arg(),
         out.clone().into_buffer_arg(),
     );
-    match made(out).into_values()?[..] {
-        [at, top] if top.is_finite() => Ok(Some(at as u32)),
-        _ => Err(Error::NotFinite {
-            what: "a logit",
-            at: "the last token".into(),
-        }),
-    }
+    let found = made(out).into_values()?;
+    let of_row = |row: &[f32]| row[1].is_finite().then_some(row[0] as u32);
+    Ok(Some(found.chunks_exact(2).map(of_row).collect()))
 }

@@ -145,14 +145,13 @@ pub trait Compute: Debug + Send + Sync {
         })
     }
 
-    /// The number of the largest of one row of numbers, of equals the first, if it was found where the row lies: a
-    /// vocabulary of logits need not come to the host for one token of it. `None`, the default, where the row is to be
-    /// read and looked at.
+    /// For each row the number of its largest, of equals the first, if they were found where the rows lie: a vocabulary of
+    /// logits need not come to the host for one token of it. Nothing of a row with a NaN, or without a largest that is
+    /// finite. `None`, the default, where rows are to be read and looked at.
     ///
     /// # Errors
-    /// [`Error::NotFinite`] for a NaN, and if the largest is not finite; [`Error::Shape`] for no row, or several;
     /// [`Error::Device`].
-    fn largest(&self, _row: &Rows) -> Result<Option<u32>> {
+    fn largest(&self, _rows: &Rows) -> Result<Option<Vec<Option<u32>>>> {
         Ok(None)
     }
 

@@ -1,8 +1,8 @@
-//! The largest of many numbers.
+//! The largest numbers of rows.
 
 use cubecl::prelude::*;
 
-/// Units of the cube that has the row.
+/// Units of a cube that has a row.
 pub(crate) const UNITS: usize = 256;
 
 /// Whether a number goes before the largest so far: it is larger, as large and earlier, or the first that is none.
@@ -12,18 +12,22 @@ fn before(x: f32, at: u32, top: f32, place: u32) -> bool {
     (more || x.is_nan()) && !top.is_nan()
 }
 
-/// The number of the largest of a row, of equals the first, and the largest itself: `out`, `[2]`. A NaN is larger than
-/// all numbers.
+/// For each row the number of its largest, of equals the first, and the largest itself: `out`, `[rows, 2]`. A NaN is
+/// larger than all numbers.
 #[cube(launch)]
-pub(crate) fn largest(row: &Tensor<f32>, out: &mut [f32]) {
-    let width = row.shape(1);
-    let unit = UNIT_POS as usize;
+pub(crate) fn largest(rows: &Tensor<f32>, out: &mut [f32]) {
+    let width = rows.shape(1);
+    let (row, unit) = (CUBE_POS, UNIT_POS as usize);
+    if row >= rows.shape(0) {
+        terminate!();
+    }
+    let first = row * rows.stride(0);
     let mut tops = Shared::<[f32]>::new_slice(UNITS);
     let mut places = Shared::<[u32]>::new_slice(UNITS);
     let mut place = usize::min(unit, width - 1) as u32;
-    let mut top = row[place as usize];
+    let mut top = rows[first + place as usize];
     for at in range_stepped(unit, width, UNITS) {
-        let x = row[at];
+        let x = rows[first + at];
         if before(x, at as u32, top, place) {
             top = x;
             place = at as u32;
@@ -44,7 +48,7 @@ pub(crate) fn largest(row: &Tensor<f32>, out: &mut [f32]) {
         }
     }
     if unit == 0 {
-        out[0] = f32::cast_from(places[0]);
-        out[1] = tops[0];
+        out[row * 2] = f32::cast_from(places[0]);
+        out[row * 2 + 1] = tops[0];
     }
 }
