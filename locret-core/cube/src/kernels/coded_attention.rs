@@ -247,26 +247,47 @@ fn load(
         }
         tile[key * stride + feature] = x;
     }
-    // The whole cube, or nobody.
-    if comptime!(codes.block > 1) && at < behind && at + size > before {
-        let pairs = comptime!(form.dim / 2);
-        #[unroll]
-        for stage in 0..comptime!(codes.block.ilog2() as usize) {
-            let apart = comptime!(1usize << stage);
-            let by = comptime!(if 2 << stage == codes.block {
-                1.0 / (codes.block as f32).sqrt()
-            } else {
-                1.0
-            });
-            sync_cube();
-            for i in range_stepped(unit, size * pairs, units) {
-                let (key, pair) = (i / pairs, i % pairs);
-                if at + key >= before && at + key < behind {
-                    let first = key * stride + pair / apart * (2 * apart) + pair % apart;
-                    let (a, b) = (tile[first], tile[first + apart]);
-                    tile[first] = (a + b) * by;
-                    tile[first + apart] = (a - b) * by;
-                }
+    if comptime!(codes.block > 1) {
+        // The whole cube, or nobody.
+        if at < behind && at + size > before {
+            turn_back(tile, at, before, behind, unit, form, codes);
+        }
+    }
+}
+
+/// Turns the coded rows of a tile, which are those of units from `before` on and below `behind`.
+#[cube]
+fn turn_back(
+    tile: &mut [f32],
+    at: usize,
+    before: usize,
+    behind: usize,
+    unit: usize,
+    #[comptime] form: Form,
+    #[comptime] codes: Codes,
+) {
+    let stride = comptime!(form.stride());
+    let pairs = comptime!(form.dim / 2);
+    #[unroll]
+    for stage in 0..comptime!(codes.block.ilog2() as usize) {
+        let apart = comptime!(1usize << stage);
+        let by = comptime!(if 2 << stage == codes.block {
+            1.0 / (codes.block as f32).sqrt()
+        } else {
+            1.0
+        });
+        sync_cube();
+        for i in range_stepped(
+            unit,
+            comptime!(form.tile() * form.dim / 2),
+            comptime!(form.units()),
+        ) {
+            let (key, pair) = (i / pairs, i % pairs);
+            if at + key >= before && at + key < behind {
+                let first = key * stride + pair / apart * (2 * apart) + pair % apart;
+                let (a, b) = (tile[first], tile[first + apart]);
+                tile[first] = (a + b) * by;
+                tile[first + apart] = (a - b) * by;
             }
         }
     }

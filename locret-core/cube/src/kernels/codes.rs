@@ -272,7 +272,12 @@ pub(crate) fn turn_read(spans: &[u32], out: &mut [f32], first: u32, #[comptime] 
     for feature in range_stepped(UNIT_POS as usize, dim, TURNING) {
         row[feature] = out[to * dim + feature];
     }
-    turn(&mut row, codes.dim, codes.block, TURNING);
+    turn(
+        &mut row,
+        comptime!(codes.dim),
+        comptime!(codes.block),
+        TURNING,
+    );
     let by = comptime!(1.0 / (codes.block as f32).sqrt());
     for feature in range_stepped(UNIT_POS as usize, dim, TURNING) {
         out[to * dim + feature] = row[feature] * by;
@@ -334,9 +339,9 @@ fn finite(x: f32) -> bool {
     u32::reinterpret(x) & 0x7f80_0000u32 != 0x7f80_0000u32
 }
 
-/// Step and low, as a word, of numbers from `low` to `high`, of which some were not finite if `broken`.
+/// Step and low, as a word, of numbers from `low` to `high`, of which so many are `broken`: not finite.
 #[cube]
-fn pair_of(low: f32, high: f32, broken: bool, #[comptime] codes: Codes) -> u32 {
+fn pair_of(low: f32, high: f32, broken: u32, #[comptime] codes: Codes) -> u32 {
     let low = f32::max(f32::min(low, LARGEST), -LARGEST);
     let high = f32::max(f32::min(high, LARGEST), -LARGEST);
     let mut low16 = to_half(low);
@@ -356,7 +361,7 @@ fn pair_of(low: f32, high: f32, broken: bool, #[comptime] codes: Codes) -> u32 {
     if half(step16) < step {
         step16 += 1u32;
     }
-    select(broken, 0x7e00_7e00u32, low16 << 16u32 | step16)
+    select(broken > 0u32, 0x7e00_7e00u32, low16 << 16u32 | step16)
 }
 
 /// Rounds a head's rows of numbers to 16 bits: as many from row `at[3 h]` on as `at[3 h + 1]` says. What is no number
@@ -418,12 +423,12 @@ pub(crate) fn pairs(plain: &[u32], coded: &mut [u32], at: &[u32], #[comptime] co
         let start = group * comptime!(codes.width);
         let mut low = f32::reinterpret(plain[from + start]);
         let mut high = low;
-        let mut broken = false;
+        let mut broken = 0u32;
         for feature in start..usize::min(start + comptime!(codes.width), dim) {
             let x = f32::reinterpret(plain[from + feature]);
             low = f32::min(low, x);
             high = f32::max(high, x);
-            broken = broken || !finite(x);
+            broken += select(finite(x), 0u32, 1u32);
         }
         coded[to + group] = pair_of(low, high, broken, codes);
     }
@@ -448,12 +453,12 @@ pub(crate) fn shared_pairs(
         let from = (at[head * 3] as usize + run * many) * 2 * dim + feature;
         let mut low = f32::reinterpret(plain[from]);
         let mut high = low;
-        let mut broken = false;
+        let mut broken = 0u32;
         for row in 0..many {
             let x = f32::reinterpret(plain[from + row * 2 * dim]);
             low = f32::min(low, x);
             high = f32::max(high, x);
-            broken = broken || !finite(x);
+            broken += select(finite(x), 0u32, 1u32);
         }
         shared[(runs[head] as usize + run) * dim + feature] = pair_of(low, high, broken, codes);
     }
@@ -500,7 +505,7 @@ pub(crate) fn encode(
             to += comptime!(codes.of(true));
         }
         let mut made = 0u32;
-        for index in 0..4 {
+        for index in 0..4usize {
             let byte = word * 4 + index;
             for slot in 0..comptime!(8 / codes.low_bits()) {
                 let feature = slot * stride + byte;
@@ -521,7 +526,7 @@ pub(crate) fn encode(
                 }
             }
             if comptime!(codes.bits == 3) {
-                for slot in 0..8 {
+                for slot in 0..8usize {
                     if byte >= stride && (byte - stride) * 8 + slot < dim {
                         let feature = (byte - stride) * 8 + slot;
                         let pair = pair_at(

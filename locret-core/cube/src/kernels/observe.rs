@@ -280,7 +280,7 @@ fn weigh(
             if comptime!(gather != Gather::Logits) {
                 weight = f32::exp(weight - most) * share;
             }
-            let nothing = comptime!(gather.nothing()).runtime();
+            let nothing = comptime!(gather.nothing());
             weights[(mine + r) * comptime!(form.tile() + 1) + key] =
                 select(at + key >= sight, nothing, weight);
         }
@@ -355,7 +355,7 @@ pub(crate) fn by_unit<S: Float>(
     let mut paid = Array::<f32>::new(own);
     #[unroll]
     for p in 0..own {
-        paid[p] = comptime!(gather.nothing()).runtime();
+        paid[p] = comptime!(gather.nothing());
     }
     load_keys::<S>(keys, cos, sin, &mut tile, first, at, len, unit, form);
     // The first block of which a row sees the tile.
