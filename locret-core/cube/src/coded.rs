@@ -237,8 +237,7 @@ impl CodedStore {
 
     /// Cubes for `most` pieces of work of each head.
     fn cubes(&self, most: usize) -> CubeCount {
-        let heads = self.heads.len() as u32;
-        CubeCount::Static(most.div_ceil(UNITS).max(1) as u32, heads, 1)
+        self.spread(most.div_ceil(UNITS), self.heads.len())
     }
 
     /// The first of the newest units stay numbers, in 16 bits.
@@ -307,7 +306,7 @@ impl CodedStore {
         if codes.block > 1 {
             codes::turn_plain::launch(
                 client,
-                self.rows_of_heads(most, self.heads.len()),
+                self.spread(most, self.heads.len()),
                 CubeDim::new_1d(TURNING as u32),
                 self.plain.clone().into_buffer_arg(),
                 at.clone().into_buffer_arg(),
@@ -360,10 +359,10 @@ impl CodedStore {
         Ok(())
     }
 
-    /// A cube for each of so many rows of so many heads.
-    fn rows_of_heads(&self, rows: usize, heads: usize) -> CubeCount {
-        let across = rows.clamp(1, 1 << 15);
-        CubeCount::Static(across as u32, heads as u32, rows.div_ceil(across) as u32)
+    /// So many cubes for each of so many heads, of which no axis has more than every device takes.
+    fn spread(&self, cubes: usize, heads: usize) -> CubeCount {
+        let across = cubes.clamp(1, 1 << 15);
+        CubeCount::Static(across as u32, heads as u32, cubes.div_ceil(across) as u32)
     }
 
     /// Keys or values of some heads, `[units, head_dim]`, as appended, in new memory; none of them may be empty.
@@ -374,11 +373,7 @@ impl CodedStore {
         let longest = lens.iter().copied().max().unwrap_or(0);
         codes::read::launch(
             &self.place.client,
-            CubeCount::Static(
-                (longest * d).div_ceil(UNITS).max(1) as u32,
-                heads.len() as u32,
-                1,
-            ),
+            self.spread((longest * d).div_ceil(UNITS), heads.len()),
             CubeDim::new_1d(UNITS as u32),
             self.plain.clone().into_buffer_arg(),
             self.coded.clone().into_buffer_arg(),
@@ -393,7 +388,7 @@ impl CodedStore {
         if self.codes.block > 1 {
             codes::turn_read::launch(
                 &self.place.client,
-                self.rows_of_heads(longest, heads.len()),
+                self.spread(longest, heads.len()),
                 CubeDim::new_1d(TURNING as u32),
                 self.spans.clone().into_buffer_arg(),
                 out.clone().into_buffer_arg(),

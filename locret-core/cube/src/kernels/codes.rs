@@ -94,6 +94,13 @@ impl Codes {
     }
 }
 
+/// Which of the numbers of a head a unit has, where cubes on two axes, X and Z, have them.
+#[cube]
+fn number_of_head() -> usize {
+    let cube = (CUBE_POS_Z * CUBE_COUNT_X + CUBE_POS_X) as usize;
+    cube * CUBE_DIM as usize + UNIT_POS as usize
+}
+
 /// Byte `at` of the words from `first` on.
 #[cube]
 fn byte(words: &[u32], first: usize, at: usize) -> u32 {
@@ -190,7 +197,7 @@ pub(crate) fn number(
 }
 
 /// Keys or values of heads from `first` on as numbers, but turned as they were coded: `out`, `[units, dim]`, one head's
-/// behind the other's. Cubes: features of a head, heads.
+/// behind the other's. Cubes: features of a head (on two axes, X and Z), heads.
 #[cube(launch)]
 pub(crate) fn read(
     plain: &[u32],
@@ -204,7 +211,7 @@ pub(crate) fn read(
     #[comptime] codes: Codes,
 ) {
     let dim = comptime!(codes.dim);
-    let at = CUBE_POS_X as usize * CUBE_DIM as usize + UNIT_POS as usize;
+    let at = number_of_head();
     let (unit, feature) = (at / dim, at % dim);
     let head = first as usize + CUBE_POS_Y as usize;
     let span = head * SPAN;
@@ -369,7 +376,7 @@ fn pair_of(low: f32, high: f32, broken: u32, #[comptime] codes: Codes) -> u32 {
 #[cube(launch)]
 pub(crate) fn round(plain: &mut [u32], at: &[u32], #[comptime] dim: usize) {
     let head = CUBE_POS_Y as usize;
-    let i = CUBE_POS_X as usize * CUBE_DIM as usize + UNIT_POS as usize;
+    let i = number_of_head();
     if i < at[head * 3 + 1] as usize * 2 * dim {
         let number = at[head * 3] as usize * 2 * dim + i;
         let x = f32::reinterpret(plain[number]);
@@ -408,7 +415,7 @@ pub(crate) fn pairs(plain: &[u32], coded: &mut [u32], at: &[u32], #[comptime] co
     let of_key = comptime!(codes.pairs(false));
     let each = comptime!(codes.pairs(false) + codes.pairs(true));
     let head = CUBE_POS_Y as usize;
-    let i = CUBE_POS_X as usize * CUBE_DIM as usize + UNIT_POS as usize;
+    let i = number_of_head();
     let (row, of) = (i / each, i % each);
     if row < at[head * 3 + 1] as usize {
         let value = of >= of_key;
@@ -447,7 +454,7 @@ pub(crate) fn shared_pairs(
     let dim = comptime!(codes.dim);
     let many = comptime!(codes.run);
     let head = CUBE_POS_Y as usize;
-    let i = CUBE_POS_X as usize * CUBE_DIM as usize + UNIT_POS as usize;
+    let i = number_of_head();
     let (run, feature) = (i / dim, i % dim);
     if (run + 1) * many <= at[head * 3 + 1] as usize {
         let from = (at[head * 3] as usize + run * many) * 2 * dim + feature;
@@ -493,7 +500,7 @@ pub(crate) fn encode(
     let stride = comptime!(codes.low_bytes());
     let bits = comptime!(codes.low_bits());
     let head = CUBE_POS_Y as usize;
-    let i = CUBE_POS_X as usize * CUBE_DIM as usize + UNIT_POS as usize;
+    let i = number_of_head();
     let (row, of) = (i / (2 * words), i % (2 * words));
     if row < at[head * 3 + 1] as usize {
         let value = of >= words;
