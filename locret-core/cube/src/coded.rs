@@ -361,7 +361,8 @@ impl CodedStore {
 
     /// So many cubes for each of so many heads, of which no axis has more than every device takes.
     fn spread(&self, cubes: usize, heads: usize) -> CubeCount {
-        let across = cubes.clamp(1, 1 << 15);
+        let cubes = cubes.max(1);
+        let across = cubes.min(1 << 15);
         CubeCount::Static(across as u32, heads as u32, cubes.div_ceil(across) as u32)
     }
 
