@@ -21,6 +21,9 @@ pub(crate) const NONE: u32 = u32::MAX;
 /// The largest number of 16 bits.
 const LARGEST: f32 = 65504.0;
 
+/// And the smallest.
+const SMALLEST: f32 = -65504.0;
+
 /// How units become codes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(crate) struct Codes {
@@ -150,7 +153,7 @@ fn coded_number(
     #[comptime] codes: Codes,
 ) -> f32 {
     let first = at + comptime!(codes.of(values));
-    let code = code(coded, first, feature, codes);
+    let steps = code(coded, first, feature, codes);
     let mut pair = 0u32;
     if comptime!(codes.runs(values)) {
         pair = shared[run * comptime!(codes.dim) + feature];
@@ -158,7 +161,7 @@ fn coded_number(
         pair = coded[first + comptime!(codes.words()) + feature / comptime!(codes.width)];
     }
     // Exact, so that it is the same with one rounding or two.
-    code * half(pair & 0xffffu32) + half(pair >> 16u32)
+    steps * half(pair & 0xffffu32) + half(pair >> 16u32)
 }
 
 /// A feature of unit `unit` of a head, whose words in `spans` begin at `span`, as it lies there. `run` counts from the
@@ -349,8 +352,8 @@ fn finite(x: f32) -> bool {
 /// Step and low, as a word, of numbers from `low` to `high`, of which so many are `broken`: not finite.
 #[cube]
 fn pair_of(low: f32, high: f32, broken: u32, #[comptime] codes: Codes) -> u32 {
-    let low = f32::max(f32::min(low, LARGEST), -LARGEST);
-    let high = f32::max(f32::min(high, LARGEST), -LARGEST);
+    let low = f32::max(f32::min(low, LARGEST), SMALLEST);
+    let high = f32::max(f32::min(high, LARGEST), SMALLEST);
     let mut low16 = to_half(low);
     if half(low16) > low {
         // The next smaller one.
@@ -380,7 +383,7 @@ pub(crate) fn round(plain: &mut [u32], at: &[u32], #[comptime] dim: usize) {
     if i < at[head * 3 + 1] as usize * 2 * dim {
         let number = at[head * 3] as usize * 2 * dim + i;
         let x = f32::reinterpret(plain[number]);
-        let near = half(to_half(f32::max(f32::min(x, LARGEST), -LARGEST)));
+        let near = half(to_half(f32::max(f32::min(x, LARGEST), SMALLEST)));
         plain[number] = select(finite(x), u32::reinterpret(near), 0x7fc0_0000u32);
     }
 }
@@ -479,7 +482,7 @@ fn code_of(x: f32, pair: u32, #[comptime] codes: Codes) -> u32 {
     if step > 0.0 {
         // Half a step is added and the rest cut off.
         let at = (x - half(pair >> 16u32)) / step + 0.5;
-        code = u32::cast_from(f32::max(f32::min(at, comptime!(codes.top())), 0.0));
+        code = u32::cast_from(f32::max(f32::min(at, comptime!(codes.top())), 0.0f32));
     }
     code
 }
@@ -511,73 +514,41 @@ pub(crate) fn encode(
             from += dim;
             to += comptime!(codes.of(true));
         }
+        let shared_by = runs[head] as usize + row / comptime!(usize::max(codes.run, 1));
+        let own = to + comptime!(codes.words());
         let mut made = 0u32;
         for index in 0..4usize {
-            let byte = word * 4 + index;
+            let place = word * 4 + index;
             for slot in 0..comptime!(8 / codes.low_bits()) {
-                let feature = slot * stride + byte;
-                if byte < stride && feature < dim {
-                    let pair = pair_at(
-                        shared,
-                        coded,
-                        to,
-                        row,
-                        feature,
-                        runs[head] as usize,
-                        value,
-                        codes,
-                    );
-                    let x = f32::reinterpret(plain[from + feature]);
-                    let code = code_of(x, pair, codes) & comptime!((1u32 << codes.low_bits()) - 1);
-                    made |= code << (index * 8 + slot * bits) as u32;
+                let feature = slot * stride + place;
+                if place < stride && feature < dim {
+                    let mut pair = coded[own + feature / comptime!(codes.width)];
+                    if comptime!(codes.run > 0) {
+                        if !value {
+                            pair = shared[shared_by * dim + feature];
+                        }
+                    }
+                    let code = code_of(f32::reinterpret(plain[from + feature]), pair, codes);
+                    let low = code & comptime!((1u32 << codes.low_bits()) - 1);
+                    made += low << (index * 8 + slot * bits) as u32;
                 }
             }
             if comptime!(codes.bits == 3) {
                 for slot in 0..8usize {
-                    if byte >= stride && (byte - stride) * 8 + slot < dim {
-                        let feature = (byte - stride) * 8 + slot;
-                        let pair = pair_at(
-                            shared,
-                            coded,
-                            to,
-                            row,
-                            feature,
-                            runs[head] as usize,
-                            value,
-                            codes,
-                        );
-                        let x = f32::reinterpret(plain[from + feature]);
-                        made |= (code_of(x, pair, codes) >> 2u32) << (index * 8 + slot) as u32;
+                    if place >= stride && (place - stride) * 8 + slot < dim {
+                        let feature = (place - stride) * 8 + slot;
+                        let mut pair = coded[own + feature / comptime!(codes.width)];
+                        if comptime!(codes.run > 0) {
+                            if !value {
+                                pair = shared[shared_by * dim + feature];
+                            }
+                        }
+                        let code = code_of(f32::reinterpret(plain[from + feature]), pair, codes);
+                        made += (code >> 2u32) << (index * 8 + slot) as u32;
                     }
                 }
             }
         }
         coded[to + word] = made;
     }
-}
-
-/// Step and low of a feature of a new coded row, whose key's or value's record begins at word `to`.
-#[cube]
-fn pair_at(
-    shared: &[u32],
-    coded: &[u32],
-    to: usize,
-    row: usize,
-    feature: usize,
-    first: usize,
-    value: bool,
-    #[comptime] codes: Codes,
-) -> u32 {
-    let mut pair = 0u32;
-    if comptime!(codes.run > 0) {
-        if value {
-            pair = coded[to + comptime!(codes.words()) + feature / comptime!(codes.width)];
-        } else {
-            let run = first + row / comptime!(usize::max(codes.run, 1));
-            pair = shared[run * comptime!(codes.dim) + feature];
-        }
-    } else {
-        pair = coded[to + comptime!(codes.words()) + feature / comptime!(codes.width)];
-    }
-    pair
 }

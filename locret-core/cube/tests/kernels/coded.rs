@@ -135,7 +135,7 @@ impl Both {
 #[test]
 fn codes_are_those_of_the_cpu() {
     for (index, config) in configs().into_iter().enumerate() {
-        for dim in [32, 64, 96] {
+        for dim in [32, 96] {
             let mut both = Both::new(layer(2, 1, dim), config, index as u64);
             for (tokens, share) in [
                 (40, 1.0),
@@ -196,6 +196,10 @@ fn attention_to_codes() {
     .enumerate()
     {
         for (index, config) in configs().into_iter().enumerate() {
+            // Every form, and every code, with some of the others.
+            if (index + case) % 3 != 0 {
+                continue;
+            }
             let layer = layer(kv_heads, group, dim);
             let mut both = Both::new(layer, config, index as u64);
             both.append(150);
