@@ -154,12 +154,11 @@ fn coded_number(
 ) -> f32 {
     let first = at + comptime!(codes.of(values));
     let steps = code(coded, first, feature, codes);
-    let mut pair = 0u32;
-    if comptime!(codes.runs(values)) {
-        pair = shared[run * comptime!(codes.dim) + feature];
+    let pair = if comptime!(codes.runs(values)) {
+        shared[run * comptime!(codes.dim) + feature]
     } else {
-        pair = coded[first + comptime!(codes.words()) + feature / comptime!(codes.width)];
-    }
+        coded[first + comptime!(codes.words()) + feature / comptime!(codes.width)]
+    };
     // Exact, so that it is the same with one rounding or two.
     steps * half(pair & 0xffffu32) + half(pair >> 16u32)
 }
@@ -182,21 +181,17 @@ pub(crate) fn number(
     let dim = comptime!(codes.dim);
     let before = spans[span + 1] as usize;
     let many = spans[span + 3] as usize;
-    let mut x = 0.0f32;
     if unit >= before && unit < before + many {
         let row = spans[span + 2] as usize + unit - before;
         let run = spans[span + 4] as usize + run;
         let at = row * comptime!(codes.record());
-        x = coded_number(coded, shared, at, run, feature, values, codes);
+        coded_number(coded, shared, at, run, feature, values, codes)
     } else {
-        let mut row = spans[span] as usize + unit;
-        if unit >= before {
-            row -= many;
-        }
+        let gone = select(unit >= before, many, 0usize);
+        let row = spans[span] as usize + unit - gone;
         let at = row * 2 * dim + comptime!(if values { codes.dim } else { 0 }) + feature;
-        x = f32::reinterpret(plain[at]);
+        f32::reinterpret(plain[at])
     }
-    x
 }
 
 /// Keys or values of heads from `first` on as numbers, but turned as they were coded: `out`, `[units, dim]`, one head's
