@@ -1,5 +1,6 @@
 //! How many kernels a layer launches for a token and for a chunk, as CubeCL's log has them; each launch takes the host
-//! some microseconds, whatever the kernel does.
+//! some microseconds, whatever the kernel does. And how often it waits for numbers of the device, which takes the
+//! kernels that are still to run and some tens of microseconds.
 //!
 //! ```text
 //! cargo test -p locret-examples --features wgpu --test launches -- --nocapture
@@ -7,10 +8,13 @@
 
 #![cfg(feature = "wgpu")]
 
-use locret_core::{Budget, CacheOptions, Generate, Kernels, Positions, Prefill, Session};
+use locret_core::{
+    Budget, CacheOptions, CausalLm, Generate, Kernels, Positions, Prefill, Quantization, Sampling,
+    Session, conformance::tensors_read,
+};
 use locret_examples::runtime::{compute, device};
 use locret_models::{LoadOptions, WeightDtype, load_model_with};
-use locret_policies::{Method, PolicyConfig};
+use locret_policies::{HeadWeights, LayerHead, Method, PolicyConfig, RetainingHeads};
 use std::{env, fs, path::PathBuf, process::Command, thread::sleep, time::Duration};
 
 /// What the process whose log is read is told: kernels, chunks, tokens.
@@ -99,4 +103,82 @@ fn a_layer_launches_few_kernels() {
     println!("by Burn's operations: {token_before} a token, {chunk_before} a chunk");
     assert!(token > 8.0 && token <= 20.0, "{token}");
     assert!(chunk > 8.0 && chunk <= 20.0, "{chunk}");
+}
+
+/// Retaining heads whose weights follow a formula.
+fn heads(model: &dyn CausalLm) -> RetainingHeads {
+    let (spec, d_r) = (model.spec(), 8);
+    let weights = |n: usize| {
+        (0..n)
+            .map(|i| ((i * 37 % 101) as f32 - 50.0) / 60.0)
+            .collect()
+    };
+    let layer = |l: usize| LayerHead {
+        d_r,
+        fc1: weights(d_r * spec.layer(l).qkv_features()),
+        fc2: weights(d_r * spec.kv_heads),
+        ..LayerHead::default()
+    };
+    let weights = HeadWeights {
+        layers: (0..spec.layers).map(layer).collect(),
+        ..HeadWeights::default()
+    };
+    RetainingHeads::for_model(&weights, model).unwrap()
+}
+
+/// What is read of the device by a chunk, apart from what belongs to a prompt, and by a token: in each layer, and apart
+/// from that.
+fn reads_of(method: Method, bits: Option<u8>, sampling: Sampling) -> [[usize; 2]; 2] {
+    let options = LoadOptions::new().weights(WeightDtype::F32);
+    let compute = compute(&device("wgpu").unwrap(), &options).unwrap();
+    let model = load_model_with(golden(), &options, &compute).unwrap().model;
+    let layers = model.spec().layers;
+    let mut config = PolicyConfig::new(method)
+        .budget(Budget::Units(24))
+        .positions(Positions::Original);
+    config.quantize = bits.map(Quantization::bits);
+    let policy = match method {
+        Method::Locret => config.build_with_heads(model.spec(), heads(&*model)),
+        _ => config.build(model.spec(), &*compute),
+    };
+    let read = |chunks: usize, tokens: usize| {
+        let policy = policy.as_ref().unwrap().clone();
+        let mut session =
+            Session::with_options(model.clone(), policy, CacheOptions::new()).unwrap();
+        let ids: Vec<u32> = (0..chunks * CHUNK).map(|i| i as u32 * 7 % 180).collect();
+        let before = tensors_read();
+        session.prefill(&ids, &Prefill::new(CHUNK, 0)).unwrap();
+        let generate = Generate::greedy(tokens).sampling(sampling);
+        for token in session.generate(generate).unwrap() {
+            token.unwrap();
+        }
+        tensors_read() - before
+    };
+    let before = read(4, 2);
+    [read(6, 2), read(4, 4)].map(|more| {
+        let more = (more - before) / 2;
+        [more / layers, more % layers]
+    })
+}
+
+#[test]
+fn a_layer_seldom_waits_for_the_device() {
+    let drawn = Sampling {
+        temperature: 1.0,
+        ..Sampling::greedy()
+    };
+    let greedy = Sampling::greedy();
+    // In each layer and apart from layers: a chunk, a token. Of a token only its number comes over.
+    for (method, bits, sampling, due) in [
+        (Method::Window, None, greedy, [[0, 0], [0, 1]]),
+        (Method::Window, None, drawn, [[0, 0], [0, 1]]),
+        (Method::Window, Some(4), greedy, [[0, 0], [0, 1]]),
+        (Method::Locret, None, greedy, [[1, 0], [1, 1]]),
+        (Method::H2o, None, greedy, [[1, 0], [1, 1]]),
+        (Method::SnapKv, None, greedy, [[1, 0], [0, 1]]),
+    ] {
+        let found = reads_of(method, bits, sampling);
+        println!("{method}, {bits:?} bits: {found:?}");
+        assert_eq!(found, due, "{method}, {bits:?} bits");
+    }
 }

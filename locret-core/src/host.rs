@@ -4,6 +4,10 @@ use crate::{Error, Result};
 use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
+/// Tensors that this process has read so far.
+#[cfg(feature = "conformance")]
+pub(crate) static READ: std::sync::atomic::AtomicUsize = std::sync::atomic::AtomicUsize::new(0);
+
 /// Whether tensors on `device` lie in host memory and change hands without a copy.
 ///
 /// Found by trying: the address of a buffer that went in and came out again is the same. This
@@ -26,6 +30,8 @@ pub fn is_host_device(device: &Device) -> bool {
 /// # Errors
 /// [`Error::Device`] if the device fails.
 pub fn into_f32<const D: usize>(tensor: Tensor<D>) -> Result<Vec<f32>> {
+    #[cfg(feature = "conformance")]
+    READ.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
     let data = caught(|| tensor.try_into_data().map_err(|e| failed(&e)))?;
     let data = if data.dtype() == DType::F32 {
         data

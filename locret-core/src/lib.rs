@@ -37,7 +37,7 @@ pub use compute::{
     Rows, Sight, TableRows, Weight, compute, layer_compute, usable,
 };
 #[doc(hidden)]
-pub use compute::{check_product, divided, no_row};
+pub use compute::{check_factors, check_product, divided, no_row};
 pub use contract::{
     Budget, BudgetTable, CausalLm, DecodeEviction, Error, Evict, Guard, Held, Keep, KvCachePolicy,
     LayerSpec, LayerUnits, ModelSpec, Needs, Observation, Observe, Observed, Part, PastContext,
@@ -62,9 +62,11 @@ pub use locret_kernels::{
     tiles::{Floats, KvTiles},
     visible::{View, Views},
 };
+#[doc(hidden)]
+pub use stores::{
+    CodedHead, CodedPart, check_append, check_folds, check_retain, dense_name, folded,
+};
 pub use stores::{
     Dense, Fold, Growth, KvStore, Placement, QuantLayout, Quantization, QuantizedStore, Room,
     Scratch, Spilled, Tier, TurnKeys,
 };
-#[doc(hidden)]
-pub use stores::{check_append, check_folds, check_retain, dense_name, folded};

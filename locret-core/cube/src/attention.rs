@@ -1,7 +1,11 @@
 //! Which kernels attend, and how many cubes of them.
 
 use crate::{
-    kernels::attention::{self, Form},
+    coded::CodedStore,
+    kernels::{
+        attention::{self, Form},
+        coded_attention,
+    },
     place::{Place, element},
     store::{CubeStore, elementwise},
     tables::Table,
@@ -9,7 +13,7 @@ use crate::{
 use burn::tensor::DType as TensorType;
 use burn_cubecl::tensor::CubeTensor;
 use cubecl::prelude::*;
-use locret_core::LayerSpec;
+use locret_core::{KvStore, LayerSpec};
 
 /// Cubes that keep a multiprocessor busy while others wait for memory.
 const RESIDENT: usize = 4;
@@ -20,12 +24,44 @@ const PROCESSORS: usize = 16;
 /// Tiles that a part of a row's units has at least: less is not worth joining.
 const TILES: usize = 4;
 
+/// Parts of all units that keep the device busy where there are so many cubes of this form.
+pub(crate) fn worth_joining(place: &Place, form: &Form, cubes: usize, longest: usize) -> usize {
+    let hardware = &place.client.properties().hardware;
+    let processors = hardware.num_streaming_multiprocessors;
+    let wanted = RESIDENT * processors.map_or(PROCESSORS, |n| n as usize);
+    let most = longest.div_ceil(TILES * form.tile());
+    wanted.div_ceil(cubes).min(most).max(1)
+}
+
+/// What is attended to.
+#[derive(Clone, Copy)]
+pub(crate) enum Units<'a> {
+    Dense(&'a CubeStore),
+    Coded(&'a CodedStore),
+}
+
+impl<'a> Units<'a> {
+    /// Of a store that lies here.
+    pub(crate) fn of(store: &'a dyn KvStore) -> Option<Self> {
+        let store = store.as_any()?;
+        let dense = store.downcast_ref().map(Self::Dense);
+        dense.or_else(|| store.downcast_ref().map(Self::Coded))
+    }
+
+    fn longest(self) -> usize {
+        match self {
+            Self::Dense(store) => store.longest(),
+            Self::Coded(store) => store.lens().into_iter().max().unwrap_or(0),
+        }
+    }
+}
+
 /// Attention of rotated queries `[tokens, heads * dim]` over all units of a store, in as many parts as there are to
 /// be; `None` where heads are too wide.
 pub(crate) fn attend(
     place: &Place,
     q: CubeTensor,
-    store: &CubeStore,
+    store: Units<'_>,
     table: Option<&Table>,
     layer: &LayerSpec,
     scale: f32,
@@ -36,17 +72,12 @@ pub(crate) fn attend(
     let rows = tokens * group;
     let half = table.map_or(0, Table::half);
     let form = Form::new(dim, half, group, rows)?;
+    if matches!(store, Units::Coded(_)) && !coded_attention::fits(form) {
+        return None;
+    }
     let blocks = rows.div_ceil(form.rows);
-    let parts = parts.unwrap_or_else(|| {
-        let processors = place
-            .client
-            .properties()
-            .hardware
-            .num_streaming_multiprocessors;
-        let wanted = RESIDENT * processors.map_or(PROCESSORS, |n| n as usize);
-        let most = store.longest().div_ceil(TILES * form.tile());
-        wanted.div_ceil(blocks * layer.kv_heads).min(most).max(1)
-    });
+    let cubes = blocks * layer.kv_heads;
+    let parts = parts.unwrap_or_else(|| worth_joining(place, &form, cubes, store.longest()));
     let form = Form {
         split: parts > 1,
         ..form
@@ -61,23 +92,46 @@ pub(crate) fn attend(
         Some(table) => [table.cos.clone(), table.sin.clone()],
         None => [(); 2].map(|()| place.empty([1], TensorType::F32)),
     };
-    attention::attend::launch(
-        &place.client,
-        CubeCount::Static(blocks as u32, layer.kv_heads as u32, parts as u32),
-        CubeDim::new_1d(form.units() as u32),
-        q.into_tensor_arg(),
-        store.keys.clone().into_buffer_arg(),
-        store.values.clone().into_buffer_arg(),
-        store.bounds.clone().into_buffer_arg(),
-        cos.into_buffer_arg(),
-        sin.into_buffer_arg(),
-        made.clone().into_buffer_arg(),
-        stats.clone().into_buffer_arg(),
-        scale,
-        tokens as u32,
-        form,
-        element(store.kind()),
-    );
+    let count = CubeCount::Static(blocks as u32, layer.kv_heads as u32, parts as u32);
+    let cube = CubeDim::new_1d(form.units() as u32);
+    match store {
+        Units::Dense(store) => attention::attend::launch(
+            &place.client,
+            count,
+            cube,
+            q.into_tensor_arg(),
+            store.keys.clone().into_buffer_arg(),
+            store.values.clone().into_buffer_arg(),
+            store.bounds.clone().into_buffer_arg(),
+            cos.into_buffer_arg(),
+            sin.into_buffer_arg(),
+            made.clone().into_buffer_arg(),
+            stats.clone().into_buffer_arg(),
+            scale,
+            tokens as u32,
+            form,
+            element(store.kind()),
+        ),
+        Units::Coded(store) => coded_attention::attend_coded::launch(
+            &place.client,
+            count,
+            cube,
+            q.into_tensor_arg(),
+            store.plain.clone().into_buffer_arg(),
+            store.coded.clone().into_buffer_arg(),
+            store.shared.clone().into_buffer_arg(),
+            store.ends.clone().into_buffer_arg(),
+            store.spans.clone().into_buffer_arg(),
+            cos.into_buffer_arg(),
+            sin.into_buffer_arg(),
+            made.clone().into_buffer_arg(),
+            stats.clone().into_buffer_arg(),
+            scale,
+            tokens as u32,
+            form,
+            store.codes,
+        ),
+    }
     if !form.split {
         return Some(made);
     }

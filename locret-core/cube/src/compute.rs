@@ -1,16 +1,20 @@
 //! The third place where things are computed.
 
 use crate::{
-    attention, elementwise,
+    attention::{self, Units},
+    coded::CodedStore,
+    elementwise,
+    kernels::observe::Gather,
     matrix::{self, CubeMatrix},
+    observe::{Keys, Observing},
     place::{Place, made},
     store::CubeStore,
-    tables::Tables,
+    tables::{Table, Tables},
 };
 use burn::tensor::Device;
 use locret_core::{
-    Attention, Compute, DType, Error, KvStore, LayerSpec, Matrix, Observe, Observed, Ops,
-    Perceptron, Result, Rotation, Rows, Survey, Weight,
+    Attention, Compute, DType, Error, KvStore, LayerSpec, Matrix, Observation, Observe, Observed,
+    Ops, Perceptron, Quantization, Result, Rotation, Rows, Survey, Weight, check_factors,
 };
 use std::sync::Arc;
 
@@ -44,6 +48,61 @@ impl Cube {
             parts: Some(parts.max(1)),
             ..self
         }
+    }
+
+    /// What keys are rotated by as they are loaded.
+    fn table(&self, over: &Attention<'_>) -> Option<Table> {
+        let table = over.rotation?;
+        Some(self.tables.get(&self.place, table))
+    }
+
+    /// The keys of a store that lies here, where queries see all of it.
+    fn keys(&self, over: &Attention<'_>) -> Option<Keys> {
+        let units = Units::of(over.store).filter(|_| over.sight.is_none())?;
+        Some(match units {
+            Units::Dense(store) => Keys {
+                rows: store.keys.clone(),
+                bounds: store.bounds.clone(),
+                lens: (0..over.layer.kv_heads)
+                    .map(|head| store.len(head))
+                    .collect(),
+            },
+            // Decoded for this once.
+            Units::Coded(store) => {
+                let lens = store.lens();
+                let bounds = lens.iter().scan(0, |first, len| {
+                    let of_head = [*first, *len as u32];
+                    *first += *len as u32;
+                    Some(of_head)
+                });
+                let bounds: Vec<u32> = bounds.flatten().collect();
+                Keys {
+                    rows: store.numbers(0..lens.len(), false),
+                    bounds: self.place.indices(&bounds),
+                    lens,
+                }
+            }
+        })
+    }
+
+    fn observing<'a>(
+        &'a self,
+        q: &Rows,
+        over: &Attention<'_>,
+        count: usize,
+        keys: &'a Keys,
+        table: Option<&'a Table>,
+    ) -> Result<Observing<'a>> {
+        Ok(Observing {
+            place: &self.place,
+            layer: over.layer,
+            q: self.place.rows(q)?,
+            count,
+            keys,
+            table,
+            scale: over.scale,
+            parts: self.parts,
+        })
     }
 }
 
@@ -89,25 +148,19 @@ impl Compute for Cube {
     }
 
     fn attend(&self, q: Rows, over: &Attention<'_>) -> Result<Rows> {
-        let store = over
-            .store
-            .as_any()
-            .and_then(|store| store.downcast_ref::<CubeStore>());
-        let Some(store) = store.filter(|_| over.sight.is_none()) else {
+        let Some(units) = Units::of(over.store).filter(|_| over.sight.is_none()) else {
             return self.ops.attend(q, over);
         };
         over.validate(&q)?;
         if q.rows() == 0 {
             return Ok(q);
         }
-        let table = over
-            .rotation
-            .map(|table| self.tables.get(&self.place, table));
+        let table = self.table(over);
         let rows = self.place.rows(&q)?;
         let attended = attention::attend(
             &self.place,
             rows,
-            store,
+            units,
             table.as_ref(),
             &over.layer,
             over.scale,
@@ -126,11 +179,56 @@ impl Compute for Cube {
         what: Observe,
         factors: Option<&[f32]>,
     ) -> Result<Observed> {
-        self.ops.observe(q, over, what, factors)
+        let queries = what.queries.count(q.rows());
+        let gather = match what.what {
+            // All of it is seen where it stands.
+            Observation::Weights | Observation::NearWeights => Some(Gather::Sum),
+            Observation::MaxWeights | Observation::MaxWeightsByInput => Some(Gather::Largest),
+            Observation::MaxLogits => Some(Gather::Logits),
+            _ => None,
+        };
+        let keys = match gather {
+            Some(_) if queries > 0 => self.keys(over),
+            _ => None,
+        };
+        let (Some(gather), Some(keys)) = (gather, keys) else {
+            return self.ops.observe(q, over, what, factors);
+        };
+        over.validate(q)?;
+        check_factors(what.what, queries, factors)?;
+        let table = self.table(over);
+        let observing = self.observing(q, over, queries, &keys, table.as_ref())?;
+        match observing.gathered(gather, factors) {
+            Some(per_head) => Ok(Observed {
+                per_head: per_head?,
+                queries,
+                what: what.what,
+            }),
+            None => self.ops.observe(q, over, what, factors),
+        }
     }
 
     fn survey(&self, q: &Rows, over: &Attention<'_>, last: usize) -> Result<Survey> {
-        self.ops.survey(q, over, last)
+        // Everything is seen, whatever attention is to see.
+        let all = Attention {
+            sight: None,
+            ..*over
+        };
+        let queries = last.min(q.rows());
+        let Some(keys) = self.keys(&all).filter(|_| queries > 0) else {
+            return self.ops.survey(q, over, last);
+        };
+        over.validate(q)?;
+        let table = self.table(over);
+        let observing = self.observing(q, over, queries, &keys, table.as_ref())?;
+        match observing.survey() {
+            Some(survey) => survey.map(|[units, distances]| Survey { units, distances }),
+            None => self.ops.survey(q, over, last),
+        }
+    }
+
+    fn largest(&self, rows: &Rows) -> Result<Option<Vec<Option<u32>>>> {
+        elementwise::largest(&self.place, rows)
     }
 
     fn store(&self, layer: &LayerSpec, dtype: DType) -> Result<Box<dyn KvStore>> {
@@ -140,6 +238,14 @@ impl Compute for Cube {
                 operation: "keeping units in this type",
                 implementer: format!("this device ({dtype})"),
             }),
+        }
+    }
+
+    fn coded_store(&self, layer: &LayerSpec, config: Quantization) -> Result<Box<dyn KvStore>> {
+        match CodedStore::new(&self.place, layer, config)? {
+            Some(store) => Ok(Box::new(store)),
+            // A row's codes are not whole words.
+            None => self.ops.coded_store(layer, config),
         }
     }
 }

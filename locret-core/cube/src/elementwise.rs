@@ -1,7 +1,10 @@
 //! What a layer does between its products, one launch each.
 
 use crate::{
-    kernels::elementwise::{self, From, ROW_UNITS, Turn},
+    kernels::{
+        elementwise::{self, From, ROW_UNITS, Turn},
+        largest,
+    },
     place::{Place, made},
     store,
     tables::Tables,
@@ -129,4 +132,27 @@ pub(crate) fn rotate(place: &Place, tables: &Tables, x: Rows, by: &Rotation<'_>)
         turn,
     );
     Ok(made(out))
+}
+
+/// The number of the largest of each row, if there is one that is finite; `None` of so many that a float does not count
+/// them.
+pub(crate) fn largest(place: &Place, rows: &Rows) -> Result<Option<Vec<Option<u32>>>> {
+    let [many, width] = rows.shape();
+    if width == 0 || width >= 1 << f32::MANTISSA_DIGITS {
+        return Ok(None);
+    }
+    if many == 0 {
+        return Ok(Some(Vec::new()));
+    }
+    let out = place.empty([many, 2], TensorType::F32);
+    largest::largest::launch(
+        &place.client,
+        store::spread(many),
+        CubeDim::new_1d(largest::UNITS as u32),
+        place.rows(rows)?.into_tensor_arg(),
+        out.clone().into_buffer_arg(),
+    );
+    let found = made(out).into_values()?;
+    let of_row = |row: &[f32]| row[1].is_finite().then_some(row[0] as u32);
+    Ok(Some(found.chunks_exact(2).map(of_row).collect()))
 }

@@ -11,12 +11,14 @@
 #![deny(missing_docs)]
 
 mod attention;
+mod coded;
 mod compute;
 #[cfg(feature = "cuda-source")]
 pub mod cuda;
 mod elementwise;
 mod kernels;
 mod matrix;
+mod observe;
 mod place;
 mod store;
 mod tables;

@@ -15,6 +15,11 @@ use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use std::sync::Arc;
 
+#[path = "kernels/coded.rs"]
+mod coded;
+#[path = "kernels/observed.rs"]
+mod observed;
+
 #[cfg(feature = "cuda")]
 fn device() -> Device {
     Device::cuda(burn::tensor::DeviceIndex::Default)

@@ -20,8 +20,8 @@ pub use rows::Rows;
 pub use trial::usable;
 
 use crate::{
-    DType, Error, KvStore, LayerSpec, Observation, Observe, Observed, Result, Survey, Views,
-    host::is_host_device,
+    DType, Error, KvStore, LayerSpec, Observation, Observe, Observed, Quantization, QuantizedStore,
+    Result, Survey, Views, host::is_host_device,
 };
 use burn::tensor::{Device, Tensor};
 use bytes::Bytes;
@@ -154,11 +154,29 @@ pub trait Compute: Debug + Send + Sync {
         })
     }
 
+    /// For each row the number of its largest, of equals the first, if they were found where the rows lie: a vocabulary of
+    /// logits need not come to the host for one token of it. Nothing of a row with a NaN, or without a largest that is
+    /// finite. `None`, the default, where rows are to be read and looked at.
+    ///
+    /// # Errors
+    /// [`Error::Device`].
+    fn largest(&self, _rows: &Rows) -> Result<Option<Vec<Option<u32>>>> {
+        Ok(None)
+    }
+
     /// An empty store of units as they are, in 32 or 16 bits, where this computes.
     ///
     /// # Errors
     /// [`Error::NotSupported`] for another type.
     fn store(&self, layer: &LayerSpec, dtype: DType) -> Result<Box<dyn KvStore>>;
+
+    /// An empty store of units as codes: in host memory, where nothing here reads codes.
+    ///
+    /// # Errors
+    /// As [`Quantization::validate`].
+    fn coded_store(&self, layer: &LayerSpec, config: Quantization) -> Result<Box<dyn KvStore>> {
+        Ok(Box::new(QuantizedStore::on(self.device(), layer, config)?))
+    }
 }
 
 /// The best there is for a device: the CPU kernels where its tensors lie in host memory, and otherwise
@@ -390,7 +408,7 @@ pub struct Sight<'a> {
 }
 
 /// Checks the factors on what `queries` queries pay; they are there for one observation alone.
-fn check_factors(what: Observation, queries: usize, factors: Option<&[f32]>) -> Result<()> {
+pub fn check_factors(what: Observation, queries: usize, factors: Option<&[f32]>) -> Result<()> {
     let due = (what == Observation::MaxWeightsByInput).then_some(queries);
     match factors.map(<[f32]>::len) == due {
         true => Ok(()),

@@ -36,6 +36,7 @@ pub fn check_compute(
             ("rotations", check.rotations(&mut dice())),
             ("attention", check.attention(&mut dice())),
             ("selection", check.selection(&mut dice())),
+            ("the largest of rows", check.largest(&mut dice())),
             ("pieces of work", check.pieces(&mut dice())),
         ] {
             checked.map_err(|off| check.error(what, off))?;
@@ -751,6 +752,37 @@ impl Checking<'_> {
             return Err(Off::Number(found));
         }
         self.refused("a NaN", self.compute.select(&[1.0, f32::NAN], 1, &[]))
+    }
+
+    /// Of equals the first; of a row that has none, nothing.
+    fn largest(&self, dice: &mut Dice) -> Checked {
+        let (rows, width) = (dice.between(1, 5), dice.between(1, 3000));
+        let mut all: Vec<f32> = (0..rows * width)
+            .map(|_| dice.between(0, 40) as f32 - 60.0)
+            .collect();
+        for wrong in [f32::NEG_INFINITY, f32::INFINITY, f32::NAN] {
+            if dice.chance(0.3) {
+                all[dice.between(0, rows * width - 1)] = wrong;
+            }
+        }
+        if dice.chance(0.3) {
+            all[..width].fill(f32::NEG_INFINITY);
+        }
+        let Some(found) = self.compute.largest(&self.rows(&all, width)?)? else {
+            return Ok(());
+        };
+        let due = all.chunks(width).map(|row| {
+            let best = crate::argmax(row)?;
+            row[best].is_finite().then_some(best as u32)
+        });
+        let due: Vec<_> = due.collect();
+        match found == due {
+            true => Ok(()),
+            false => {
+                let found = format!("{found:?} of rows of {width}, {due:?} is due");
+                Err(Off::Number(found))
+            }
+        }
     }
 }
 

@@ -60,6 +60,11 @@ use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use std::fmt;
 
+/// Tensors whose numbers this process has copied to slices so far: on a GPU each of them waits for the device.
+pub fn tensors_read() -> usize {
+    crate::host::READ.load(std::sync::atomic::Ordering::Relaxed)
+}
+
 /// A check that did not succeed.
 ///
 /// `Debug` prints the same sentences as `Display`, so that `unwrap` in a test is readable.

@@ -95,6 +95,19 @@ pub fn argmax(values: &[f32]) -> Option<usize> {
 }
 
 impl Sampler {
+    /// Whether it is always the most likely token, whatever came before.
+    pub(super) fn takes_the_most_likely(&self) -> bool {
+        self.settings.temperature == 0.0 && self.settings.repetition_penalty == 1.0
+    }
+
+    /// What is said of logits of which none is the largest.
+    pub(super) fn not_finite() -> Error {
+        Error::NotFinite {
+            what: "a logit",
+            at: "the last token".into(),
+        }
+    }
+
     /// The next token, given the logits of all tokens and the ids that have occurred so far.
     ///
     /// # Errors
@@ -116,13 +129,9 @@ impl Sampler {
                 }
             }
         }
-        let not_finite = || Error::NotFinite {
-            what: "a logit",
-            at: "the last token".into(),
-        };
-        let best = argmax(&logits).ok_or_else(not_finite)?;
+        let best = argmax(&logits).ok_or_else(Self::not_finite)?;
         if !logits[best].is_finite() {
-            return Err(not_finite());
+            return Err(Self::not_finite());
         }
         if s.temperature == 0.0 {
             return Ok(best as u32);

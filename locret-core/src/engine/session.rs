@@ -129,6 +129,8 @@ pub struct Session {
     pub(super) pending: Option<u32>,
     /// Logits `[vocab]` after the last token that the model has seen.
     pub(super) logits: Option<Vec<f32>>,
+    /// The most likely token after it, where that alone was wanted: nothing if its logits were not finite.
+    most_likely: Option<Option<u32>>,
     /// A prompt was begun and not read to its end.
     pub(super) midway: bool,
     /// Prompts that were begun.
@@ -173,6 +175,7 @@ impl Session {
             history: Vec::new(),
             pending: None,
             logits: None,
+            most_likely: None,
             midway: false,
             prompts: 0,
             prefill: Prefill::default(),
@@ -191,6 +194,7 @@ impl Session {
             history: self.history.clone(),
             pending: self.pending,
             logits: self.logits.clone(),
+            most_likely: self.most_likely,
             midway: self.midway,
             prompts: self.prompts,
             prefill: self.prefill,
@@ -283,7 +287,8 @@ impl Session {
         let mut reading = self.begin(ids, prefill, Some(&mut *probe))?;
         while let Some(due) = reading.due() {
             let ids = &reading.ids[due.tokens.clone()];
-            self.feed(due.phase, ids, reading.total, due.last, Some(&mut *probe))?;
+            let wanted = due.wanted();
+            self.feed(due.phase, ids, reading.total, wanted, Some(&mut *probe))?;
             self.have_read(&mut reading, &due, started.elapsed());
             probe.chunk(&reading.done(&due, &self.cache))?;
             started = Instant::now();
@@ -375,7 +380,7 @@ impl Session {
     pub fn score(&mut self, ids: &[u32]) -> Result<Vec<TokenScore>> {
         check_ids(self.cache.spec(), ids)?;
         self.ready()?;
-        self.feed_pending(None)?;
+        self.feed_pending(None, Wanted::Logits)?;
         let first = self.logits.clone().ok_or(Error::EmptyPrompt)?;
         if ids.is_empty() {
             return Ok(Vec::new());
@@ -412,10 +417,10 @@ impl Session {
         cache.policy().validate(cache.spec(), &self.prefill)
     }
 
-    fn feed_pending(&mut self, probe: Option<&mut dyn Probe>) -> Result<()> {
+    fn feed_pending(&mut self, probe: Option<&mut dyn Probe>, wanted: Wanted) -> Result<()> {
         if let Some(id) = self.pending {
             let total = self.cache.seen() + 1;
-            self.feed(Phase::Decode, &[id], total, true, probe)?;
+            self.feed(Phase::Decode, &[id], total, wanted, probe)?;
             self.have_fed(Duration::ZERO);
         }
         Ok(())
@@ -428,36 +433,41 @@ impl Session {
         self.times.decode_tokens += 1;
     }
 
-    /// Chooses the next token from the logits that are there.
+    /// Chooses the next token from what was kept of the logits.
     pub(super) fn choose(&mut self, sampler: &Sampler) -> Result<u32> {
-        let logits = self.logits.as_deref().ok_or(Error::EmptyPrompt)?;
-        let id = sampler.sample(logits, &self.history)?;
+        let id = match (self.most_likely.take(), self.logits.as_deref()) {
+            (Some(id), _) => id.ok_or_else(Sampler::not_finite)?,
+            (None, Some(logits)) => sampler.sample(logits, &self.history)?,
+            (None, None) => return Err(Error::EmptyPrompt),
+        };
         self.pending = Some(id);
         self.history.push(id);
         Ok(id)
     }
 
-    /// Puts `ids` through the model and the cache; keeps the last logits if they are wanted.
+    /// Puts `ids` through the model and the cache; keeps what is wanted of the last logits.
     fn feed(
         &mut self,
         phase: Phase,
         ids: &[u32],
         total: usize,
-        wanted: bool,
+        wanted: Wanted,
         probe: Option<&mut dyn Probe>,
     ) -> Result<()> {
         // Where surprisal is needed, the last logits are there already.
         if self.cache.policy().needs().surprisal {
             return self.step(phase, ids, total, probe, |_, _| Ok(()));
         }
-        self.logits = self.step(phase, ids, total, probe, |model, hidden| {
-            if !wanted {
-                // Those of an earlier token must not be taken for this one's.
-                return Ok(None);
-            }
-            let last = hidden.slice(ids.len() - 1..ids.len())?;
-            model.logits(last)?.into_values().map(Some)
-        })?;
+        // Those of an earlier token must not be taken for this one's.
+        (self.logits, self.most_likely) =
+            self.step(phase, ids, total, probe, |model, hidden| {
+                if wanted == Wanted::Nothing {
+                    return Ok((None, None));
+                }
+                let last = hidden.slice(ids.len() - 1..ids.len())?;
+                let mut kept = kept(model, vec![last], &[wanted])?;
+                Ok(kept.pop().unwrap_or_default())
+            })?;
         Ok(())
     }
 
@@ -510,6 +520,16 @@ pub(super) struct Due {
     pub(super) tokens: Range<usize>,
     /// Whether the prompt ends with it.
     pub(super) last: bool,
+}
+
+impl Due {
+    /// Of the logits after it.
+    fn wanted(&self) -> Wanted {
+        match self.last {
+            true => Wanted::Logits,
+            false => Wanted::Nothing,
+        }
+    }
 }
 
 impl Reading {
@@ -574,6 +594,49 @@ fn check_ids(spec: &ModelSpec, ids: &[u32]) -> Result<()> {
     }
 }
 
+/// What is wanted of the logits after the last of some tokens.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Wanted {
+    Nothing,
+    /// All of them.
+    Logits,
+    /// Which token is the most likely one, and no more, where that is to be had without them.
+    MostLikely,
+}
+
+impl Wanted {
+    /// For the next token.
+    pub(super) fn by(sampler: &Sampler) -> Self {
+        match sampler.takes_the_most_likely() {
+            true => Self::MostLikely,
+            false => Self::Logits,
+        }
+    }
+}
+
+/// What is kept of the logits `[vocab]` after a token: all of them, or the most likely token, if there is one.
+type Kept = (Option<Vec<f32>>, Option<Option<u32>>);
+
+/// What is kept of the logits of each of some hidden states, of which something is wanted.
+fn kept(model: &dyn CausalLm, hidden: Vec<Rows>, wanted: &[Wanted]) -> Result<Vec<Kept>> {
+    if hidden.is_empty() {
+        return Ok(Vec::new());
+    }
+    // One product for all of them.
+    let logits = model.logits(Rows::below(hidden)?)?;
+    if wanted.iter().all(|wanted| *wanted == Wanted::MostLikely)
+        && let Some(all) = model.compute().largest(&logits)?
+    {
+        return Ok(all.into_iter().map(|id| (None, Some(id))).collect());
+    }
+    let all = logits.into_values()?;
+    if wanted.len() == 1 {
+        return Ok(vec![(Some(all), None)]);
+    }
+    let rows = all.chunks(model.spec().vocab);
+    Ok(rows.map(|row| (Some(row.to_vec()), None)).collect())
+}
+
 /// What one session is fed in a pass that others are in, too.
 #[derive(Debug)]
 pub(super) struct Part<'a> {
@@ -582,8 +645,8 @@ pub(super) struct Part<'a> {
     pub(super) ids: Vec<u32>,
     /// Tokens of the sequence at the end of what is being read.
     pub(super) total: usize,
-    /// Whether the logits after the last of the tokens are wanted.
-    pub(super) wanted: bool,
+    /// What is wanted of the logits after the last of the tokens.
+    pub(super) wanted: Wanted,
     pub(super) probe: Option<Watch<'a>>,
 }
 
@@ -603,19 +666,19 @@ impl<'a> Part<'a> {
             phase: due.phase,
             ids: reading.ids[due.tokens.clone()].to_vec(),
             total: reading.total,
-            wanted: due.last,
+            wanted: due.wanted(),
             session,
             probe: None,
         }
     }
 
     /// The token that was generated last; `None` if there is none to be fed.
-    pub(super) fn token(session: &'a mut Session) -> Option<Self> {
+    pub(super) fn token(session: &'a mut Session, sampler: &Sampler) -> Option<Self> {
         Some(Self {
             phase: Phase::Decode,
             ids: vec![session.pending?],
             total: session.cache.seen() + 1,
-            wanted: true,
+            wanted: Wanted::by(sampler),
             session,
             probe: None,
         })
@@ -639,40 +702,49 @@ pub(super) fn together(model: &dyn CausalLm, parts: Vec<Part<'_>>) -> Result<Vec
     for part in parts {
         let rows = first..first + part.ids.len();
         first = rows.end;
-        let Session { cache, logits, .. } = part.session;
+        let Session {
+            cache,
+            logits,
+            most_likely,
+            ..
+        } = part.session;
         let surprisal = cache.policy().needs().surprisal;
         let step = cache.step(part.phase, part.ids.len(), part.total);
         steps.push(match part.probe {
             Some(Watch(probe)) => step.watched(probe),
             None => step,
         });
-        sessions.push((logits, part.ids, rows, part.wanted, surprisal));
+        sessions.push((
+            (logits, most_likely),
+            part.ids,
+            rows,
+            part.wanted,
+            surprisal,
+        ));
     }
     let mut pass = Pass::apart(steps)?;
     let hidden = forward(model, &ids, &mut pass)?;
     let needed = sessions.iter().any(|(.., surprisal)| *surprisal);
     let mut nll = vec![f32::NAN; if needed { ids.len() } else { 0 }];
-    let mut rows = Vec::new();
-    for (logits, ids, own, wanted, needs) in &mut sessions {
+    let (mut rows, mut due) = (Vec::new(), Vec::new());
+    for ((logits, _), ids, own, wanted, needs) in &mut sessions {
         if *needs {
             let own_hidden = hidden.slice(own.clone())?;
             nll[own.clone()].copy_from_slice(&surprisal(model, logits, ids, &own_hidden)?);
-        } else if *wanted {
+        } else if *wanted != Wanted::Nothing {
             rows.push(hidden.slice(own.end - 1..own.end)?);
+            due.push(*wanted);
         }
     }
     drop(hidden);
-    let vocab = model.spec().vocab;
-    let all = match rows.is_empty() {
-        true => Vec::new(),
-        // One product for all of them.
-        false => model.logits(Rows::below(rows)?)?.into_values()?,
-    };
-    let mut next = all.chunks(vocab);
-    for (logits, _, _, wanted, needs) in &mut sessions {
+    let mut next = kept(model, rows, &due)?.into_iter();
+    for ((logits, most_likely), _, _, wanted, needs) in &mut sessions {
         if !*needs {
-            let own = if *wanted { next.next() } else { None };
-            **logits = own.map(<[f32]>::to_vec);
+            let own = match *wanted {
+                Wanted::Nothing => None,
+                _ => next.next(),
+            };
+            (**logits, **most_likely) = own.unwrap_or_default();
         }
     }
     drop(sessions);
@@ -807,9 +879,10 @@ impl<'a> Tokens<'a> {
 
     fn draw(&mut self) -> Result<u32> {
         let started = Instant::now();
+        let wanted = Wanted::by(&self.sampler);
         match &mut self.probe {
-            Some(probe) => self.session.feed_pending(Some(&mut **probe))?,
-            None => self.session.feed_pending(None)?,
+            Some(probe) => (self.session).feed_pending(Some(&mut **probe), wanted)?,
+            None => self.session.feed_pending(None, wanted)?,
         }
         let id = self.session.choose(&self.sampler)?;
         self.session.times.decode_time += started.elapsed();

@@ -134,7 +134,7 @@ impl Quantization {
 
     /// What becomes of `tail` units that are numbers, beside `first` that stay for good and `coded` that are codes: how
     /// many more stay, and how many become codes.
-    pub(super) fn due(&self, first: usize, coded: usize, tail: usize) -> [usize; 2] {
+    pub fn due(&self, first: usize, coded: usize, tail: usize) -> [usize; 2] {
         let units = tail.saturating_sub(self.residual);
         let stay = match coded {
             0 => units.min(self.first.saturating_sub(first)),
@@ -145,6 +145,11 @@ impl Quantization {
             QuantLayout::PerToken => [stay, left],
             QuantLayout::Kivi => [stay, left - left % self.group.max(1)],
         }
+    }
+
+    /// How a store of such codes grows, of so many KV heads of `dim` features.
+    pub fn growth(&self, kv_heads: usize, dim: usize) -> Box<dyn Growth> {
+        Box::new(CodedGrowth::new(kv_heads, dim, *self))
     }
 
     /// How the codes of a head of `dim` features are packed.
@@ -159,8 +164,8 @@ impl Quantization {
 /// within a chunk is exact and what the policy drops at once is never quantised. Codes, steps and
 /// lows of a unit are made once and never again: dropping others moves them, bit for bit.
 ///
-/// All of it lies in host memory: where something else than the CPU kernels attends, keys and values
-/// are uploaded when they are asked for.
+/// All of it lies in host memory: where something else than the CPU kernels attends, and has no such store of its
+/// own, keys and values are uploaded when they are asked for.
 #[derive(Debug, Clone)]
 pub struct QuantizedStore {
     heads: Vec<Head>,
@@ -175,27 +180,29 @@ struct Shape {
     config: Quantization,
 }
 
-/// One KV head.
+/// One KV head, and what a store elsewhere makes of itself to be saved.
 #[derive(Debug, Clone, Default)]
-struct Head {
-    keys: Part,
-    values: Part,
+pub struct Head {
+    /// Its keys.
+    pub keys: Part,
+    /// Its values.
+    pub values: Part,
     /// KIVI only: how many units are left of each group of keys, none of them 0.
-    runs: Vec<u32>,
+    pub runs: Vec<u32>,
 }
 
 /// Keys or values of one head: the first units, those that are codes, and the newest ones.
 #[derive(Debug, Clone, Default)]
-struct Part {
+pub struct Part {
     /// `[units, dim]`
-    first: Vec<f16>,
+    pub first: Vec<f16>,
     /// `[units, row_bytes]`
-    codes: Vec<u8>,
+    pub codes: Vec<u8>,
     /// Step and low of each group: by unit `[groups, 2]`, or, for keys in KIVI's layout, by run
     /// `[2, dim]`.
-    scales: Vec<f16>,
+    pub scales: Vec<f16>,
     /// `[units, dim]`
-    tail: Vec<f32>,
+    pub tail: Vec<f32>,
 }
 
 impl QuantizedStore {
@@ -204,6 +211,14 @@ impl QuantizedStore {
     /// # Errors
     /// As [`Quantization::validate`].
     pub fn new(layer: &LayerSpec, place: &Placement, config: Quantization) -> Result<Self> {
+        Self::on(place.compute.device(), layer, config)
+    }
+
+    /// An empty store whose units come to `device` where something else than the CPU kernels attends.
+    ///
+    /// # Errors
+    /// As [`Quantization::validate`].
+    pub fn on(device: &Device, layer: &LayerSpec, config: Quantization) -> Result<Self> {
         config.validate()?;
         Ok(Self {
             heads: vec![Head::default(); layer.kv_heads],
@@ -211,20 +226,33 @@ impl QuantizedStore {
                 dim: layer.head_dim,
                 config,
             },
-            device: place.compute.device().clone(),
+            device: device.clone(),
         })
     }
 
-    /// The same in a box, as [`KvCachePolicy::store`](crate::KvCachePolicy::store) returns it.
+    /// An empty store of codes where the [`Compute`](crate::Compute) wants it, as
+    /// [`KvCachePolicy::store`](crate::KvCachePolicy::store) returns it: this one, unless it has another.
     ///
     /// # Errors
-    /// As [`new`](Self::new).
+    /// As [`Compute::coded_store`](crate::Compute::coded_store).
     pub fn boxed(
         layer: &LayerSpec,
         place: &Placement,
         config: Quantization,
     ) -> Result<Box<dyn KvStore>> {
-        Ok(Box::new(Self::new(layer, place, config)?))
+        place.compute.coded_store(layer, config)
+    }
+
+    /// All that is kept, by KV head.
+    #[doc(hidden)]
+    pub fn heads(&self) -> &[Head] {
+        &self.heads
+    }
+
+    /// The same store with other units.
+    #[doc(hidden)]
+    pub fn with_heads(self, heads: Vec<Head>) -> Self {
+        Self { heads, ..self }
     }
 
     /// Units of `head` that are kept as codes.
@@ -772,8 +800,7 @@ impl KvStore for QuantizedStore {
     }
 
     fn growth(&self) -> Box<dyn Growth> {
-        let Shape { dim, config } = self.shape;
-        Box::new(CodedGrowth::new(self.heads.len(), dim, config))
+        self.shape.config.growth(self.heads.len(), self.shape.dim)
     }
 
     fn keys(&self, head: usize) -> Result<Rows> {

@@ -12,6 +12,7 @@ mod scratch;
 mod spilled;
 mod tensor;
 
+pub use coded::{Head as CodedHead, Part as CodedPart};
 pub use coded::{QuantLayout, Quantization, QuantizedStore};
 pub(crate) use growth::RESERVE;
 pub use growth::{Growth, Room};

@@ -15,10 +15,10 @@ use cubecl::prelude::*;
 pub(crate) const ACROSS: usize = 16;
 
 /// Shared memory of a cube, which every device has.
-const SHARED: usize = 32 * 1024;
+pub(super) const SHARED: usize = 32 * 1024;
 
 /// The score of what is not seen, which is a number so that it can be subtracted from itself.
-const HIDDEN: f32 = -1e30;
+pub(crate) const HIDDEN: f32 = -1e30;
 
 /// What a kernel is compiled for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -63,17 +63,17 @@ impl Form {
     }
 
     /// Features, and zeros up to a whole number for each unit.
-    fn padded(self) -> usize {
+    pub(super) fn padded(self) -> usize {
         self.dim.next_multiple_of(ACROSS)
     }
 
     /// Numbers between rows in shared memory: odd, so that neighbours lie in different banks.
-    fn stride(self) -> usize {
+    pub(super) fn stride(self) -> usize {
         self.padded() + 1
     }
 
     /// Rows of a unit.
-    fn own_rows(self) -> usize {
+    pub(super) fn own_rows(self) -> usize {
         (self.rows / 8).max(1)
     }
 
@@ -302,7 +302,7 @@ pub(crate) fn attend<S: Float>(
 
 /// A tile of keys from unit `at` on, rotated by their own rows of the table.
 #[cube]
-fn load_keys<S: Float>(
+pub(super) fn load_keys<S: Float>(
     keys: &[S],
     cos: &[f32],
     sin: &[f32],

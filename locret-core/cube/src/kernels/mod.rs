@@ -6,6 +6,10 @@
 )]
 
 pub(crate) mod attention;
+pub(crate) mod coded_attention;
+pub(crate) mod codes;
 pub(crate) mod elementwise;
+pub(crate) mod largest;
+pub(crate) mod observe;
 pub(crate) mod product;
 pub(crate) mod units;

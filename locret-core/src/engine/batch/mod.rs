@@ -662,7 +662,8 @@ impl Batch {
                 Some(_) => continue,
                 None if !running.progress.prompts.is_empty() => continue,
                 None => {
-                    let Some(part) = Part::token(&mut running.session) else {
+                    let sampler = &running.progress.sampler;
+                    let Some(part) = Part::token(&mut running.session, sampler) else {
                         continue;
                     };
                     fed.push((at, None));
