@@ -1,7 +1,11 @@
 //! Which kernels attend, and how many cubes of them.
 
 use crate::{
-    kernels::attention::{self, Form},
+    kernels::{
+        attention::{self, Form},
+        tile_attention,
+    },
+    matrix_units,
     place::{Place, element},
     store::{CubeStore, elementwise},
     tables::Table,
@@ -36,7 +40,12 @@ pub(crate) fn attend(
     let rows = tokens * group;
     let half = table.map_or(0, Table::half);
     let form = Form::new(dim, half, group, rows)?;
-    let blocks = rows.div_ceil(form.rows);
+    let tiled = matrix_units::form(place, layer, half, tokens);
+    let (block, tile) = match tiled {
+        Some(tiled) => (tiled.rows(), tiled.keys),
+        None => (form.rows, form.tile()),
+    };
+    let blocks = rows.div_ceil(block);
     let parts = parts.unwrap_or_else(|| {
         let processors = place
             .client
@@ -44,7 +53,7 @@ pub(crate) fn attend(
             .hardware
             .num_streaming_multiprocessors;
         let wanted = RESIDENT * processors.map_or(PROCESSORS, |n| n as usize);
-        let most = store.longest().div_ceil(TILES * form.tile());
+        let most = store.longest().div_ceil(TILES * tile);
         wanted.div_ceil(blocks * layer.kv_heads).min(most).max(1)
     });
     let form = Form {
@@ -61,23 +70,38 @@ pub(crate) fn attend(
         Some(table) => [table.cos.clone(), table.sin.clone()],
         None => [(); 2].map(|()| place.empty([1], TensorType::F32)),
     };
-    attention::attend::launch(
-        &place.client,
-        CubeCount::Static(blocks as u32, layer.kv_heads as u32, parts as u32),
-        CubeDim::new_1d(form.units() as u32),
-        q.into_tensor_arg(),
-        store.keys.clone().into_buffer_arg(),
-        store.values.clone().into_buffer_arg(),
-        store.bounds.clone().into_buffer_arg(),
-        cos.into_buffer_arg(),
-        sin.into_buffer_arg(),
-        made.clone().into_buffer_arg(),
-        stats.clone().into_buffer_arg(),
-        scale,
-        tokens as u32,
-        form,
-        element(store.kind()),
-    );
+    let cubes = CubeCount::Static(blocks as u32, layer.kv_heads as u32, parts as u32);
+    match tiled {
+        Some(tiled) => matrix_units::attend(
+            place,
+            tile_attention::Form {
+                split: form.split,
+                ..tiled
+            },
+            cubes,
+            q,
+            store,
+            [cos, sin, made.clone(), stats.clone()],
+            scale,
+        ),
+        None => attention::attend::launch(
+            &place.client,
+            cubes,
+            CubeDim::new_1d(form.units() as u32),
+            q.into_tensor_arg(),
+            store.keys.clone().into_buffer_arg(),
+            store.values.clone().into_buffer_arg(),
+            store.bounds.clone().into_buffer_arg(),
+            cos.into_buffer_arg(),
+            sin.into_buffer_arg(),
+            made.clone().into_buffer_arg(),
+            stats.clone().into_buffer_arg(),
+            scale,
+            tokens as u32,
+            form,
+            element(store.kind()),
+        ),
+    }
     if !form.split {
         return Some(made);
     }

@@ -18,7 +18,7 @@ pub(crate) const ACROSS: usize = 16;
 const SHARED: usize = 32 * 1024;
 
 /// The score of what is not seen, which is a number so that it can be subtracted from itself.
-const HIDDEN: f32 = -1e30;
+pub(crate) const HIDDEN: f32 = -1e30;
 
 /// What a kernel is compiled for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]

@@ -8,4 +8,7 @@
 pub(crate) mod attention;
 pub(crate) mod elementwise;
 pub(crate) mod product;
+pub(crate) mod tile_attention;
+pub(crate) mod tile_product;
+pub(crate) mod tiles;
 pub(crate) mod units;
