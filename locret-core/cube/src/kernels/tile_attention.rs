@@ -2,8 +2,9 @@
 //! are those of [`attention`](super::attention); what differs is that queries, keys, values and weights are bf16 in
 //! one part or two ([`tiles`](super::tiles)) as they are multiplied. Scores, sums and outputs have 32 bits.
 //!
-//! A plane has 16 rows, and a unit of it two of them, which it shares with three others: their scores and outputs lie
-//! in its registers. Weights go through shared memory, from where they are multiplied as queries are.
+//! A plane has one tile of 16 rows or two, and a unit two rows of each, which it shares with three others: its part of
+//! their scores and outputs lies in registers. Weights go through shared memory, from where they are multiplied as
+//! queries are.
 
 use super::{
     attention::HIDDEN,
@@ -23,8 +24,10 @@ pub(crate) struct Form {
     pub(crate) half: usize,
     /// Query heads of a KV head.
     pub(crate) group: usize,
-    /// Planes of a cube, each with 16 rows.
+    /// Planes of a cube.
     pub(crate) planes: usize,
+    /// Tiles of 16 rows of a plane.
+    pub(crate) down: usize,
     /// Keys of a turn: a multiple of 16.
     pub(crate) keys: usize,
     /// Parts of a number.
@@ -44,27 +47,33 @@ impl Form {
         matrix_units: bool,
         shared: usize,
     ) -> Option<Self> {
-        let form = |planes, keys| Self {
+        let form = |[planes, down, keys]: [usize; 3]| Self {
             dim,
             half,
             group,
             planes,
+            down,
             keys,
             parts,
             split: false,
             matrix_units,
         };
-        let sizes: &[(usize, usize)] = match matrix_units {
-            true => &[(4, 64), (4, 32), (4, 16)],
-            false => &[(2, 32), (2, 16), (1, 16)],
+        let sizes = match matrix_units {
+            true => [[4, 2, 32], [4, 1, 32], [4, 1, 16]],
+            false => [[2, 2, 32], [2, 1, 16], [1, 1, 16]],
         };
-        let mut forms = sizes.iter().map(|(planes, keys)| form(*planes, *keys));
+        let mut forms = sizes.into_iter().map(form);
         forms.find(|form| form.shared() <= shared)
     }
 
     /// Rows of a cube.
     pub(crate) fn rows(self) -> usize {
-        self.planes * ROWS
+        self.planes * self.down * ROWS
+    }
+
+    /// Rows of a unit.
+    fn own_rows(self) -> usize {
+        2 * self.down
     }
 
     pub(crate) fn units(self) -> usize {
@@ -76,28 +85,31 @@ impl Form {
         self.dim.next_multiple_of(STEP)
     }
 
+    fn side(self, rows: usize, numbers: usize) -> Side {
+        Side::new(rows, numbers, self.parts, self.matrix_units)
+    }
+
     fn queries(self) -> Side {
-        Side::new(self.rows(), self.padded(), self.parts)
+        self.side(self.rows(), self.padded())
     }
 
     /// Of keys, and of values.
     fn tile(self) -> Side {
-        Side::new(self.keys, self.padded(), self.parts)
+        self.side(self.keys, self.padded())
     }
 
     fn weights(self) -> Side {
-        Side::new(self.rows(), self.keys, self.parts)
+        self.side(self.rows(), self.keys)
     }
 
     fn scoring(self) -> Block {
         Block {
-            down: 1,
+            down: self.down,
             across: self.keys / EIGHT,
             steps: self.padded() / STEP,
             left: self.queries(),
             right: self.tile(),
             turned: false,
-            matrix_units: self.matrix_units,
         }
     }
 
@@ -115,7 +127,7 @@ impl Form {
     fn exchanged(self) -> usize {
         match self.matrix_units {
             true => 1,
-            false => 2 * self.units(),
+            false => self.own_rows() * self.units(),
         }
     }
 
@@ -150,8 +162,10 @@ pub(crate) fn attend<S: Float, N: Size, M: Size>(
     let rows = comptime!(form.rows());
     let size = comptime!(form.keys);
     let units = comptime!(form.units());
-    // Eights of a row.
+    let own_rows = comptime!(form.own_rows());
+    // Eights of a row, and of a row of weights.
     let wide = comptime!(form.padded() / EIGHT);
+    let across = comptime!(form.keys / EIGHT);
 
     let mut queries = Shared::<[Eight]>::new_aligned_slice(form.queries().eights(), 16usize);
     let mut tile_keys = Shared::<[Eight]>::new_aligned_slice(form.tile().eights(), 16usize);
@@ -166,7 +180,7 @@ pub(crate) fn attend<S: Float, N: Size, M: Size>(
     let unit = UNIT_POS as usize;
     let lane = unit % PLANE;
     // The first row of the plane, and that of the unit.
-    let down = unit / PLANE * ROWS;
+    let down = unit / PLANE * comptime!(form.down * ROWS);
     let mine = down + lane / 4;
     let head = CUBE_POS_Y as usize;
     let heads = CUBE_COUNT_Y as usize * group;
@@ -203,18 +217,18 @@ pub(crate) fn attend<S: Float, N: Size, M: Size>(
         end = usize::min(seen, begin + share);
     }
 
-    let mut sums = Array::<f32>::new(2usize);
-    let mut most = Array::<f32>::new(2usize);
-    let mut sight = Array::<usize>::new(2usize);
-    let mut made = tiles::nothing(wide);
+    let mut sums = Array::<f32>::new(own_rows);
+    let mut most = Array::<f32>::new(own_rows);
+    let mut sight = Array::<usize>::new(own_rows);
+    let mut made = tiles::nothing(comptime!(form.down * form.padded() / EIGHT));
     #[unroll]
-    for h in 0..2usize {
-        sums[h] = 0.0;
-        most[h] = NOTHING;
+    for r in 0..own_rows {
+        sums[r] = 0.0;
+        most[r] = NOTHING;
         // Units from this one on are hidden from the row; all of them, where there is no such row.
-        sight[h] = 0;
-        if block + mine + h * 8 < total {
-            sight[h] = usize::min(end, old + (block + mine + h * 8) / group + 1);
+        sight[r] = 0;
+        if block + mine + r * 8 < total {
+            sight[r] = usize::min(end, old + (block + mine + r * 8) / group + 1);
         }
     }
 
@@ -244,7 +258,7 @@ pub(crate) fn attend<S: Float, N: Size, M: Size>(
         }
         sync_cube();
 
-        let mut scores = tiles::nothing(comptime!(form.keys / EIGHT));
+        let mut scores = tiles::nothing(comptime!(form.down * form.keys / EIGHT));
         tiles::multiply::<Const<4>>(
             &queries,
             &tile_keys,
@@ -254,55 +268,55 @@ pub(crate) fn attend<S: Float, N: Size, M: Size>(
             lane,
             comptime!(form.scoring()),
         );
-        let mut top = Array::<f32>::new(2usize);
+        let mut top = Array::<f32>::new(own_rows);
         #[unroll]
-        for h in 0..2usize {
-            top[h] = most[h];
+        for r in 0..own_rows {
+            top[r] = most[r];
             #[unroll]
-            for j in 0..comptime!(form.keys / EIGHT) {
-                let tile = &mut scores[j];
-                let mut pair = tile[h];
+            for j in 0..across {
+                let tile = &mut scores[comptime!(r / 2 * across + j)];
+                let mut both = tile[comptime!(r % 2)];
                 #[unroll]
                 for e in 0..2usize {
                     let key = at + j * EIGHT + lane % 4 * 2 + e;
-                    let score = select(key >= sight[h], HIDDEN, pair.extract(e));
-                    pair.insert(e, score);
-                    top[h] = f32::max(top[h], score);
+                    let score = select(key >= sight[r], HIDDEN, both.extract(e));
+                    both.insert(e, score);
+                    top[r] = f32::max(top[r], score);
                 }
-                tile[h] = pair;
+                tile[comptime!(r % 2)] = both;
             }
         }
         of_row(&mut top, &mut exchange, unit, true, form);
         #[unroll]
-        for h in 0..2usize {
-            let shrink = f32::exp(most[h] - top[h]);
-            most[h] = top[h];
-            sums[h] *= shrink;
+        for r in 0..own_rows {
+            let shrink = f32::exp(most[r] - top[r]);
+            most[r] = top[r];
+            sums[r] *= shrink;
             #[unroll]
-            for j in 0..comptime!(form.keys / EIGHT) {
-                let tile = &scores[j];
-                let pair = tile[h];
-                let mut even = f32::exp(pair.extract(0usize) - top[h]);
-                let mut odd = f32::exp(pair.extract(1usize) - top[h]);
-                sums[h] += even + odd;
+            for j in 0..across {
+                let tile = &scores[comptime!(r / 2 * across + j)];
+                let both = tile[comptime!(r % 2)];
+                let mut even = f32::exp(both.extract(0usize) - top[r]);
+                let mut odd = f32::exp(both.extract(1usize) - top[r]);
+                sums[r] += even + odd;
                 #[unroll]
                 for part in 0..form.parts {
-                    let (left, right) = (tiles::rounded(even), tiles::rounded(odd));
+                    let word = tiles::pair(even, odd, comptime!(form.weights()));
                     let to = comptime!(part * form.weights().apart())
-                        + (mine + h * 8) * comptime!(form.weights().pitch)
+                        + (mine + r * 8) * comptime!(form.weights().pitch)
                         + j;
-                    weights[to * 4 + lane % 4] = Vector::new(tiles::joined(left, right));
+                    weights[to * 4 + lane % 4] = Vector::new(word);
                     if comptime!(part + 1 < form.parts) {
-                        even = tiles::rest(even, left);
-                        odd = tiles::rest(odd, right);
+                        even -= tiles::number(word, 0usize);
+                        odd -= tiles::number(word, 1usize);
                     }
                 }
             }
             #[unroll]
             for t in 0..wide {
-                let tile = &mut made[t];
-                let pair = tile[h] * Vector::new(shrink);
-                tile[h] = pair;
+                let tile = &mut made[comptime!(r / 2 * wide + t)];
+                let both = tile[comptime!(r % 2)] * Vector::new(shrink);
+                tile[comptime!(r % 2)] = both;
             }
         }
         // Weights of a plane's rows are read by the plane alone.
@@ -325,29 +339,29 @@ pub(crate) fn attend<S: Float, N: Size, M: Size>(
 
     of_row(&mut sums, &mut exchange, unit, false, form);
     #[unroll]
-    for h in 0..2usize {
-        let row = block + mine + h * 8;
+    for r in 0..own_rows {
+        let row = block + mine + r * 8;
         if row < total {
             let mut query = row / group * heads + head * group + row % group;
             let mut by = 1.0f32;
             if comptime!(form.split) {
                 query += CUBE_POS_Z as usize * tokens * heads;
                 if lane % 4 == 0 {
-                    stats[query * 2] = most[h];
-                    stats[query * 2 + 1] = sums[h];
+                    stats[query * 2] = most[r];
+                    stats[query * 2 + 1] = sums[r];
                 }
             } else {
-                by = 1.0 / sums[h];
+                by = 1.0 / sums[r];
             }
             #[unroll]
             for t in 0..wide {
-                let tile = &made[t];
-                let pair = tile[h];
+                let tile = &made[comptime!(r / 2 * wide + t)];
+                let both = tile[comptime!(r % 2)];
                 #[unroll]
                 for e in 0..2usize {
                     let feature = t * EIGHT + lane % 4 * 2 + e;
                     if feature < dim {
-                        out[query * dim + feature] = pair.extract(e) * by;
+                        out[query * dim + feature] = both.extract(e) * by;
                     }
                 }
             }
@@ -355,7 +369,7 @@ pub(crate) fn attend<S: Float, N: Size, M: Size>(
     }
 }
 
-/// Of the four units that share two rows, the largest number or the sum, for each row.
+/// Of the four units that share rows, the largest number or the sum, for each row.
 #[cube]
 fn of_row(
     own: &mut Array<f32>,
@@ -364,13 +378,14 @@ fn of_row(
     #[comptime] largest: bool,
     #[comptime] form: Form,
 ) {
+    let own_rows = comptime!(form.own_rows());
     if comptime!(form.matrix_units) {
         #[unroll]
-        for h in 0..2usize {
+        for r in 0..own_rows {
             #[unroll]
             for step in 0..2u32 {
-                let other = plane_shuffle_xor(own[h], step + 1);
-                own[h] = either(own[h], other, largest);
+                let other = plane_shuffle_xor(own[r], step + 1);
+                own[r] = either(own[r], other, largest);
             }
         }
     } else {
@@ -378,18 +393,18 @@ fn of_row(
         // What was here before has been read.
         sync_cube();
         #[unroll]
-        for h in 0..2usize {
-            exchange[h * units + unit] = own[h];
+        for r in 0..own_rows {
+            exchange[r * units + unit] = own[r];
         }
         sync_cube();
         #[unroll]
-        for h in 0..2usize {
-            let mut found = exchange[h * units + unit / 4 * 4];
+        for r in 0..own_rows {
+            let mut found = exchange[r * units + unit / 4 * 4];
             #[unroll]
             for k in 1..4usize {
-                found = either(found, exchange[h * units + unit / 4 * 4 + k], largest);
+                found = either(found, exchange[r * units + unit / 4 * 4 + k], largest);
             }
-            own[h] = found;
+            own[r] = found;
         }
     }
 }

@@ -62,12 +62,16 @@ impl Form {
         self.planes[0] * self.planes[1] * PLANE
     }
 
+    fn side(self, rows: usize, parts: usize) -> Side {
+        Side::new(rows, self.columns, parts, self.matrix_units)
+    }
+
     fn inputs(self) -> Side {
-        Side::new(self.rows(), self.columns, self.input_parts)
+        self.side(self.rows(), self.input_parts)
     }
 
     fn weights(self) -> Side {
-        Side::new(self.outputs(), self.columns, self.weight_parts)
+        self.side(self.outputs(), self.weight_parts)
     }
 
     fn block(self) -> Block {
@@ -78,7 +82,6 @@ impl Form {
             left: self.inputs(),
             right: self.weights(),
             turned: false,
-            matrix_units: self.matrix_units,
         }
     }
 

@@ -5,15 +5,15 @@
 //! nearest to what that leaves. Parts of a tile lie one behind the other.
 //!
 //! A plane multiplies a [`Block`]: tiles of 16 rows by 8 columns, of which a unit has four sums, in rows `lane / 4`
-//! and `lane / 4 + 8` and in columns `2 (lane % 4)` and the next one. That is where `mma.m16n8k16` of NVIDIA's cards
-//! has them, and so do the loops: what is around a product is the same for both, and only the instruction is not run
-//! where there are no matrix units.
+//! and `lane / 4 + 8`, and in columns `2 (lane % 4)` and the next one. That is where `mma.m16n8k16` of NVIDIA's cards
+//! has them, and so do the loops, which read what its registers would be loaded with from where `ldmatrix` is pointed
+//! to: all but the two instructions themselves is the same, and is run where there are no matrix units.
 
-use burn::tensor::bf16;
 use cubecl::{
     cmma::{MatrixIdent, MmaDefinition},
     prelude::*,
 };
+use half::bf16;
 
 /// Units of a plane.
 pub(crate) const PLANE: usize = 32;
@@ -42,15 +42,18 @@ pub(crate) struct Side {
     pub(crate) rows: usize,
     /// Parts of a number: one or two.
     pub(crate) parts: usize,
+    /// Whether the device has matrix units.
+    pub(crate) matrix_units: bool,
 }
 
 impl Side {
     /// Rows of so many numbers, which are a multiple of 16.
-    pub(crate) fn new(rows: usize, numbers: usize, parts: usize) -> Self {
+    pub(crate) fn new(rows: usize, numbers: usize, parts: usize, matrix_units: bool) -> Self {
         Self {
             pitch: numbers / EIGHT + 1,
             rows,
             parts,
+            matrix_units,
         }
     }
 
@@ -83,28 +86,38 @@ pub(crate) struct Block {
     pub(crate) right: Side,
     /// Whether rows of the right side are inner numbers, and not columns.
     pub(crate) turned: bool,
-    /// Whether the device has matrix units.
-    pub(crate) matrix_units: bool,
 }
 
 /// The nearest number of 16 bits, in the upper half of a word whose lower half means nothing.
 #[cube]
-pub(crate) fn rounded(x: f32) -> u32 {
+fn rounded(x: f32) -> u32 {
     let bits = u32::reinterpret(x);
     // Half of what is left out, and of two numbers as near the even one.
     bits + 0x7fffu32 + (bits >> 16u32 & 1u32)
 }
 
-/// Two of them in a word, the first in its lower half.
+/// The nearest numbers of 16 bits to two, in a word, the first in its lower half.
 #[cube]
-pub(crate) fn joined(first: u32, second: u32) -> u32 {
-    (first >> 16u32) | (second & 0xffff_0000u32)
+pub(crate) fn pair(first: f32, second: f32, #[comptime] side: Side) -> u32 {
+    // Who has matrix units has an instruction for this.
+    if comptime!(side.matrix_units) {
+        let mut both = Pair::empty();
+        both.insert(0usize, first);
+        both.insert(1usize, second);
+        u32::reinterpret(Vector::<bf16, Const<2>>::cast_from(both))
+    } else {
+        (rounded(first) >> 16u32) | (rounded(second) & 0xffff_0000u32)
+    }
 }
 
-/// What is left of a number.
+/// Number `k` of a word.
 #[cube]
-pub(crate) fn rest(x: f32, rounded: u32) -> f32 {
-    x - f32::reinterpret(rounded & 0xffff_0000u32)
+pub(crate) fn number(word: u32, #[comptime] k: usize) -> f32 {
+    f32::reinterpret(if comptime!(k == 0) {
+        word << 16u32
+    } else {
+        word & 0xffff_0000u32
+    })
 }
 
 /// Puts eight numbers into a tile.
@@ -120,12 +133,11 @@ pub(crate) fn put(numbers: &Array<f32>, tile: &mut [Eight], at: usize, #[comptim
         let mut eight = Eight::empty();
         #[unroll]
         for i in 0..4usize {
-            let first = rounded(left[2 * i]);
-            let second = rounded(left[2 * i + 1]);
-            eight.insert(i, joined(first, second));
+            let word = pair(left[2 * i], left[2 * i + 1], side);
+            eight.insert(i, word);
             if comptime!(part + 1 < side.parts) {
-                left[2 * i] = rest(left[2 * i], first);
-                left[2 * i + 1] = rest(left[2 * i + 1], second);
+                left[2 * i] -= number(word, 0usize);
+                left[2 * i + 1] -= number(word, 1usize);
             }
         }
         tile[comptime!(part * side.apart()) + at] = eight;
@@ -186,10 +198,27 @@ pub(crate) fn multiply<L: Size>(
     lane: usize,
     #[comptime] block: Block,
 ) {
-    if comptime!(block.matrix_units) {
+    if comptime!(block.left.matrix_units) {
         by_matrix_units::<L>(left, right, sums, row, column, lane, block);
     } else {
         by_loops::<L>(left, right, sums, row, column, lane, block);
+    }
+}
+
+/// Where unit `lane` has its row of the four matrices of eight by eight that `ldmatrix` takes of 16 rows: rows from
+/// `row` on above and below, and both of the next eight inner numbers. Unit `8 m + r` has row `r` of matrix `m`.
+#[cube]
+fn left_at(row: usize, step: usize, lane: usize, #[comptime] side: Side) -> usize {
+    (row + lane % 16) * comptime!(side.pitch) + step * 2 + lane / 16
+}
+
+/// The same of two tiles' columns from `column` on, each with its two eights of inner numbers.
+#[cube]
+fn right_at(column: usize, step: usize, lane: usize, #[comptime] block: Block) -> usize {
+    if comptime!(block.turned) {
+        (step * STEP + lane % 16) * comptime!(block.right.pitch) + column / EIGHT + lane / 16
+    } else {
+        (column + lane / 16 * 8 + lane % 8) * comptime!(block.right.pitch) + step * 2 + lane / 8 % 2
     }
 }
 
@@ -208,17 +237,13 @@ fn by_matrix_units<L: Size>(
     let mma = MmaDefinition::<bf16, bf16, f32>::new(16usize, 8usize, 16usize);
     #[unroll]
     for step in 0..block.steps {
-        // Four matrices of eight by eight: above, below, and both of the next inner numbers.
         let mut rows = Sequence::<Array<Vector<bf16, Const<2>>>>::new();
         #[unroll]
         for part in 0..block.left.parts {
             #[unroll]
             for i in 0..block.down {
-                let own = row + i * ROWS + lane % 16;
                 let at = comptime!(part * block.left.apart())
-                    + own * comptime!(block.left.pitch)
-                    + step * 2
-                    + lane / 16;
+                    + left_at(row + i * ROWS, step, lane, comptime!(block.left));
                 let words = mma.load_matrix::<Vector<u32, L>, Const<1>>(
                     &left[at * long..at * long + long],
                     MatrixIdent::A,
@@ -237,19 +262,8 @@ fn by_matrix_units<L: Size>(
         for j in 0..comptime!(block.across / 2) {
             #[unroll]
             for part in 0..block.right.parts {
-                // Two tiles beside each other, each with its two halves of the inner numbers.
-                let mut at = comptime!(part * block.right.apart());
-                if comptime!(block.turned) {
-                    at += (step * STEP + lane % 16) * comptime!(block.right.pitch)
-                        + column / EIGHT
-                        + j * 2
-                        + lane / 16;
-                } else {
-                    at += (column + j * 16 + lane / 16 * 8 + lane % 8)
-                        * comptime!(block.right.pitch)
-                        + step * 2
-                        + lane / 8 % 2;
-                }
+                let at = comptime!(part * block.right.apart())
+                    + right_at(column + j * 2 * EIGHT, step, lane, block);
                 let words = mma.load_matrix::<Eight, Const<1>>(
                     &right[at..at + 1],
                     MatrixIdent::B,
@@ -280,16 +294,8 @@ fn by_matrix_units<L: Size>(
     }
 }
 
-/// Number `k` of a word.
-#[cube]
-fn number(word: u32, #[comptime] k: usize) -> f32 {
-    f32::reinterpret(if comptime!(k == 0) {
-        word << 16u32
-    } else {
-        word & 0xffff_0000u32
-    })
-}
-
+/// What the units' instructions do, from where they are pointed to: unit `4 r + w` gets word `w` of row `r` of each
+/// matrix, or, of turned ones, number `r` of rows `2 w` and `2 w + 1`.
 #[cube]
 fn by_loops<L: Size>(
     left: &[Vector<u32, L>],
@@ -300,17 +306,19 @@ fn by_loops<L: Size>(
     lane: usize,
     #[comptime] block: Block,
 ) {
-    let long = L::value().comptime();
+    let size = L::value().comptime();
     #[unroll]
     for tile in 0..comptime!(block.down * block.across) {
-        let own = row + comptime!(tile / block.across * ROWS) + lane / 4;
-        let other = column + comptime!(tile % block.across * EIGHT) + lane % 4 * 2;
+        let own = row + comptime!(tile / block.across * ROWS);
+        let two = column + comptime!(tile % block.across / 2 * 2 * EIGHT);
+        let second = comptime!(tile % block.across % 2);
         let mut found = Array::<f32>::new(4usize);
         #[unroll]
         for i in 0..4usize {
             found[i] = 0.0;
         }
         for eight in 0..comptime!(block.steps * STEP / EIGHT) {
+            let (step, inner) = (eight / 2, eight % 2);
             #[unroll]
             for part in 0..block.left.parts {
                 #[unroll]
@@ -321,29 +329,27 @@ fn by_loops<L: Size>(
                             let mut rows = Array::<u32>::new(2usize);
                             #[unroll]
                             for h in 0..2usize {
+                                let matrix = h + 2 * inner;
+                                let pointing = matrix * 8 + lane / 4;
                                 let at = comptime!(part * block.left.apart())
-                                    + (own + h * 8) * comptime!(block.left.pitch)
-                                    + eight;
-                                let vector = left[at * comptime!(4 / long) + comptime!(w / long)];
-                                rows[h] = vector.extract(comptime!(w % long));
+                                    + left_at(own, step, pointing, comptime!(block.left));
+                                let vector = left[at * comptime!(4 / size) + comptime!(w / size)];
+                                rows[h] = vector.extract(comptime!(w % size));
                             }
-                            let from = comptime!(of * block.right.apart());
+                            let matrix = second * 2 + inner;
                             #[unroll]
                             for k in 0..2usize {
                                 #[unroll]
                                 for e in 0..2usize {
+                                    let mut at = comptime!(of * block.right.apart());
                                     let mut y = 0.0f32;
                                     if comptime!(block.turned) {
-                                        let inner = eight * EIGHT + comptime!(2 * w + k);
-                                        let at = from
-                                            + inner * comptime!(block.right.pitch)
-                                            + other / EIGHT;
-                                        let word = right[at].extract_dynamic(lane % 4);
-                                        y = number(word, e);
+                                        let pointing = matrix * 8 + comptime!(2 * w + k);
+                                        at += right_at(two, step, pointing, block);
+                                        y = number(right[at].extract_dynamic(lane % 4), e);
                                     } else {
-                                        let at = from
-                                            + (other + e) * comptime!(block.right.pitch)
-                                            + eight;
+                                        let pointing = matrix * 8 + lane % 4 * 2 + e;
+                                        at += right_at(two, step, pointing, block);
                                         y = number(right[at].extract(w), k);
                                     }
                                     #[unroll]
@@ -360,13 +366,13 @@ fn by_loops<L: Size>(
         let sum = &mut sums[tile];
         #[unroll]
         for h in 0..2usize {
-            let mut pair = sum[h];
+            let mut both = sum[h];
             #[unroll]
             for e in 0..2usize {
-                let own = pair.extract(e) + found[h * 2 + e];
-                pair.insert(e, own);
+                let own = both.extract(e) + found[h * 2 + e];
+                both.insert(e, own);
             }
-            sum[h] = pair;
+            sum[h] = both;
         }
     }
 }
