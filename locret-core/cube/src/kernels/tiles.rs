@@ -341,15 +341,15 @@ fn by_loops<L: Size>(
                             for k in 0..2usize {
                                 #[unroll]
                                 for e in 0..2usize {
-                                    let mut at = comptime!(of * block.right.apart());
+                                    let from = comptime!(of * block.right.apart());
                                     let mut y = 0.0f32;
                                     if comptime!(block.turned) {
                                         let pointing = matrix * 8 + comptime!(2 * w + k);
-                                        at += right_at(two, step, pointing, block);
+                                        let at = from + right_at(two, step, pointing, block);
                                         y = number(right[at].extract_dynamic(lane % 4), e);
                                     } else {
                                         let pointing = matrix * 8 + lane % 4 * 2 + e;
-                                        at += right_at(two, step, pointing, block);
+                                        let at = from + right_at(two, step, pointing, block);
                                         y = number(right[at].extract(w), k);
                                     }
                                     #[unroll]
