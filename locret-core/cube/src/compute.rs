@@ -72,15 +72,14 @@ impl Cube {
     }
 
     fn in_tiles(self, parts: Parts, matrix_units: bool) -> Self {
-        let tiles = Some(Tiles {
+        let tiles = Tiles {
             parts,
             matrix_units,
-        });
-        let place = Arc::new(Place {
-            tiles,
-            ..Place::clone(&self.place)
-        });
-        Self { place, ..self }
+        };
+        Self {
+            place: Arc::new(self.place.in_tiles(tiles)),
+            ..self
+        }
     }
 }
 

@@ -38,6 +38,14 @@ impl Place {
         })
     }
 
+    /// The same, with chunks computed in tiles.
+    pub(crate) fn in_tiles(&self, tiles: Tiles) -> Self {
+        Self {
+            tiles: Some(tiles),
+            ..self.clone()
+        }
+    }
+
     /// Numbers of which nobody has said yet what they are, one row behind the other.
     pub(crate) fn empty(&self, shape: impl Into<Shape>, dtype: TensorType) -> CubeTensor {
         let mut shape = shape.into();

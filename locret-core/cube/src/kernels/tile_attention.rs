@@ -312,11 +312,14 @@ pub(crate) fn attend<S: Float, N: Size, M: Size>(
                     }
                 }
             }
-            #[unroll]
-            for t in 0..wide {
-                let tile = &mut made[comptime!(r / 2 * wide + t)];
-                let both = tile[comptime!(r % 2)] * Vector::new(shrink);
-                tile[comptime!(r % 2)] = both;
+            // Most turns have no larger score.
+            if shrink < 1.0 {
+                #[unroll]
+                for t in 0..wide {
+                    let tile = &mut made[comptime!(r / 2 * wide + t)];
+                    let both = tile[comptime!(r % 2)] * Vector::new(shrink);
+                    tile[comptime!(r % 2)] = both;
+                }
             }
         }
         // Weights of a plane's rows are read by the plane alone.

@@ -29,22 +29,20 @@ pub(crate) struct Form {
 impl Form {
     /// For weights of a kind, with numbers in at most so many parts.
     pub(crate) fn new(kind: Kind, parts: usize, matrix_units: bool) -> Self {
-        let small = Self {
-            planes: [2, 2],
-            tiles: [1, 4],
+        let (planes, tiles) = match (matrix_units, parts) {
+            (true, 1) => ([2, 4], [4, 4]),
+            // Two parts take more registers, of which two cubes are to have enough.
+            (true, _) => ([2, 4], [2, 4]),
+            (false, _) => ([2, 2], [1, 4]),
+        };
+        Self {
+            planes,
+            tiles,
             columns: 2 * STEP,
             input_parts: parts,
             // They are what is rounded to.
             weight_parts: if kind == Kind::BF16 { 1 } else { parts },
             matrix_units,
-        };
-        match matrix_units {
-            true => Self {
-                planes: [2, 4],
-                tiles: [4, 4],
-                ..small
-            },
-            false => small,
         }
     }
 

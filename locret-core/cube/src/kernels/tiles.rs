@@ -342,16 +342,15 @@ fn by_loops<L: Size>(
                                 #[unroll]
                                 for e in 0..2usize {
                                     let from = comptime!(of * block.right.apart());
-                                    let mut y = 0.0f32;
-                                    if comptime!(block.turned) {
+                                    let y = if comptime!(block.turned) {
                                         let pointing = matrix * 8 + comptime!(2 * w + k);
                                         let at = from + right_at(two, step, pointing, block);
-                                        y = number(right[at].extract_dynamic(lane % 4), e);
+                                        number(right[at].extract_dynamic(lane % 4), e)
                                     } else {
                                         let pointing = matrix * 8 + lane % 4 * 2 + e;
                                         let at = from + right_at(two, step, pointing, block);
-                                        y = number(right[at].extract(w), k);
-                                    }
+                                        number(right[at].extract(w), k)
+                                    };
                                     #[unroll]
                                     for h in 0..2usize {
                                         found[h * 2 + e] += number(rows[h], k) * y;
