@@ -68,7 +68,8 @@ pub(crate) fn attend(
     let (made, stats) = (out(parts), place.empty([stats], TensorType::F32));
     let [cos, sin] = match table {
         Some(table) => [table.cos.clone(), table.sin.clone()],
-        None => [(); 2].map(|()| place.empty([1], TensorType::F32)),
+        // A vector, though nothing is read.
+        None => [(); 2].map(|()| place.empty([4], TensorType::F32)),
     };
     let cubes = CubeCount::Static(blocks as u32, layer.kv_heads as u32, parts as u32);
     match tiled {

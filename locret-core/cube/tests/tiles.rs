@@ -45,7 +45,12 @@ fn numbers(random: &mut ChaCha8Rng, n: usize) -> Vec<f32> {
 }
 
 /// Weights of a type, and what they stand for.
-fn weight(random: &mut ChaCha8Rng, dtype: DType, rows: usize, columns: usize) -> (Weight, Vec<f32>) {
+fn weight(
+    random: &mut ChaCha8Rng,
+    dtype: DType,
+    rows: usize,
+    columns: usize,
+) -> (Weight, Vec<f32>) {
     let mut values = numbers(random, rows * columns);
     let bytes: Vec<u8> = match dtype {
         DType::F32 => values.iter().flat_map(|x| x.to_le_bytes()).collect(),
@@ -159,7 +164,11 @@ fn inputs_may_be_part_of_others() {
             let x = &all[i / outputs * wide + from..][..columns];
             let w = &values[i % outputs * columns..][..columns];
             let parts = |x: &f32| split(*x, Parts::Two);
-            let due: f64 = x.iter().zip(w).map(|(x, w)| product(parts(x), parts(w))).sum();
+            let due: f64 = x
+                .iter()
+                .zip(w)
+                .map(|(x, w)| product(parts(x), parts(w)))
+                .sum();
             let all: f64 = x.iter().zip(w).map(|(x, w)| f64::from((x * w).abs())).sum();
             let off = (f64::from(*found) - due).abs() / all;
             assert!(off < 4e-7, "{wide} wide, from {from}: {off:e} off");
@@ -313,7 +322,10 @@ fn attention_is_rounded_as_promised() {
                     Parts::One => (1e-4, 2e-6),
                     Parts::Two => (2e-6, 2e-7),
                 };
-                assert!(most < limit && mean < of_mean, "case {case}, {dtype}, {parts:?}: {most:e}, {mean:e}");
+                assert!(
+                    most < limit && mean < of_mean,
+                    "case {case}, {dtype}, {parts:?}: {most:e}, {mean:e}"
+                );
             }
         }
     }
@@ -342,8 +354,13 @@ fn attention_in_two_parts_is_nearly_that_of_32_bits() {
                 let rows = compute.rows(q.clone(), layer.heads * of.0).unwrap();
                 let found = compute.attend(rows, &over).unwrap().into_values().unwrap();
                 let (most, mean) = off(&found, &attended(&q, &over, Parts::Two, None));
-                println!("case {case}, {dtype}, {parts} parts: {most:.1e} off, {mean:.1e} in the mean");
-                assert!(most < 1e-5, "case {case}, {dtype}, {parts} parts: {most:e} off");
+                println!(
+                    "case {case}, {dtype}, {parts} parts: {most:.1e} off, {mean:.1e} in the mean"
+                );
+                assert!(
+                    most < 1e-5,
+                    "case {case}, {dtype}, {parts} parts: {most:e} off"
+                );
             }
         }
     }

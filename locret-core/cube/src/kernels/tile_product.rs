@@ -33,7 +33,7 @@ impl Form {
             (true, 1) => ([2, 4], [4, 4]),
             // Two parts take more registers, of which two cubes are to have enough.
             (true, _) => ([2, 4], [2, 4]),
-            (false, _) => ([2, 2], [1, 4]),
+            (false, _) => ([2, 2], [1, 2]),
         };
         Self {
             planes,
@@ -173,7 +173,12 @@ pub(crate) fn product<N: Size>(
             let at = i * units + unit;
             if at < comptime!(form.outputs() * form.columns / EIGHT) {
                 let to = at / turn * comptime!(form.weights().pitch) + at % turn;
-                tiles::put(&next_weights[i], &mut weights, to, comptime!(form.weights()));
+                tiles::put(
+                    &next_weights[i],
+                    &mut weights,
+                    to,
+                    comptime!(form.weights()),
+                );
             }
         }
         sync_cube();

@@ -317,46 +317,37 @@ fn by_loops<L: Size>(
         for i in 0..4usize {
             found[i] = 0.0;
         }
-        for eight in 0..comptime!(block.steps * STEP / EIGHT) {
-            let (step, inner) = (eight / 2, eight % 2);
-            #[unroll]
-            for part in 0..block.left.parts {
+        // Both first parts, and each second one with the other first one.
+        for parts in 0..comptime!(block.left.parts + block.right.parts - 1) {
+            let from_left = parts % 2 * comptime!(block.left.apart());
+            let from_right = parts / 2 * comptime!(block.right.apart());
+            for word in 0..comptime!(block.steps * STEP / 2) {
+                let (step, inner, w) = (word / 8, word / 4 % 2, word % 4);
+                let mut rows = Array::<u32>::new(2usize);
                 #[unroll]
-                for of in 0..block.right.parts {
-                    if comptime!(part + of < 2) {
+                for h in 0..2usize {
+                    let pointing = (h + 2 * inner) * 8 + lane / 4;
+                    let at = from_left + left_at(own, step, pointing, comptime!(block.left));
+                    let at = at * 4 + w;
+                    rows[h] = left[at / size].extract_dynamic(at % size);
+                }
+                let matrix = second * 2 + inner;
+                #[unroll]
+                for k in 0..2usize {
+                    #[unroll]
+                    for e in 0..2usize {
+                        let y = if comptime!(block.turned) {
+                            let pointing = matrix * 8 + w * 2 + k;
+                            let at = from_right + right_at(two, step, pointing, block);
+                            number(right[at].extract_dynamic(lane % 4), e)
+                        } else {
+                            let pointing = matrix * 8 + lane % 4 * 2 + e;
+                            let at = from_right + right_at(two, step, pointing, block);
+                            number(right[at].extract_dynamic(w), k)
+                        };
                         #[unroll]
-                        for w in 0..4usize {
-                            let mut rows = Array::<u32>::new(2usize);
-                            #[unroll]
-                            for h in 0..2usize {
-                                let matrix = h + 2 * inner;
-                                let pointing = matrix * 8 + lane / 4;
-                                let at = comptime!(part * block.left.apart())
-                                    + left_at(own, step, pointing, comptime!(block.left));
-                                let vector = left[at * comptime!(4 / size) + comptime!(w / size)];
-                                rows[h] = vector.extract(comptime!(w % size));
-                            }
-                            let matrix = second * 2 + inner;
-                            #[unroll]
-                            for k in 0..2usize {
-                                #[unroll]
-                                for e in 0..2usize {
-                                    let from = comptime!(of * block.right.apart());
-                                    let y = if comptime!(block.turned) {
-                                        let pointing = matrix * 8 + comptime!(2 * w + k);
-                                        let at = from + right_at(two, step, pointing, block);
-                                        number(right[at].extract_dynamic(lane % 4), e)
-                                    } else {
-                                        let pointing = matrix * 8 + lane % 4 * 2 + e;
-                                        let at = from + right_at(two, step, pointing, block);
-                                        number(right[at].extract(w), k)
-                                    };
-                                    #[unroll]
-                                    for h in 0..2usize {
-                                        found[h * 2 + e] += number(rows[h], k) * y;
-                                    }
-                                }
-                            }
+                        for h in 0..2usize {
+                            found[h * 2 + e] += number(rows[h], k) * y;
                         }
                     }
                 }
