@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
 """What the GPU kernels become on NVIDIA's cards, without a card: CUDA C++, compiled to machine code.
 
-    benches/cuda/inspect_kernels.py [ARCHITECTURE…] [--only TEXT] [--folder DIR]
+    benches/cuda/inspect_kernels.py [ARCHITECTURE…] [--only TEXT] [--folder DIR] [--sources DIR]
 
 Prints for each kernel and architecture (sm_80, sm_89, sm_90a): threads of a block, registers of a thread, bytes that
-it spills to memory, bytes of shared memory of a block, blocks that fit on a multiprocessor, machine instructions, and
-among them those of tensor cores, loads of global memory, loads and stores of shared memory, products and sums,
-barriers. Ends with an error if more than 16 bytes are spilled.
+it spills to memory, bytes of shared memory of a block, blocks that fit on a multiprocessor and what part of its
+threads they are, machine instructions, and among them those of tensor cores, loads of global memory, loads and stores
+of shared memory, products and sums, barriers. Ends with an error if more than 16 bytes are spilled, if a block does
+not fit, or if a kernel in tiles has no instruction of tensor cores.
 
 Needs Rust, and from PyPI, in an environment that it makes itself in the folder (target/cuda by default):
 nvidia-cuda-nvrtc-cu12, nvidia-cuda-runtime-cu12, nvidia-cuda-cccl-cu12, nvidia-cuda-nvdisasm. Nothing is run.
@@ -38,6 +39,8 @@ LIMITS = {
 }
 # Bytes that a thread may spill: ptxas does so with a few of them to fit one more block.
 SPILLED = 16
+# Kernels that multiply in tensor cores.
+TENSOR = "tiles, "
 COUNTED = [
     ("tensor", r"[HIQ]G?MMA"),
     ("load", r"LDG"),
@@ -114,19 +117,21 @@ def main():
     parser.add_argument("architectures", nargs="*", metavar="ARCHITECTURE", help="sm_80, sm_89, sm_90a; all of them by default")
     parser.add_argument("--only", default="", help="kernels whose names have this in them")
     parser.add_argument("--folder", type=pathlib.Path, default=ROOT / "target/cuda")
+    parser.add_argument("--sources", type=pathlib.Path, help="CUDA C++ that `--example cuda_source` has written before")
     args = parser.parse_args()
     architectures = args.architectures or list(LIMITS)
     if unknown := [name for name in architectures if name not in LIMITS]:
         parser.error(f"unknown: {unknown}")
-    sources = args.folder / "kernels"
+    sources = args.sources or args.folder / "kernels"
     cargo = ["cargo", "run", "-p", "locret-cube", "--features", "cuda-source,wgpu", "--example", "cuda_source", "--"]
     quiet = {"CARGO_INCREMENTAL": "0", "CARGO_PROFILE_DEV_DEBUG": "false"}
-    subprocess.run([*cargo, sources], cwd=ROOT, env=os.environ | quiet, check=True)
+    if not args.sources:
+        subprocess.run([*cargo, sources], cwd=ROOT, env=os.environ | quiet, check=True)
     compiler = Compiler(environment(args.folder))
     counted = [name for name, _ in COUNTED]
-    print("| kernel | | threads | registers | spilled | shared | resident | instructions |", " | ".join(counted), "|")
-    print("|---|---|" + "--:|" * (6 + len(counted)))
-    spilled = False
+    print("| kernel | | threads | registers | spilled | shared | resident | occupied | instructions |", " | ".join(counted), "|")
+    print("|---|---|" + "--:|" * (7 + len(counted)))
+    wrong = []
     for file in sorted(sources.glob("*.cu")):
         text = file.read_text()
         name, threads, shared = [line[3:] for line in text.split("\n")[:3]]
@@ -138,14 +143,22 @@ def main():
             number = lambda pattern: sum(int(n) for n in re.findall(pattern, log))
             registers = number(r"Used (\d+) registers")
             stored = number(r"(\d+) bytes spill stores") + number(r"(\d+) bytes spill loads")
-            spilled |= stored > SPILLED
             names = compiler.instructions(binary, file.with_suffix(f".{architecture}.cubin"))
             of = lambda pattern: sum(n for name, n in names.items() if re.match(pattern, name))
-            numbers = [threads, registers, stored, shared, resident(architecture, threads, registers, shared)]
-            numbers += [sum(names.values())] + [of(pattern) for _, pattern in COUNTED]
+            blocks = resident(architecture, threads, registers, shared)
+            occupied = f"{100 * blocks * threads // LIMITS[architecture][1]} %"
+            counts = [of(pattern) for _, pattern in COUNTED]
+            numbers = [threads, registers, stored, shared, blocks, occupied, sum(names.values()), *counts]
             print(f"| {name} | {architecture} |", " | ".join(map(str, numbers)), "|", flush=True)
-    if spilled:
-        sys.exit("registers are spilled")
+            case = f"{name}, {architecture}"
+            if stored > SPILLED:
+                wrong.append(f"{case}: {stored} bytes are spilled")
+            if blocks == 0:
+                wrong.append(f"{case}: a block does not fit")
+            if name.startswith(TENSOR) and counts[0] == 0:
+                wrong.append(f"{case}: no instruction of tensor cores")
+    if wrong:
+        sys.exit("\n".join(wrong))
 
 
 if __name__ == "__main__":

@@ -4,8 +4,9 @@ use crate::{
     coded::CodedStore,
     kernels::{
         attention::{self, Form},
-        coded_attention,
+        coded_attention, tile_attention,
     },
+    matrix_units,
     place::{Place, element},
     store::{CubeStore, elementwise},
     tables::Table,
@@ -24,12 +25,12 @@ const PROCESSORS: usize = 16;
 /// Tiles that a part of a row's units has at least: less is not worth joining.
 const TILES: usize = 4;
 
-/// Parts of all units that keep the device busy where there are so many cubes of this form.
-pub(crate) fn worth_joining(place: &Place, form: &Form, cubes: usize, longest: usize) -> usize {
+/// Parts of all units that keep the device busy where there are so many cubes, and so many units in a tile.
+pub(crate) fn worth_joining(place: &Place, tile: usize, cubes: usize, longest: usize) -> usize {
     let hardware = &place.client.properties().hardware;
     let processors = hardware.num_streaming_multiprocessors;
     let wanted = RESIDENT * processors.map_or(PROCESSORS, |n| n as usize);
-    let most = longest.div_ceil(TILES * form.tile());
+    let most = longest.div_ceil(TILES * tile);
     wanted.div_ceil(cubes).min(most).max(1)
 }
 
@@ -72,12 +73,18 @@ pub(crate) fn attend(
     let rows = tokens * group;
     let half = table.map_or(0, Table::half);
     let form = Form::new(dim, half, group, rows)?;
-    if matches!(store, Units::Coded(_)) && !coded_attention::fits(form) {
-        return None;
-    }
-    let blocks = rows.div_ceil(form.rows);
+    let tiled = match store {
+        Units::Coded(_) if !coded_attention::fits(form) => return None,
+        Units::Coded(_) => None,
+        Units::Dense(_) => matrix_units::form(place, layer, half, tokens),
+    };
+    let (block, tile) = match tiled {
+        Some(tiled) => (tiled.rows(), tiled.keys),
+        None => (form.rows, form.tile()),
+    };
+    let blocks = rows.div_ceil(block);
     let cubes = blocks * layer.kv_heads;
-    let parts = parts.unwrap_or_else(|| worth_joining(place, &form, cubes, store.longest()));
+    let parts = parts.unwrap_or_else(|| worth_joining(place, tile, cubes, store.longest()));
     let form = Form {
         split: parts > 1,
         ..form
@@ -90,12 +97,25 @@ pub(crate) fn attend(
     let (made, stats) = (out(parts), place.empty([stats], TensorType::F32));
     let [cos, sin] = match table {
         Some(table) => [table.cos.clone(), table.sin.clone()],
-        None => [(); 2].map(|()| place.empty([1], TensorType::F32)),
+        // A vector, though nothing is read.
+        None => [(); 2].map(|()| place.empty([4], TensorType::F32)),
     };
     let count = CubeCount::Static(blocks as u32, layer.kv_heads as u32, parts as u32);
     let cube = CubeDim::new_1d(form.units() as u32);
-    match store {
-        Units::Dense(store) => attention::attend::launch(
+    match (store, tiled) {
+        (Units::Dense(store), Some(tiled)) => matrix_units::attend(
+            place,
+            tile_attention::Form {
+                split: form.split,
+                ..tiled
+            },
+            count,
+            q,
+            store,
+            [cos, sin, made.clone(), stats.clone()],
+            scale,
+        ),
+        (Units::Dense(store), None) => attention::attend::launch(
             &place.client,
             count,
             cube,
@@ -112,7 +132,7 @@ pub(crate) fn attend(
             form,
             element(store.kind()),
         ),
-        Units::Coded(store) => coded_attention::attend_coded::launch(
+        (Units::Coded(store), _) => coded_attention::attend_coded::launch(
             &place.client,
             count,
             cube,

@@ -6,6 +6,7 @@ use crate::{
     elementwise,
     kernels::observe::Gather,
     matrix::{self, CubeMatrix},
+    matrix_units::{self, Parts, Tiles},
     observe::{Keys, Observing},
     place::{Place, made},
     store::CubeStore,
@@ -103,6 +104,41 @@ impl Cube {
             scale: over.scale,
             parts: self.parts,
         })
+    }
+
+    /// The same, with products and attention of chunks (more than 8 tokens) by the device's matrix units (tensor cores):
+    /// on tiles of 16-bit numbers, each of them in so many parts, with sums of 32 bits.
+    ///
+    /// They are asked for and not taken by themselves, since results differ by more than the rounding of sums
+    /// ([`Parts`] says how much), and since these kernels have not run on a device that has such units.
+    ///
+    /// # Errors
+    /// [`Error::NotSupported`] by a device without them: all but NVIDIA's from compute capability 8.0 on, by CUDA.
+    pub fn with_matrix_units(self, parts: Parts) -> Result<Self> {
+        if !matrix_units::available(&self.place) {
+            return Err(Error::NotSupported {
+                operation: "products of 16-bit tiles in matrix units",
+                implementer: format!("this device ({:?})", self.place.device),
+            });
+        }
+        Ok(self.in_tiles(parts, true))
+    }
+
+    /// What [`with_matrix_units`](Self::with_matrix_units) computes, on any device: the same kernels, in smaller tiles
+    /// that are multiplied by plain loops. Slow: it shows what the rounding does, and whether the kernels are right.
+    pub fn with_modelled_matrix_units(self, parts: Parts) -> Self {
+        self.in_tiles(parts, false)
+    }
+
+    fn in_tiles(self, parts: Parts, matrix_units: bool) -> Self {
+        let tiles = Tiles {
+            parts,
+            matrix_units,
+        };
+        Self {
+            place: Arc::new(self.place.in_tiles(tiles)),
+            ..self
+        }
     }
 }
 

@@ -6,7 +6,7 @@ use crate::kernels::{
     attention::{self, Form},
     elementwise::{self, From, ROW_UNITS, Turn},
     product::{self, FEW_UNITS, Kind, PITCH, TILE, TILE_UNITS},
-    units,
+    tile_attention, tile_product, units,
 };
 use burn::tensor::DType as TensorType;
 use cubecl::{
@@ -25,6 +25,9 @@ use cubecl_cpp::{
     target::Cuda,
 };
 use std::sync::Arc;
+
+/// Shared memory of a cube on the smallest of the cards: that of compute capability 8.9.
+const SHARED: usize = 99 * 1024;
 
 /// A kernel as a compiler takes it.
 #[derive(Debug, Clone)]
@@ -215,6 +218,44 @@ pub fn sources() -> Result<Vec<Source>, String> {
             kernel,
         )?);
     }
+    for dtype in [TensorType::F16, TensorType::BF16] {
+        for parts in [1, 2] {
+            for (what, half, split) in [
+                ("chunk", 0, false),
+                ("rotated chunk", 64, false),
+                ("part of a chunk", 0, true),
+            ] {
+                // Llama-3.1-8B.
+                let form = tile_attention::Form::new(128, half, 4, parts, true, SHARED);
+                let Some(form) = form else {
+                    return Err(format!("attention in tiles, {what}: no form"));
+                };
+                let form = tile_attention::Form { split, ..form };
+                let kernel = tile_attention::attend::Attend::new(
+                    settings(form.units()),
+                    properties.clone(),
+                    target.clone(),
+                    tensor(),
+                    buffer(),
+                    buffer(),
+                    buffer(),
+                    buffer(),
+                    buffer(),
+                    buffer(),
+                    buffer(),
+                    (),
+                    (),
+                    4,
+                    4,
+                    form,
+                    element(dtype),
+                );
+                let name = format!("tiles, attention of a {what}, {dtype:?} in {parts}");
+                let name = name.to_lowercase();
+                all.push(source(name, form.units(), form.shared(), kernel)?);
+            }
+        }
+    }
     let join = attention::join::Join::new(
         settings(256),
         properties.clone(),
@@ -272,6 +313,39 @@ pub fn sources() -> Result<Vec<Source>, String> {
         );
         let name = format!("product of a chunk, {kind:?}").to_lowercase();
         all.push(source(name, TILE_UNITS, 8 * TILE * PITCH, kernel)?);
+    }
+    for kind in [
+        Kind::F32,
+        Kind::F16,
+        Kind::BF16,
+        Kind::Q8_0,
+        Kind::Q4_0,
+        Kind::Q4_1,
+        Kind::Q4K,
+        Kind::Q5K,
+        Kind::Q6K,
+    ] {
+        for parts in [1, 2] {
+            let form = tile_product::Form::new(kind, parts, true);
+            let kernel = tile_product::product::Product::new(
+                settings(form.units()),
+                properties.clone(),
+                target.clone(),
+                tensor(),
+                buffer(),
+                buffer(),
+                buffer(),
+                (),
+                (),
+                (),
+                (),
+                4,
+                kind,
+                form,
+            );
+            let name = format!("tiles, product of a chunk, {kind:?} in {parts}").to_lowercase();
+            all.push(source(name, form.units(), form.shared(), kernel)?);
+        }
     }
     for add in [false, true] {
         let kernel = elementwise::norm::Norm::new(

@@ -18,9 +18,11 @@ pub mod cuda;
 mod elementwise;
 mod kernels;
 mod matrix;
+mod matrix_units;
 mod observe;
 mod place;
 mod store;
 mod tables;
 
 pub use compute::Cube;
+pub use matrix_units::Parts;

@@ -2,6 +2,7 @@
 
 use crate::{
     kernels::product::{self, EIGHT, FEW_UNITS, Kind, LANES, TILE, TILE_UNITS},
+    matrix_units,
     place::{Place, made},
     store::{elementwise, spread},
 };
@@ -12,7 +13,7 @@ use locret_core::{DType, Error, Matrix, Result, Rows, Weight, check_product, div
 use std::sync::Arc;
 
 /// Rows that are few enough to meet weights one by one.
-const FEW: usize = 8;
+pub(crate) const FEW: usize = 8;
 
 /// Rows that are decoded at once where all are asked for.
 const DECODED: usize = 4096;
@@ -159,6 +160,13 @@ impl CubeMatrix {
                 let buffers = [&part.words, &part.scales, &out];
                 buffers.map(|buffer| buffer.clone().into_buffer_arg())
             };
+            first += part.rows;
+            if let Some(tiles) = self.place.tiles.filter(|_| tokens > FEW) {
+                let buffers = [&part.words, &part.scales, &out];
+                let sizes = [rows, eights, at, across];
+                matrix_units::product(&self.place, tiles, x, buffers, sizes, part.kind);
+                continue;
+            }
             let [words, scales, to] = buffers();
             let x = x.clone().into_tensor_arg();
             match tokens <= FEW {
@@ -192,7 +200,6 @@ impl CubeMatrix {
                     part.kind,
                 ),
             }
-            first += part.rows;
         }
         out
     }

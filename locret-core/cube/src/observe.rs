@@ -146,7 +146,7 @@ impl Observing<'_> {
         let rows = self.count * self.layer.group();
         let (blocks, heads) = (rows.div_ceil(form.rows), self.layer.kv_heads);
         let parts = self.parts.unwrap_or_else(|| {
-            worth_joining(self.place, &form, blocks * heads, self.keys.longest())
+            worth_joining(self.place, form.tile(), blocks * heads, self.keys.longest())
         });
         let form = Form {
             split: parts > 1,

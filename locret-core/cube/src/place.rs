@@ -1,5 +1,6 @@
 //! A device of Burn's GPU backends, and what lies on it.
 
+use crate::matrix_units::Tiles;
 use burn::{
     backend::cubecl::dtype_to_storage_type,
     tensor::{DType as TensorType, Device, Shape, Tensor},
@@ -15,6 +16,8 @@ use locret_core::{Error, Result, Rows, caught};
 pub(crate) struct Place {
     pub(crate) device: Device,
     pub(crate) client: Client,
+    /// How chunks are computed, if in tiles of 16-bit numbers.
+    pub(crate) tiles: Option<Tiles>,
     cube: CubeDevice,
 }
 
@@ -31,8 +34,17 @@ impl Place {
         Ok(Self {
             device: device.clone(),
             client: one.client,
+            tiles: None,
             cube: one.device,
         })
+    }
+
+    /// The same, with chunks computed in tiles.
+    pub(crate) fn in_tiles(&self, tiles: Tiles) -> Self {
+        Self {
+            tiles: Some(tiles),
+            ..self.clone()
+        }
     }
 
     /// Numbers of which nobody has said yet what they are, one row behind the other.

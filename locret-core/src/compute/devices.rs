@@ -1,7 +1,7 @@
 //! Layers laid over several devices.
 
 use super::{Attention, Compute, Matrix, Perceptron, Rotation, Rows, Weight};
-use crate::{DType, Error, KvStore, LayerSpec, Observe, Observed, Result, Survey};
+use crate::{DType, Error, KvStore, LayerSpec, Observe, Observed, Quantization, Result, Survey};
 use burn::tensor::Device;
 use std::{ops::Range, sync::Arc};
 
@@ -174,6 +174,7 @@ pub fn layer_compute(compute: &Arc<dyn Compute>, index: usize) -> &Arc<dyn Compu
     compute.map().map_or(compute, |map| map.layer(index))
 }
 
+#[deny(clippy::missing_trait_methods)]
 impl Compute for DeviceMap {
     fn name(&self) -> &'static str {
         "several devices"
@@ -249,7 +250,15 @@ impl Compute for DeviceMap {
         self.output.select(scores, keep, protected)
     }
 
+    fn largest(&self, rows: &Rows) -> Result<Option<Vec<Option<u32>>>> {
+        self.output.largest(rows)
+    }
+
     fn store(&self, layer: &LayerSpec, dtype: DType) -> Result<Box<dyn KvStore>> {
         self.layer(layer.index).store(layer, dtype)
+    }
+
+    fn coded_store(&self, layer: &LayerSpec, config: Quantization) -> Result<Box<dyn KvStore>> {
+        self.layer(layer.index).coded_store(layer, config)
     }
 }

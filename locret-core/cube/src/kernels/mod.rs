@@ -12,4 +12,7 @@ pub(crate) mod elementwise;
 pub(crate) mod largest;
 pub(crate) mod observe;
 pub(crate) mod product;
+pub(crate) mod tile_attention;
+pub(crate) mod tile_product;
+pub(crate) mod tiles;
 pub(crate) mod units;

@@ -76,7 +76,12 @@ fn nibble(words: &[u32], at: usize, #[comptime] i: usize) -> f32 {
 
 /// The numbers of columns `8 at..8 at + 8` of a matrix, counted through all of its rows.
 #[cube]
-fn decode(words: &[u32], scales: &[u32], at: usize, #[comptime] kind: Kind) -> Array<f32> {
+pub(crate) fn decode(
+    words: &[u32],
+    scales: &[u32],
+    at: usize,
+    #[comptime] kind: Kind,
+) -> Array<f32> {
     let mut out = Array::<f32>::new(EIGHT);
     match comptime!(kind) {
         Kind::F32 =>
