@@ -175,7 +175,7 @@ fn a_layer_seldom_waits_for_the_device() {
         (Method::Window, Some(4), greedy, [[0, 0], [0, 1]]),
         (Method::Locret, None, greedy, [[1, 0], [1, 1]]),
         (Method::H2o, None, greedy, [[1, 0], [1, 1]]),
-        (Method::SnapKv, None, greedy, [[1, 0], [0, 1]]),
+        (Method::SnapKv, None, greedy, [[1, 0], [1, 1]]),
     ] {
         let found = reads_of(method, bits, sampling);
         println!("{method}, {bits:?} bits: {found:?}");

@@ -322,10 +322,10 @@ impl CodedStore {
             at.clone().into_buffer_arg(),
             codes,
         );
-        if codes.run > 0 {
+        if let Some(runs_due) = most.checked_div(codes.run) {
             codes::shared_pairs::launch(
                 client,
-                self.cubes(most / codes.run * codes.dim),
+                self.cubes(runs_due * codes.dim),
                 cube(),
                 self.plain.clone().into_buffer_arg(),
                 self.shared.clone().into_buffer_arg(),

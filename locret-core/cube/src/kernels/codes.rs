@@ -338,6 +338,13 @@ fn to_half(x: f32) -> u32 {
     size | (bits >> 16u32 & 0x8000u32)
 }
 
+/// The nearest number that 16 bits have room for.
+#[cube]
+fn within(x: f32) -> f32 {
+    let x = f32::min(x, LARGEST);
+    f32::max(x, SMALLEST)
+}
+
 /// Whether a number is neither infinite nor undefined.
 #[cube]
 fn finite(x: f32) -> bool {
@@ -347,8 +354,8 @@ fn finite(x: f32) -> bool {
 /// Step and low, as a word, of numbers from `low` to `high`, of which so many are `broken`: not finite.
 #[cube]
 fn pair_of(low: f32, high: f32, broken: u32, #[comptime] codes: Codes) -> u32 {
-    let low = f32::max(f32::min(low, LARGEST), SMALLEST);
-    let high = f32::max(f32::min(high, LARGEST), SMALLEST);
+    let low = within(low);
+    let high = within(high);
     let mut low16 = to_half(low);
     if half(low16) > low {
         // The next smaller one.
@@ -378,7 +385,7 @@ pub(crate) fn round(plain: &mut [u32], at: &[u32], #[comptime] dim: usize) {
     if i < at[head * 3 + 1] as usize * 2 * dim {
         let number = at[head * 3] as usize * 2 * dim + i;
         let x = f32::reinterpret(plain[number]);
-        let near = half(to_half(f32::max(f32::min(x, LARGEST), SMALLEST)));
+        let near = half(to_half(within(x)));
         plain[number] = select(finite(x), u32::reinterpret(near), 0x7fc0_0000u32);
     }
 }
@@ -519,6 +526,7 @@ pub(crate) fn encode(
                 if place < stride && feature < dim {
                     let mut pair = coded[own + feature / comptime!(codes.width)];
                     if comptime!(codes.run > 0) {
+                        // A key's are its run's.
                         if !value {
                             pair = shared[shared_by * dim + feature];
                         }
@@ -534,6 +542,7 @@ pub(crate) fn encode(
                         let feature = (place - stride) * 8 + slot;
                         let mut pair = coded[own + feature / comptime!(codes.width)];
                         if comptime!(codes.run > 0) {
+                            // A key's are its run's.
                             if !value {
                                 pair = shared[shared_by * dim + feature];
                             }
