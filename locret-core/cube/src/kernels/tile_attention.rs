@@ -182,6 +182,8 @@ pub(crate) fn attend<S: Float, N: Size, M: Size>(
     // The first row of the plane, and that of the unit.
     let down = unit / PLANE * comptime!(form.down * ROWS);
     let mine = down + lane / 4;
+    // Which of the four units that share it.
+    let quarter = lane % 4;
     let head = CUBE_POS_Y as usize;
     let heads = CUBE_COUNT_Y as usize * group;
     let block = CUBE_POS_X as usize * rows;
@@ -278,7 +280,7 @@ pub(crate) fn attend<S: Float, N: Size, M: Size>(
                 let mut both = tile[comptime!(r % 2)];
                 #[unroll]
                 for e in 0..2usize {
-                    let key = at + j * EIGHT + lane % 4 * 2 + e;
+                    let key = at + j * EIGHT + quarter * 2 + e;
                     let score = select(key >= sight[r], HIDDEN, both.extract(e));
                     both.insert(e, score);
                     top[r] = f32::max(top[r], score);
@@ -305,7 +307,7 @@ pub(crate) fn attend<S: Float, N: Size, M: Size>(
                     let to = comptime!(part * form.weights().apart())
                         + (mine + r * 8) * comptime!(form.weights().pitch)
                         + j;
-                    weights[to * 4 + lane % 4] = Vector::new(word);
+                    weights[to * 4 + quarter] = Vector::new(word);
                     if comptime!(part + 1 < form.parts) {
                         even -= tiles::number(word, 0usize);
                         odd -= tiles::number(word, 1usize);
@@ -349,7 +351,7 @@ pub(crate) fn attend<S: Float, N: Size, M: Size>(
             let mut by = 1.0f32;
             if comptime!(form.split) {
                 query += CUBE_POS_Z as usize * tokens * heads;
-                if lane % 4 == 0 {
+                if quarter == 0 {
                     stats[query * 2] = most[r];
                     stats[query * 2 + 1] = sums[r];
                 }
@@ -362,7 +364,7 @@ pub(crate) fn attend<S: Float, N: Size, M: Size>(
                 let both = tile[comptime!(r % 2)];
                 #[unroll]
                 for e in 0..2usize {
-                    let feature = t * EIGHT + lane % 4 * 2 + e;
+                    let feature = t * EIGHT + quarter * 2 + e;
                     if feature < dim {
                         out[query * dim + feature] = both.extract(e) * by;
                     }
