@@ -1,7 +1,5 @@
 //! The kernels as CUDA C++, written by CubeCL's compiler for a card that is described by hand.
 
-mod policies;
-
 use crate::kernels::{
     attention::{self, Form},
     elementwise::{self, From, ROW_UNITS, Turn},
@@ -391,6 +389,5 @@ pub fn sources() -> Result<Vec<Source>, String> {
         turn,
     );
     all.push(source("rotation".into(), 256, 0, rotate)?);
-    all.extend(policies::sources()?);
     Ok(all)
 }
