@@ -135,9 +135,10 @@ fn products_are_rounded_as_promised() {
                 }
                 let case = format!("{dtype} [{outputs}, {columns}] and {tokens}, {parts:?}");
                 println!("{case}: {off:.1e} off, {rounding:.1e} with rounding");
-                assert!(off < 4e-7, "{case}: {off:e} off");
+                // Sums of some hundred terms in 32 bits, in another order.
+                assert!(off < 1e-6, "{case}: {off:e} off");
                 let promised = promised(dtype, parts);
-                assert!(rounding <= promised + 4e-7, "{case}: {rounding:e}");
+                assert!(rounding <= promised + 1e-6, "{case}: {rounding:e}");
                 // A part of it at least: else it is another kernel's work.
                 if (parts, dtype) != (Parts::Two, DType::F16) {
                     assert!(rounding > promised / 64.0, "{case}: {rounding:e}");
