@@ -271,7 +271,8 @@ fn medians(work: &mut [Work<'_>], rounds: usize) -> Vec<Line> {
 /// What registers can do, by as many threads of their own: those of the pool look for work meanwhile only where
 /// they are kept awake.
 fn peak(threads: usize) -> Work<'static> {
-    const TIMES: usize = 4;
+    // Long enough for threads to be on processors of their own.
+    const TIMES: usize = 24;
     let alone = move |i: usize| (0..TIMES).map(|_| multiply(i as f32)).sum::<f64>();
     Work {
         name: "multiplications and additions in registers".into(),
