@@ -169,7 +169,7 @@ impl<'a> dyn Compute + 'a {
     }
 }
 
-/// As [`for_layer`](dyn Compute::for_layer), to keep.
+/// What computes a layer, as `Compute::for_layer` says, to keep.
 pub fn layer_compute(compute: &Arc<dyn Compute>, index: usize) -> &Arc<dyn Compute> {
     compute.map().map_or(compute, |map| map.layer(index))
 }
