@@ -624,8 +624,11 @@ fn kept(model: &dyn CausalLm, hidden: Vec<Rows>, wanted: &[Wanted]) -> Result<Ve
     }
     // One product for all of them.
     let logits = model.logits(Rows::below(hidden)?)?;
+    let compute = model.compute();
+    // An adapter that knows of no map has its logits elsewhere.
     if wanted.iter().all(|wanted| *wanted == Wanted::MostLikely)
-        && let Some(all) = model.compute().largest(&logits)?
+        && logits.device() == *compute.device()
+        && let Some(all) = compute.largest(&logits)?
     {
         return Ok(all.into_iter().map(|id| (None, Some(id))).collect());
     }
