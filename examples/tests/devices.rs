@@ -264,7 +264,7 @@ fn logits(on: &str, tolerance: Tolerance) {
 }
 
 fn policies(on: &str, tolerance: Tolerance) {
-    let mut failures = Vec::new();
+    let (mut failures, mut flipped, mut coded) = (Vec::new(), Vec::new(), 0);
     let model = model("llama31", "flex");
     let spec = model.spec();
     // Units of a head that the CPU kernels' store holds room for beyond those that are there.
@@ -305,13 +305,19 @@ fn policies(on: &str, tolerance: Tolerance) {
                     (DType::F32, _) => 0.0,
                     _ => tolerance.half_units,
                 };
-                // A number between two codes, or a step between two numbers of 16 bits, becomes either of them after
-                // a difference in the last place; the whole group is then another by some part of a step.
-                let step = bits.map_or(0.0, |bits| 0.25 / ((1 << bits) - 1) as f32);
                 let may_differ = match dtype {
-                    DType::F32 => tolerance.logit.max(step),
-                    _ => tolerance.half.max(step),
+                    DType::F32 => tolerance.logit,
+                    _ => tolerance.half,
                 };
+                // A number between two codes, or a step between two numbers of 16 bits, becomes either of them after
+                // a difference in the last place, and what is computed from it is off by some part of a step. That
+                // is seldom.
+                let step = bits.map_or(0.0, |bits| 0.25 / ((1 << bits) - 1) as f32);
+                coded += usize::from(bits.is_some());
+                if others == 0.0 && off > may_differ && off <= step && same {
+                    flipped.push(case);
+                    continue;
+                }
                 if others > may_be || (others == 0.0 && off > may_differ) || !same {
                     failures.push(case);
                 }
@@ -319,6 +325,7 @@ fn policies(on: &str, tolerance: Tolerance) {
         }
     }
     assert!(failures.is_empty(), "{failures:#?}");
+    assert!(10 * flipped.len() <= coded, "{flipped:#?}");
 }
 
 /// The share of kept units that are not kept in `expected`.

@@ -37,6 +37,9 @@ fn main() -> Result<(), Box<dyn Error>> {
         new => (new - 1) as f64 / start.elapsed().as_secs_f64(),
     };
     made.truncate(8);
-    println!("{}", serde_json::json!({ "prefill": prefill, "decode": decode, "tokens": made }));
+    println!(
+        "{}",
+        serde_json::json!({ "prefill": prefill, "decode": decode, "tokens": made })
+    );
     Ok(())
 }

@@ -317,7 +317,7 @@ fn attention_is_rounded_as_promised() {
             let (exact, _) = off(&found, &attended(&q, &over, Parts::Two, None));
             let case = format!("case {case}, {dtype}, {parts:?}");
             println!("{case}: {most:.1e} off, {mean:.1e} in the mean, {exact:.1e} with rounding");
-            // Scores near 5 in 32 bits are some 5e-7 off themselves.
+            // Scores near 5 in 32 bits are some 5e-7 off themselves, and so are sums of a hundred weights.
             let (limit, of_mean) = match parts {
                 Parts::One => (1e-4, 2e-6),
                 Parts::Two => (3e-6, 4e-7),
