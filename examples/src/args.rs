@@ -146,6 +146,9 @@ pub struct PolicyArgs {
     /// File of Locret's, KVzap's or Fast KVzip's heads (.safetensors, .bin or .pt)
     #[arg(long, value_name = "FILE")]
     pub heads: Option<PathBuf>,
+    /// Use heads by the published procedure, whatever their file advises
+    #[arg(long)]
+    pub no_advice: bool,
     /// original: units keep their places in the text; compact: they move together
     #[arg(long, value_name = "original|compact", value_parser = parse_positions)]
     pub positions: Option<Positions>,
@@ -273,13 +276,14 @@ impl PolicyArgs {
         set(&mut config.sinks, self.sinks);
         set(&mut config.recent, self.recent);
         set(&mut config.heads, self.heads.clone());
+        set(&mut config.advice, self.no_advice.then_some(false));
         set(&mut config.positions, self.positions);
         set(&mut config.pool, self.pool);
         set(&mut config.quantize, self.quantize.map(Quantization::bits));
         set(&mut config.pyramid, self.pyramid);
         set(&mut config.ada, self.ada);
         set(&mut config.share, self.share);
-        set(&mut config.table, self.table.clone());
+        set(&mut config.table, self.table.clone().map(Into::into));
         set(&mut config.merge, self.merge);
         set(&mut config.merge_by, self.merge_by);
         config.critical |= self.critical;
@@ -649,7 +653,7 @@ mod tests {
         let all = parse(
             "--policy locret --budget 160 --stabilizers 32 --chunk 128 --local 16 --heads h.bin \
              --positions original --sinks 4 --decode-every 8 --kv bf16 \
-             --quantize 4 --pyramid 20 --ada 0.2 --share model --table t.json --merge 0.5",
+             --quantize 4 --pyramid 20 --ada 0.2 --share model --table t.json --merge 0.5 --no-advice",
         )
         .unwrap();
         let config = all.policy.config().unwrap();
@@ -658,6 +662,7 @@ mod tests {
             .positions(Positions::Original);
         expected.stabilizers = Some(32);
         expected.heads = Some("h.bin".into());
+        expected.advice = Some(false);
         expected.sinks = Some(4);
         expected.decode = Some(DecodeEviction::Every(8));
         expected.quantize = Some(Quantization::bits(4));

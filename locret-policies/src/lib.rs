@@ -49,7 +49,7 @@ mod threshold;
 pub mod training;
 mod wrappers;
 
-pub use config::{Method, PolicyConfig, TierConfig};
+pub use config::{Method, PolicyConfig, TableConfig, TierConfig};
 pub use duo::DuoAttention;
 pub use error::{PolicyError, Result};
 pub use full::Full;

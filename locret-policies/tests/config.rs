@@ -4,7 +4,9 @@ mod common;
 
 use burn::tensor::Device;
 use common::{Numbers, cache, drive, spec, steps};
-use locret_core::{Budget, DType, DecodeEviction, Error, KvCachePolicy, Positions, Share, compute};
+use locret_core::{
+    Budget, BudgetTable, DType, DecodeEviction, Error, KvCachePolicy, Positions, Share, compute,
+};
 use locret_policies::{
     Compactor, Cur, ExpectedAttention, H2o, HeadAdvice, HeadWeights, KeyDiff, KeyNorm, LagKv,
     LayerHead, Method, PolicyConfig, PolicyError, Random, SirLlm, SnapKv, TierConfig, Tova, Window,
@@ -216,8 +218,18 @@ fn budgets_are_shared_as_a_file_says() {
         let error = build(&config).unwrap_err();
         assert!(matches!(error, PolicyError::File { .. }), "{bad}: {error}");
     }
-    config.table = Some(folder.path().join("none.json"));
+    config.table = Some(folder.path().join("none.json").into());
     assert!(matches!(build(&config), Err(PolicyError::Io { .. })));
+    let text = "policy = \"key-norm\"\nbudget = 7\ntable = { shares = [[3.0, 1.0], [1.0, 1.0]] }\n";
+    let here = PolicyConfig::from_toml(text).unwrap();
+    assert_eq!(build(&here).unwrap().limit(&spec.layer(0), 90), Some(13));
+    let again = toml::to_string(&here).unwrap();
+    assert_eq!(PolicyConfig::from_toml(&again).unwrap(), here);
+    for bad in ["3", "{ share = [[1.0]] }", "{ shares = [] }"] {
+        let text = format!("policy = \"key-norm\"\nbudget = 7\ntable = {bad}\n");
+        let error = PolicyConfig::from_toml(&text).unwrap_err();
+        assert!(matches!(error, PolicyError::Config(_)), "{bad}: {error}");
+    }
 
     let shared = |share: &str| {
         let text = format!("policy = \"h2o\"\nbudget = 8\nshare = {share:?}");
@@ -387,7 +399,8 @@ fn advice_of_heads_is_taken_where_nothing_else_is_said() {
         sinks: Some(2),
         recent: Some(4),
         ada: Some(0.2),
-        share: Some(Share::Model),
+        share: Some(Share::Layer),
+        table: Some(BudgetTable::new(vec![vec![1.5], vec![0.5]]).unwrap()),
         positions: Some(Positions::Original),
     };
     heads.advise(&advice);
@@ -399,32 +412,56 @@ fn advice_of_heads_is_taken_where_nothing_else_is_said() {
     assert_eq!(positions(&config).unwrap(), Positions::Original);
     let own = config.clone().positions(Positions::Compact);
     assert_eq!(positions(&own).unwrap(), Positions::Compact);
-    // The others arrive, too: more units than the budget, an even pool, a floor above 1 would be refused.
+    let mut published = config.clone();
+    published.advice = Some(false);
+    assert_eq!(positions(&published).unwrap(), Positions::Compact);
+    assert_eq!(published.advised(&advice), published);
+    // What is protected shrinks with a small budget.
+    let small = config.clone().budget(Budget::Units(12)).advised(&advice);
+    assert_eq!((small.sinks, small.recent), (Some(1), Some(3)));
+    let bytes = config.clone().budget(Budget::Bytes(1 << 16));
+    let bytes = bytes.advised(&advice);
+    assert_eq!((bytes.sinks, bytes.recent), (Some(2), Some(4)));
+    // How layers share is said once.
+    assert_eq!(config.advised(&advice).share, Some(Share::Layer));
+    assert!(config.advised(&advice).table.is_some());
+    let mut pyramid = config.clone();
+    pyramid.pyramid = Some(20.0);
+    assert_eq!(pyramid.advised(&advice).table, None);
+    assert!(positions(&pyramid).is_ok());
+    let mut model = config.clone();
+    model.share = Some(Share::Model);
+    assert_eq!(model.advised(&advice).table, None);
+    assert!(positions(&model).is_ok());
+    let over_model = HeadAdvice {
+        share: Some(Share::Model),
+        table: None,
+        ..advice.clone()
+    };
+    assert_eq!(pyramid.advised(&over_model).share, None);
+    assert_eq!(config.advised(&over_model).share, Some(Share::Model));
+    // The others arrive, too: an even pool, a floor above 1, a table of another model would be refused.
     let none = HeadAdvice::default();
     for wrong in [
         HeadAdvice {
             pool: Some(2),
-            ..none
-        },
-        HeadAdvice {
-            sinks: Some(65),
-            ..none
-        },
-        HeadAdvice {
-            recent: Some(65),
-            ..none
+            ..none.clone()
         },
         HeadAdvice {
             ada: Some(1.5),
-            ..none
+            ..none.clone()
+        },
+        HeadAdvice {
+            table: Some(BudgetTable::new(vec![vec![1.0]; 3]).unwrap()),
+            ..none.clone()
         },
     ] {
         heads.advise(&wrong);
         heads.save(&path, DType::F32).unwrap();
         assert!(positions(&config).is_err(), "{wrong:?}");
         let mut own = config.clone();
-        (own.pool, own.sinks) = (Some(1), Some(0));
-        (own.recent, own.ada) = (Some(0), Some(1.0));
+        (own.pool, own.ada) = (Some(1), Some(1.0));
+        own.table = Some(BudgetTable::new(vec![vec![1.0]; 2]).unwrap().into());
         assert_eq!(positions(&own).unwrap(), Positions::Compact);
     }
     heads

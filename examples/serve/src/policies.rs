@@ -30,9 +30,7 @@ impl Policies {
                 let message = format!("{}: {e}", file.display());
                 Error::invalid(message)
             })?;
-            config.pool = config.pool.or(advice.pool);
-            config.sinks = config.sinks.or(advice.sinks);
-            config.positions = config.positions.or(advice.positions);
+            config = config.advised(&advice);
             heads = Some(Arc::new(RetainingHeads::for_model(&weights, model)?));
         }
         let own = build(&config, heads.as_ref(), model)?;

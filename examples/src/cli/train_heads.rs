@@ -2,19 +2,19 @@
 
 use crate::{
     Error, Result,
-    args::{ModelArgs, parse_dtype, parse_share},
+    args::{ModelArgs, parse_dtype, parse_positions, parse_share},
     progress::{Fetching, Progress, Unit},
     report::{self, Table},
     runtime::{self, Runtime},
 };
 use clap::{Parser, ValueEnum};
-use locret_core::{DType, Share};
+use locret_core::{DType, Positions, Share};
 use locret_eval::{
     pictures::{Chart, Scale, Series},
     training_data::{self, Ordinary, Recipe, TrainingCorpus},
 };
 use locret_policies::{
-    HeadAdvice, HeadForm,
+    HeadAdvice, HeadForm, TableConfig,
     training::{
         CollectConfig, Distance, InputDtype, LabelKind, RECALL_AT, Sample, Shards, Split, Target,
         TrainConfig, TrainProgress, Trained, collect, epochs_within, train,
@@ -127,6 +127,12 @@ pub struct Args {
     /// Advise, in the file, over what heads share a budget
     #[arg(long, value_name = "layer|model", value_parser = parse_share)]
     pub advise_share: Option<Share>,
+    /// Advise, in the file, fixed shares of layers or heads, as this JSON file of budget_table says
+    #[arg(long, value_name = "FILE", conflicts_with = "advise_share")]
+    pub advise_table: Option<PathBuf>,
+    /// Advise, in the file, where units are seen: original or compact
+    #[arg(long, value_name = "original|compact", value_parser = parse_positions)]
+    pub advise_positions: Option<Positions>,
     /// Advise, in the file, selection on scores max-pooled over N neighbours (odd)
     #[arg(long, value_name = "N")]
     pub advise_pool: Option<usize>,
@@ -473,7 +479,10 @@ fn save(
         recent: args.advise_recent,
         ada: args.advise_ada,
         share: args.advise_share,
-        ..HeadAdvice::default()
+        table: (args.advise_table.as_deref())
+            .map(|file| TableConfig::from(file).table())
+            .transpose()?,
+        positions: args.advise_positions,
     };
     if advice != HeadAdvice::default() {
         trained.heads.advise(&advice);

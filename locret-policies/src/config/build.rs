@@ -1,6 +1,6 @@
 //! From a configuration to a policy.
 
-use super::{Method, PolicyConfig, TierConfig};
+use super::{Method, PolicyConfig, TableConfig, TierConfig};
 use crate::{
     ChunkKv, Compactor, Critical, Cur, DuoAttention, ExpectedAttention, FastKvZip, Full, H2o,
     HeadAdvice, HeadWeights, InfLlm, KeyDiff, KeyNorm, KvZap, LagKv, Locret, MInference, Merge,
@@ -10,10 +10,9 @@ use crate::{
     published::Published,
 };
 use locret_core::{
-    Budget, BudgetTable, CausalLm, Compute, DecodeEviction, KvCachePolicy, ModelSpec, Positions,
-    Prefill,
+    Budget, CausalLm, Compute, DecodeEviction, KvCachePolicy, ModelSpec, Positions, Prefill, Share,
 };
-use std::{fs, path::Path, sync::Arc};
+use std::{path::Path, sync::Arc};
 
 impl PolicyConfig {
     /// The policy, for a model that `compute` computes.
@@ -266,14 +265,36 @@ impl PolicyConfig {
         }
     }
 
-    /// With what heads advise, where nothing else is set.
-    fn advised(&self, advice: &HeadAdvice) -> Self {
+    /// The same with what heads advise where nothing is set, if [`advice`](Self::advice) is followed.
+    ///
+    /// Of a budget in units at most an eighth goes to first units and a quarter to the newest. How layers share is
+    /// said once: where `pyramid`, `table` or `share = "model"` is set, neither a table nor sharing over the model is
+    /// taken.
+    pub fn advised(&self, advice: &HeadAdvice) -> Self {
         let mut config = self.clone();
+        if config.advice == Some(false) {
+            return config;
+        }
+        let model = Some(Share::Model);
+        let said = config.pyramid.is_some() || config.table.is_some() || config.share == model;
+        let (mut share, mut table) = (advice.share, advice.table.clone());
+        if said {
+            share = share.filter(|share| Some(*share) != model);
+            table = None;
+        }
         config.pool = config.pool.or(advice.pool);
-        config.sinks = config.sinks.or(advice.sinks);
-        config.recent = config.recent.or(advice.recent);
+        let most = |part: usize| match config.budget {
+            Some(Budget::Units(units)) => units / part,
+            _ => usize::MAX,
+        };
+        let (sinks, recent) = (most(8), most(4));
+        config.sinks = config.sinks.or(advice.sinks.map(|units| units.min(sinks)));
+        config.recent = config
+            .recent
+            .or(advice.recent.map(|units| units.min(recent)));
         config.ada = config.ada.or(advice.ada);
-        config.share = config.share.or(advice.share);
+        config.share = config.share.or(share);
+        config.table = config.table.or(table.map(TableConfig::Shares));
         config.positions = config.positions.or(advice.positions);
         config
     }
@@ -344,6 +365,7 @@ impl PolicyConfig {
             ("critical", self.critical, shares && self.blocks.is_none()),
             ("blocks", self.blocks.is_some(), shares),
             ("heads", self.heads.is_some(), self.policy.takes_heads()),
+            ("advice", self.advice.is_some(), only(&[Method::Locret])),
             (
                 "seed",
                 self.seed.is_some(),
@@ -446,8 +468,8 @@ impl PolicyConfig {
         if let Some(share) = self.share {
             policy = policy.share(share);
         }
-        if let Some(path) = &self.table {
-            policy = policy.table(table(path)?);
+        if let Some(table) = &self.table {
+            policy = policy.table(table.table()?);
         }
         let room = match budget {
             Budget::Units(units) => Some(Room { units, step: STEP }),
@@ -511,10 +533,4 @@ const STEP: usize = 512;
 struct Room {
     units: usize,
     step: usize,
-}
-
-/// A file's table of budgets.
-fn table(path: &Path) -> Result<BudgetTable> {
-    let text = fs::read_to_string(path).map_err(PolicyError::io(path))?;
-    serde_json::from_str(&text).map_err(|e| PolicyError::file(path, e.to_string()))
 }

@@ -2,9 +2,11 @@
 
 mod build;
 mod method;
+mod shares;
 mod tier;
 
 pub use method::Method;
+pub use shares::TableConfig;
 pub use tier::TierConfig;
 
 use crate::{MergeBy, PolicyError, Result};
@@ -82,10 +84,10 @@ pub struct PolicyConfig {
     /// ([`Evict::share`](locret_core::Evict::share)).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub share: Option<Share>,
-    /// Shares the budget out over layers, or layers and heads, as this JSON file says: a
-    /// [`BudgetTable`](locret_core::BudgetTable) ([`Evict::table`](locret_core::Evict::table)).
+    /// Shares the budget out over layers, or layers and heads, as a JSON file says or as is said here
+    /// ([`Evict::table`](locret_core::Evict::table)).
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub table: Option<PathBuf>,
+    pub table: Option<TableConfig>,
     /// Folds dropped values into kept ones where the cosine of the keys is at least this
     /// ([`Merge`](crate::Merge)).
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -109,11 +111,13 @@ pub struct PolicyConfig {
     )]
     pub quantize: Option<Quantization>,
     /// `locret`, `kvzap`, `fast-kvzip`: the file of heads, see [`HeadWeights::load`](crate::HeadWeights::load).
-    /// Its [`HeadAdvice`](crate::HeadAdvice) stands in for `pool`, `sinks`, `recent`, `ada`, `share` and `positions` where they
-    /// are not set; `pool = 1, sinks = 0, positions = "compact"` is the authors' procedure with any
-    /// heads.
+    /// Of Locret's, its [`HeadAdvice`](crate::HeadAdvice) stands in for what is not set ([`advised`](Self::advised)).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub heads: Option<PathBuf>,
+    /// `locret`: whether the advice in the file of heads is followed (true). Without it and without other settings,
+    /// the procedure is the authors'.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub advice: Option<bool>,
     /// `random`, `compactor`: the seed (0).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub seed: Option<u64>,
@@ -245,6 +249,7 @@ impl PolicyConfig {
             blocks: None,
             quantize: None,
             heads: None,
+            advice: None,
             seed: None,
             decay: None,
             window: None,
@@ -288,13 +293,12 @@ impl PolicyConfig {
             Some(TierConfig::Disk(folder)) => folder.as_mut(),
             _ => None,
         };
-        let files = [
-            &mut self.heads,
-            &mut self.filters,
-            &mut self.patterns,
-            &mut self.table,
-        ];
-        files.into_iter().flatten().chain(tier)
+        let table = match &mut self.table {
+            Some(TableConfig::File(file)) => Some(file),
+            _ => None,
+        };
+        let files = [&mut self.heads, &mut self.filters, &mut self.patterns];
+        files.into_iter().flatten().chain(table).chain(tier)
     }
 
     /// From TOML.

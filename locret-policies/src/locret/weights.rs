@@ -5,7 +5,7 @@ use super::{
     layouts::{self, Part, Sizes},
 };
 use crate::error::{PolicyError, Result};
-use locret_core::{DType, ModelSpec, Positions, Share};
+use locret_core::{BudgetTable, DType, ModelSpec, Positions, Share};
 use serde::{Deserialize, Serialize};
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -97,7 +97,7 @@ impl HeadInput {
 
 /// How heads are best used, as their file says: settings that won on texts put aside when they were
 /// trained. A file of the authors' says nothing, and so leaves their procedure as it is.
-#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct HeadAdvice {
     /// Over how many neighbouring units scores are max-pooled for selection (odd).
@@ -116,6 +116,9 @@ pub struct HeadAdvice {
     /// Which heads share a budget.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub share: Option<Share>,
+    /// Fixed shares of layers, or of layers and heads ([`Evict::table`](locret_core::Evict::table)).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub table: Option<BudgetTable>,
     /// Which positions attention uses.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub positions: Option<Positions>,
