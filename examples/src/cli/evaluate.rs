@@ -11,6 +11,7 @@ use locret_eval::{
     evaluate::{QueryAware, Reader, Results, run_all},
     files::{file_sha256, write_json},
 };
+use locret_policies::TableConfig;
 use serde_json::json;
 use std::{fs, path::PathBuf};
 
@@ -43,7 +44,8 @@ pub fn run(args: &Args) -> Result<()> {
     let config = with_shipped_heads(config, &runtime);
     // Other heads by the same name are another policy.
     let heads = config.heads.as_deref().map(file_sha256).transpose()?;
-    let table = config.table.as_deref().map(file_sha256).transpose()?;
+    let table = config.table.as_ref().and_then(TableConfig::file);
+    let table = table.map(file_sha256).transpose()?;
     let tasks = args.tasks.tasks(&runtime, &args.model.fetch())?;
     let model = runtime.model();
     let policy = config.build_for(&*model)?;

@@ -34,6 +34,14 @@ impl TableConfig {
             Self::Shares(table) => Ok(table.clone()),
         }
     }
+
+    /// The file, if it is in one.
+    pub fn file(&self) -> Option<&Path> {
+        match self {
+            Self::File(path) => Some(path),
+            Self::Shares(_) => None,
+        }
+    }
 }
 
 impl From<PathBuf> for TableConfig {

@@ -5,7 +5,7 @@ use crate::{
     Error, Result,
     files::{sha256, write_atomically, write_json},
 };
-use locret_policies::PolicyConfig;
+use locret_policies::{PolicyConfig, TableConfig};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use std::{
@@ -239,9 +239,13 @@ struct Paths {
 impl Paths {
     fn same(&mut self, record: &mut Record) {
         if let Settings::Config(config) = &mut record.policy {
+            let table = match &mut config.table {
+                Some(TableConfig::File(path)) => Some(path),
+                _ => None,
+            };
             let pairs = [
-                (&record.heads_sha256, &mut config.heads),
-                (&record.table_sha256, &mut config.table),
+                (&record.heads_sha256, config.heads.as_mut()),
+                (&record.table_sha256, table),
             ];
             for (hash, path) in pairs {
                 if let (Some(hash), Some(path)) = (hash, path) {

@@ -8,7 +8,7 @@ use crate::{
     tasks::Task,
 };
 use locret_core::{Budget, CacheOptions, CausalLm, KvCachePolicy, Positions, Prefill};
-use locret_policies::PolicyConfig;
+use locret_policies::{PolicyConfig, TableConfig};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use std::{path::PathBuf, sync::Arc};
@@ -66,7 +66,9 @@ impl Candidate {
             label: config.policy.name().into(),
             // Other heads by the same name are another policy.
             heads_sha256: config.heads.as_deref().map(file_sha256).transpose()?,
-            table_sha256: config.table.as_deref().map(file_sha256).transpose()?,
+            table_sha256: (config.table.as_ref().and_then(TableConfig::file))
+                .map(file_sha256)
+                .transpose()?,
             policy: config.build_for(model)?,
             settings: Settings::Config(config),
             store: Store::F32,
