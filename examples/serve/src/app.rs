@@ -1,6 +1,6 @@
 //! What all requests share.
 
-use crate::{Error, Result, Settings, metrics::Metrics, policies::Policies};
+use crate::{Error, Result, Settings, metrics::Metrics, policies::Policies, store::Told};
 use locret_core::{
     Batch, Batcher, CacheOptions, CausalLm, Limits, Prefill, PrefixCache, SnapshotStore,
 };
@@ -122,7 +122,7 @@ impl App {
             batch = batch.with_prefixes(Arc::new(prefixes))?;
         }
         if let Some(store) = places.spill {
-            batch = batch.with_store(store);
+            batch = batch.with_store(Arc::new(Told::new(store)));
         }
         let digest = |token: &String| Sha256::digest(token.as_bytes()).into();
         Ok(Self {

@@ -61,7 +61,7 @@ pub struct Args {
     pub spill: Option<String>,
     /// Bytes of the memory cap for system messages, which are read once; 0 reads each of them again. By
     /// default an eighth of the cap, 64MiB at most
-    #[arg(long, value_name = "BYTES", value_parser = parse_bytes)]
+    #[arg(long, value_name = "BYTES", value_parser = parse_bytes_or_none)]
     pub prefixes: Option<usize>,
     #[command(flatten)]
     pub(crate) policy: PolicyArgs,
@@ -69,6 +69,14 @@ pub struct Args {
     pub(crate) prefill: PrefillArgs,
     #[command(flatten)]
     pub(crate) model: ModelArgs,
+}
+
+/// Bytes, or none of them. (No cache has a budget of nothing, so that a bare 0 is no budget's text.)
+fn parse_bytes_or_none(text: &str) -> Result<usize, String> {
+    match text {
+        "0" => Ok(0),
+        _ => parse_bytes(text),
+    }
 }
 
 /// What bounds requests.
@@ -105,5 +113,23 @@ impl Args {
             grace: Duration::from_secs(self.grace),
             token: self.token.clone(),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn system_messages_may_have_no_memory() {
+        let prefixes = |given: &[&str]| {
+            let args = ["serve"].iter().chain(given);
+            Args::try_parse_from(args).map(|args| args.prefixes)
+        };
+        assert_eq!(prefixes(&[]).unwrap(), None);
+        assert_eq!(prefixes(&["--prefixes", "0"]).unwrap(), Some(0));
+        assert_eq!(prefixes(&["--prefixes", "2MiB"]).unwrap(), Some(2 << 20));
+        assert!(prefixes(&["--prefixes", "2"]).is_err());
+        assert!(Args::try_parse_from(["serve", "--memory-cap", "0"]).is_err());
     }
 }

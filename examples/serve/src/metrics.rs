@@ -153,6 +153,11 @@ impl Metrics {
                 "Times that a sequence made way for another",
                 load.parked,
             ),
+            (
+                "locret_sequences_not_parked_total",
+                "Times that a sequence could not be put away for another",
+                load.stayed,
+            ),
         ] {
             one(name, "counter", help, value);
         }

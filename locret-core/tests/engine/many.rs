@@ -16,7 +16,10 @@ use proptest::prelude::*;
 use std::{
     collections::HashMap,
     io::Write,
-    sync::{Arc, Mutex},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicU64, Ordering},
+    },
 };
 
 /// What one sequence is asked to do; everything follows from a number.
@@ -698,13 +701,19 @@ fn a_batch_on_a_thread_of_its_own() {
 #[derive(Debug, Default)]
 struct Shelf {
     kept: Mutex<HashMap<String, Vec<u8>>>,
-    full: bool,
+    /// So often in a row it is full, before there is room.
+    full: AtomicU64,
     loses: bool,
 }
 
 impl SnapshotStore for Shelf {
     fn put(&self, key: &str, write: &mut dyn FnMut(&mut dyn Write) -> Result<()>) -> Result<()> {
-        if self.full {
+        let left = |full: u64| full.checked_sub(1);
+        if self
+            .full
+            .fetch_update(Ordering::AcqRel, Ordering::Acquire, left)
+            .is_ok()
+        {
             return Err(SnapshotError::Damaged("no room".into()).into());
         }
         let mut bytes = Vec::new();
@@ -791,9 +800,9 @@ fn sequences_that_take_turns_are_what_each_is_alone() {
 #[test]
 fn a_full_shelf_only_makes_others_wait_and_a_lost_one_costs_its_own_sequence() {
     let model = model();
-    for (full, loses) in [(true, false), (false, true)] {
+    for (full, loses) in [(u64::MAX, false), (5, false), (0, true)] {
         let shelf = Shelf {
-            full,
+            full: full.into(),
             loses,
             ..Shelf::default()
         };
@@ -820,7 +829,11 @@ fn a_full_shelf_only_makes_others_wait_and_a_lost_one_costs_its_own_sequence() {
         });
         assert_eq!(lost + right, 9);
         assert_eq!(lost > 0, loses);
-        assert_eq!(batch.load().promised, 0);
+        let load = batch.load();
+        assert_eq!(load.promised, 0);
+        // Whoever could not be put away is asked again when its turn has come again.
+        assert_eq!(load.parked > 0, full < u64::MAX, "{load:?}");
+        assert!(load.stayed >= full.min(6), "{load:?}");
         assert!(shelf.kept.lock().unwrap().is_empty());
     }
     // Whoever is away when it is cancelled leaves nothing behind.

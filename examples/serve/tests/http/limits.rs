@@ -1,13 +1,12 @@
 //! Queues, clients that leave, keys, and the end.
 
 use crate::{Running, client::read, settings};
-use locret_core::{Folder, Limits};
-use locret_serve::{Places, Settings};
+use locret_core::Limits;
+use locret_serve::Settings;
 use serde_json::{Value, json};
 use std::{
     io::Read,
     net::TcpStream,
-    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -102,40 +101,6 @@ fn what_will_never_fit_is_told_so_with_the_numbers() {
     );
     assert_eq!(refused.status, 400);
     assert_eq!(ask(100).status, 200);
-}
-
-#[test]
-fn answers_that_took_turns_are_what_they_are_alone() {
-    let ask = |server: &Running, n: usize| {
-        let ids: Vec<u32> = (0..40u32).map(|i| (i * 7 + n as u32) % 90).collect();
-        let body = json!({
-            "prompt": ids, "max_tokens": 250, "temperature": 0, "policy": "full",
-        });
-        let answer = server.client().post("/v1/completions", &body);
-        assert_eq!(answer.status, 200, "{answer:?}");
-        answer.json()["choices"][0]["text"].clone()
-    };
-    let alone = Running::usual();
-    let due: Vec<Value> = (0..3).map(|n| ask(&alone, n)).collect();
-    let folder = tempfile::tempdir().unwrap();
-    let places = Places {
-        spill: Some(Arc::new(Folder::new(folder.path()).unwrap())),
-        ..Places::default()
-    };
-    // There is memory for one of them.
-    let server = Running::with(Limits::new().memory(700_000), settings(), places);
-    let server = &server;
-    let found: Vec<Value> = std::thread::scope(|scope| {
-        let asked: Vec<_> = (0..3)
-            .map(|n| scope.spawn(move || ask(server, n)))
-            .collect();
-        asked.into_iter().map(|a| a.join().unwrap()).collect()
-    });
-    assert_eq!(found, due);
-    let load = server.app.batcher.load();
-    assert!(load.parked > 0, "{load:?}");
-    let left = std::fs::read_dir(folder.path()).unwrap().count();
-    assert_eq!(left, 0, "what was put away and taken up again is gone");
 }
 
 #[test]

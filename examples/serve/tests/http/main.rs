@@ -6,6 +6,7 @@ mod hostile;
 mod limits;
 mod reading;
 mod sessions;
+mod turns;
 
 use burn::tensor::Device;
 use client::Client;

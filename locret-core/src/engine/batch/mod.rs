@@ -122,6 +122,8 @@ pub struct Load {
     pub ended: u64,
     /// How often a sequence has made way for others so far.
     pub parked: u64,
+    /// How often a sequence was to make way and could not, since nothing could be stored.
+    pub stayed: u64,
 }
 
 /// Sequences that go through a model together, pass by pass.
@@ -197,10 +199,8 @@ struct Running {
     progress: Progress,
     /// The most bytes of keys and values that it had before.
     peak: usize,
-    /// The pass before which it was let in.
+    /// The pass before which it was let in, or last could not be put away.
     since: u64,
-    /// It cannot be put away.
-    stays: bool,
     /// Another sequence reads its prefix.
     awaits: bool,
     /// How often in a row others' prompts came first.
@@ -541,7 +541,6 @@ impl Batch {
             progress,
             peak,
             since: self.load.passes,
-            stays: false,
             awaits: false,
             passed_over: 0,
             ended: None,

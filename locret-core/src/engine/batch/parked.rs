@@ -63,7 +63,7 @@ impl Batch {
         let ran = |running: &Running| now - running.since;
         let victims = self.running.iter().enumerate();
         let victims = victims.filter(|(_, running)| {
-            running.ended.is_none() && !running.stays && !running.awaits && ran(running) >= TURN
+            running.ended.is_none() && !running.awaits && ran(running) >= TURN
         });
         let longest = victims.max_by_key(|(_, running)| (ran(running), running.id));
         if let Some(at) = longest.map(|(at, _)| at) {
@@ -79,8 +79,10 @@ impl Batch {
         let session = &self.running[at].session;
         let put = || parking.store.put(&key, &mut |to| session.write(to));
         if guarded(put).is_err() {
-            // It goes on where it is: a full disk ends nobody's sequence.
-            self.running[at].stays = true;
+            // It goes on where it is, until its turn to make way comes again: a full disk ends nobody's sequence,
+            // and is not full for ever.
+            self.running[at].since = self.load.passes;
+            self.load.stayed += 1;
             return;
         }
         let running = self.running.remove(at);

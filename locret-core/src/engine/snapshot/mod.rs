@@ -4,42 +4,27 @@
 //! number of the cache's; then come tokens, logits, positions and scores, the stores as they write
 //! themselves, and last a SHA-256 of every byte before it.
 
+mod header;
+
 use super::{
     cache::computed_by,
-    session::{Prefill, Report, Session},
+    session::{Report, Session},
     snapshots,
 };
 use crate::{
-    CacheOptions, CausalLm, Error, KvCachePolicy, ModelSpec, Peak, Positions, Result,
-    SnapshotError, contract::HeadMeta, host::hex,
+    CacheOptions, CausalLm, Error, KvCachePolicy, Positions, Result, SnapshotError,
+    contract::HeadMeta,
 };
 use bytemuck::Pod;
-use serde::{
-    Deserialize, Deserializer, Serialize, Serializer,
-    de::{self, DeserializeSeed, IgnoredAny, MapAccess, Visitor},
-    ser::SerializeMap,
-};
+use header::{DIGEST, Held, Part, Slot, State};
+pub(super) use header::{Identity, VERSION};
 use sha2::{Digest, Sha256};
 use std::{
-    fmt,
     io::{self, Read, Write},
     path::Path,
     sync::Arc,
     time::Duration,
 };
-
-/// What the header calls the format.
-const FORMAT: &str = "locret-session";
-/// Of the format, and of how fingerprints are made.
-pub(super) const VERSION: u32 = 1;
-/// The longest header that is read.
-const HEADER: u64 = 64 << 20;
-/// The longest text in a header. While it is parsed a text can take a few times its length.
-const TEXT: usize = 64 << 10;
-/// The longest text that tells a model or a policy from others as it is; of longer ones it is a hash.
-const IDENTITY: usize = 8 << 10;
-/// Bytes of the hash at the end.
-const DIGEST: usize = 32;
 
 impl Session {
     /// Writes all that this session has, between any two passes, in the middle of a prompt, too. What
@@ -56,19 +41,9 @@ impl Session {
     pub fn write(&self, to: &mut dyn Write) -> Result<()> {
         self.cache.usable()?;
         self.saveable()?;
-        let metadata = self.metadata()?;
+        let own = Identity::of(&**self.model(), &**self.cache.policy())?;
         let parts = self.parts()?;
-        let mut header = serde_json::to_vec(&Header {
-            metadata: &metadata,
-            parts: &parts,
-        })
-        .map_err(|e| SnapshotError::NotSaved(format!("a header: {e}")))?;
-        if longest_text(&header) > TEXT {
-            let found = format!("a session with a name of more than {TEXT} bytes");
-            return Err(SnapshotError::NotSaved(found).into());
-        }
-        // What follows is then aligned for numbers of 32 bits.
-        header.resize(header.len().next_multiple_of(8), b' ');
+        let header = header::write(own, &self.state(), &parts)?;
         let mut to = Hashing::new(to);
         to.put(&(header.len() as u64).to_le_bytes())?;
         to.put(&header)?;
@@ -205,19 +180,7 @@ impl Session {
         }
     }
 
-    /// Who this is, and all that is not in the tensors.
-    fn metadata(&self) -> Result<Metadata> {
-        let text = |state: &State| serde_json::to_string(state);
-        let state = text(&self.state())
-            .map_err(|e| SnapshotError::NotSaved(format!("the state of a session: {e}")))?;
-        Ok(Metadata {
-            format: FORMAT.into(),
-            version: VERSION.to_string(),
-            identity: Identity::of(&**self.model(), &**self.cache.policy())?,
-            state,
-        })
-    }
-
+    /// All that is not in the tensors.
     fn state(&self) -> State {
         let (cache, times) = (&self.cache, &self.times);
         State {
@@ -279,56 +242,21 @@ impl Session {
     /// Reads the header and checks whose snapshot this is; what the tensors are, and the rest of the
     /// state.
     fn read_header(&self, from: &mut Hashed<'_>, length: u64) -> Result<(State, Vec<Part>)> {
-        let foreign = |what: String| Error::from(SnapshotError::Foreign(what));
         let Some(room) = length.checked_sub(8) else {
-            return Err(foreign(format!("{length} bytes")));
+            return Err(header::foreign(format!("{length} bytes")));
         };
         let mut size = [0; 8];
         from.fill(&mut size)?;
         let size = u64::from_le_bytes(size);
-        if size > room.min(HEADER) {
+        if size > room.min(header::LONGEST) {
             let found = format!("a header of {size} bytes in a file of {length}");
-            return Err(foreign(found));
+            return Err(header::foreign(found));
         }
         let mut header = vec![0; size as usize];
         from.fill(&mut header)?;
-        if longest_text(&header) > TEXT {
-            let found = format!("a header with a text of more than {TEXT} bytes");
-            return Err(foreign(found));
-        }
-        let mut reading = ReadHeader {
-            own: Identity::of(&**self.model(), &**self.cache.policy())?,
-            slots: Slots::of(self.cache.spec()),
-            state: None,
-            parts: Vec::new(),
-            end: 0,
-            error: None,
-        };
-        let mut json = serde_json::Deserializer::from_slice(&header);
-        let parsed = reading.deserialize(&mut json).and_then(|()| json.end());
-        let ReadHeader {
-            state,
-            parts,
-            end,
-            error,
-            ..
-        } = reading;
-        if let Some(error) = error {
-            return Err(error.into());
-        }
-        let state = match (parsed, state) {
-            (Ok(()), Some(state)) => state,
-            (Err(e), Some(_)) => return Err(damaged(format!("its header: {e}"))),
-            (Ok(()), None) => return Err(foreign("nothing says what it is".into())),
-            (Err(e), None) => return Err(foreign(format!("its header: {e}"))),
-        };
-        let due = room - size;
-        match end == due {
-            true => Ok((self.check_state(state)?, parts)),
-            false => Err(damaged(format!(
-                "tensors of {end} bytes in a file that has {due} for them"
-            ))),
-        }
+        let own = Identity::of(&**self.model(), &**self.cache.policy())?;
+        let (state, parts) = header::read(&header, own, self.cache.spec(), room - size)?;
+        Ok((self.check_state(state)?, parts))
     }
 
     /// Checks what can be checked before a tensor is read.
@@ -534,477 +462,6 @@ fn check_positions(positions: &[u32], tokens: usize) -> Result<(), String> {
     match positions.last() {
         Some(last) if *last as usize >= tokens => Err(format!("{last} of {tokens} tokens")),
         _ => Ok(()),
-    }
-}
-
-/// Whose snapshot it is: the model's shape and weights, the policy and its settings.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Identity {
-    pub(super) model: String,
-    pub(super) model_fingerprint: Option<String>,
-    pub(super) policy: String,
-    pub(super) policy_fingerprint: String,
-}
-
-impl Identity {
-    pub(super) fn of(model: &dyn CausalLm, policy: &dyn KvCachePolicy) -> Result<Self> {
-        Ok(Self {
-            model_fingerprint: model.fingerprint()?.map(short),
-            ..Self::of_shape(model, policy)?
-        })
-    }
-
-    /// The same without the weights.
-    pub(super) fn of_shape(model: &dyn CausalLm, policy: &dyn KvCachePolicy) -> Result<Self> {
-        let shape = serde_json::to_string(model.spec())
-            .map_err(|e| SnapshotError::NotSaved(format!("a model's shape: {e}")))?;
-        Ok(Self {
-            model: short(shape),
-            model_fingerprint: None,
-            policy: short(policy.name()),
-            policy_fingerprint: short(policy.fingerprint()),
-        })
-    }
-
-    /// What is said of the model.
-    fn of_model(&self) -> String {
-        match &self.model_fingerprint {
-            Some(fingerprint) => format!("{fingerprint} {}", self.model),
-            None => format!("one of no fingerprint {}", self.model),
-        }
-    }
-}
-
-/// A text that is not too long for a header, or its hash.
-fn short(text: String) -> String {
-    match text.len() > IDENTITY {
-        true => format!("sha256 {}", hex(&Sha256::digest(text))),
-        false => text,
-    }
-}
-
-/// What a session and its cache have beside numbers.
-#[derive(Debug, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct State {
-    store: String,
-    dtype: String,
-    /// For whoever looks into the file.
-    computed_by: String,
-    pending: Option<u32>,
-    midway: bool,
-    prompts: usize,
-    prefill: Prefill,
-    long_context: bool,
-    rotated: Vec<bool>,
-    scored_by: Option<String>,
-    passed_on: bool,
-    peak: Held,
-    prefill_peak: Held,
-    prefill_tokens: usize,
-    prefill_nanoseconds: u64,
-    decode_tokens: usize,
-    decode_nanoseconds: u64,
-}
-
-/// [`Peak`] in a file.
-#[derive(Debug, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Held {
-    units_per_head: usize,
-    units: usize,
-    bytes: usize,
-}
-
-impl From<Peak> for Held {
-    fn from(peak: Peak) -> Self {
-        let Peak {
-            units_per_head,
-            units,
-            bytes,
-        } = peak;
-        Self {
-            units_per_head,
-            units,
-            bytes,
-        }
-    }
-}
-
-impl From<Held> for Peak {
-    fn from(held: Held) -> Self {
-        Self {
-            units_per_head: held.units_per_head,
-            units: held.units,
-            bytes: held.bytes,
-        }
-    }
-}
-
-/// A tensor's place: what it is, by layer and KV head.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Slot {
-    Tokens,
-    Logits,
-    Positions(usize, usize),
-    Scores(usize, usize),
-    Notes(usize),
-    Store(usize),
-    Digest,
-}
-
-impl Slot {
-    fn dtype(self) -> &'static str {
-        match self {
-            Self::Tokens | Self::Positions(..) => "U32",
-            Self::Logits | Self::Scores(..) | Self::Notes(_) => "F32",
-            Self::Store(_) | Self::Digest => "U8",
-        }
-    }
-
-    /// Bytes of one of its numbers.
-    fn size(self) -> u64 {
-        match self {
-            Self::Store(_) | Self::Digest => 1,
-            _ => 4,
-        }
-    }
-
-    fn optional(self) -> bool {
-        matches!(self, Self::Logits | Self::Scores(..) | Self::Notes(_))
-    }
-}
-
-impl fmt::Display for Slot {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Tokens => f.write_str("tokens"),
-            Self::Logits => f.write_str("logits"),
-            Self::Positions(layer, head) => write!(f, "layers.{layer}.heads.{head}.positions"),
-            Self::Scores(layer, head) => write!(f, "layers.{layer}.heads.{head}.scores"),
-            Self::Notes(layer) => write!(f, "layers.{layer}.notes"),
-            Self::Store(layer) => write!(f, "layers.{layer}.store"),
-            Self::Digest => f.write_str("sha256"),
-        }
-    }
-}
-
-/// All slots of a model's sessions, in order.
-struct Slots {
-    layers: usize,
-    heads: usize,
-    next: Option<Slot>,
-}
-
-impl Slots {
-    fn of(spec: &ModelSpec) -> Self {
-        Self {
-            layers: spec.layers,
-            heads: spec.kv_heads,
-            next: Some(Slot::Tokens),
-        }
-    }
-}
-
-impl Iterator for Slots {
-    type Item = Slot;
-
-    fn next(&mut self) -> Option<Slot> {
-        let now = self.next?;
-        self.next = match now {
-            Slot::Tokens => Some(Slot::Logits),
-            Slot::Logits => Some(Slot::Positions(0, 0)),
-            Slot::Positions(layer, head) => Some(Slot::Scores(layer, head)),
-            Slot::Scores(layer, head) if head + 1 < self.heads => {
-                Some(Slot::Positions(layer, head + 1))
-            }
-            Slot::Scores(layer, _) if layer + 1 < self.layers => {
-                Some(Slot::Positions(layer + 1, 0))
-            }
-            Slot::Scores(..) => Some(Slot::Notes(0)),
-            Slot::Notes(layer) if layer + 1 < self.layers => Some(Slot::Notes(layer + 1)),
-            Slot::Notes(_) => Some(Slot::Store(0)),
-            Slot::Store(layer) if layer + 1 < self.layers => Some(Slot::Store(layer + 1)),
-            Slot::Store(_) => Some(Slot::Digest),
-            Slot::Digest => None,
-        };
-        Some(now)
-    }
-}
-
-/// A tensor of the file.
-#[derive(Debug, Clone, Copy)]
-struct Part {
-    slot: Slot,
-    bytes: u64,
-}
-
-struct Metadata {
-    format: String,
-    version: String,
-    identity: Identity,
-    state: String,
-}
-
-impl Serialize for Metadata {
-    fn serialize<S: Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
-        let mut map = to.serialize_map(None)?;
-        map.serialize_entry("format", &self.format)?;
-        map.serialize_entry("version", &self.version)?;
-        map.serialize_entry("model", &self.identity.model)?;
-        // A text or nothing: metadata are texts.
-        if let Some(fingerprint) = &self.identity.model_fingerprint {
-            map.serialize_entry("model_fingerprint", fingerprint)?;
-        }
-        map.serialize_entry("policy", &self.identity.policy)?;
-        map.serialize_entry("policy_fingerprint", &self.identity.policy_fingerprint)?;
-        map.serialize_entry("state", &self.state)?;
-        map.end()
-    }
-}
-
-struct Header<'a> {
-    metadata: &'a Metadata,
-    parts: &'a [Part],
-}
-
-impl Serialize for Header<'_> {
-    fn serialize<S: Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
-        let mut map = to.serialize_map(None)?;
-        map.serialize_entry("__metadata__", self.metadata)?;
-        let mut start = 0;
-        for part in self.parts {
-            let entry = Entry {
-                dtype: part.slot.dtype().to_owned(),
-                shape: [part.bytes / part.slot.size()],
-                data_offsets: [start, start + part.bytes],
-            };
-            map.serialize_entry(&part.slot.to_string(), &entry)?;
-            start += part.bytes;
-        }
-        map.end()
-    }
-}
-
-#[derive(Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Entry {
-    dtype: String,
-    shape: [u64; 1],
-    data_offsets: [u64; 2],
-}
-
-/// The longest text between quotation marks.
-fn longest_text(json: &[u8]) -> usize {
-    let (mut longest, mut start, mut escaped) = (0, None, false);
-    for (at, byte) in json.iter().enumerate() {
-        match (start, byte) {
-            (Some(_), _) if escaped => escaped = false,
-            (Some(_), b'\\') => escaped = true,
-            (Some(from), b'"') => {
-                longest = longest.max(at - from);
-                start = None;
-            }
-            (None, b'"') => start = Some(at),
-            _ => {}
-        }
-    }
-    longest.max(start.map_or(0, |from| json.len() - from))
-}
-
-/// Reads a header entry by entry, each of which is checked as it comes, so that it takes no more memory
-/// than one that is right.
-struct ReadHeader {
-    own: Identity,
-    slots: Slots,
-    state: Option<State>,
-    parts: Vec<Part>,
-    /// Where the tensors so far end.
-    end: u64,
-    /// What is wrong beside the form.
-    error: Option<SnapshotError>,
-}
-
-impl ReadHeader {
-    fn wrong<E: de::Error>(&mut self, error: SnapshotError) -> E {
-        let text = error.to_string();
-        self.error = Some(error);
-        E::custom(text)
-    }
-
-    fn entry<E: de::Error>(&mut self, name: &str, entry: Entry) -> Result<(), E> {
-        let slot = loop {
-            match self.slots.next() {
-                Some(slot) if slot.to_string() == name => break slot,
-                Some(slot) if slot.optional() => {}
-                Some(slot) => {
-                    let found = format!("{name:?} where {slot} is due");
-                    return Err(self.wrong(SnapshotError::Damaged(found)));
-                }
-                None => {
-                    let found = format!("{name:?} after all that there is");
-                    return Err(self.wrong(SnapshotError::Damaged(found)));
-                }
-            }
-        };
-        let ([count], [start, end]) = (entry.shape, entry.data_offsets);
-        let bytes = count.checked_mul(slot.size());
-        let right = entry.dtype == slot.dtype()
-            && start == self.end
-            && bytes.is_some_and(|bytes| start.checked_add(bytes) == Some(end))
-            && (slot != Slot::Digest || count == DIGEST as u64);
-        if !right {
-            let found = format!(
-                "{slot} of {count} {} from {start} to {end}, after {} bytes",
-                entry.dtype, self.end
-            );
-            return Err(self.wrong(SnapshotError::Damaged(found)));
-        }
-        self.parts.push(Part {
-            slot,
-            bytes: end - start,
-        });
-        self.end = end;
-        Ok(())
-    }
-
-    /// Whose it is has to be right before anything else of the file is looked at.
-    fn metadata(&mut self, found: Texts) -> Result<(), SnapshotError> {
-        let Texts { texts, twice } = found;
-        let [
-            format,
-            version,
-            model,
-            model_fingerprint,
-            policy,
-            policy_fingerprint,
-            state,
-        ] = texts;
-        if format.as_deref() != Some(FORMAT) {
-            let found = format.unwrap_or_else(|| "a file without a format".into());
-            return Err(SnapshotError::Foreign(found));
-        }
-        let version = version.unwrap_or_default();
-        if version != VERSION.to_string() {
-            return Err(SnapshotError::Version {
-                found: version,
-                known: VERSION,
-            });
-        }
-        let (Some(model), Some(policy), Some(policy_fingerprint), Some(state), false) =
-            (model, policy, policy_fingerprint, state, twice)
-        else {
-            let found = "what its header says of it is not complete, or more than that";
-            return Err(SnapshotError::Damaged(found.into()));
-        };
-        let found = Identity {
-            model,
-            model_fingerprint,
-            policy,
-            policy_fingerprint,
-        };
-        let own = &self.own;
-        if (&found.model, &found.model_fingerprint) != (&own.model, &own.model_fingerprint) {
-            return Err(SnapshotError::OtherModel {
-                expected: own.of_model(),
-                found: found.of_model(),
-            });
-        }
-        if (&found.policy, &found.policy_fingerprint) != (&own.policy, &own.policy_fingerprint) {
-            return Err(SnapshotError::OtherPolicy {
-                expected: own.policy_fingerprint.clone(),
-                found: found.policy_fingerprint,
-            });
-        }
-        let state = serde_json::from_str(&state)
-            .map_err(|e| SnapshotError::Damaged(format!("the state in its header: {e}")))?;
-        self.state = Some(state);
-        Ok(())
-    }
-}
-
-impl<'de> DeserializeSeed<'de> for &mut ReadHeader {
-    type Value = ();
-
-    fn deserialize<D: Deserializer<'de>>(self, from: D) -> Result<(), D::Error> {
-        from.deserialize_map(self)
-    }
-}
-
-impl<'de> Visitor<'de> for &mut ReadHeader {
-    type Value = ();
-
-    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("the header of a safetensors file")
-    }
-
-    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<(), A::Error> {
-        let first: Option<String> = map.next_key()?;
-        if first.as_deref() != Some("__metadata__") {
-            let found = "its header does not begin with what it is";
-            return Err(self.wrong(SnapshotError::Foreign(found.into())));
-        }
-        let texts = map.next_value()?;
-        self.metadata(texts).map_err(|e| self.wrong(e))?;
-        while let Some(name) = map.next_key::<String>()? {
-            let entry = map.next_value()?;
-            self.entry(&name, entry)?;
-        }
-        match self.parts.last() {
-            Some(part) if part.slot == Slot::Digest => Ok(()),
-            _ => Err(self.wrong(SnapshotError::Damaged("tensors are missing".into()))),
-        }
-    }
-}
-
-/// The metadata that a snapshot has.
-const TEXTS: [&str; 7] = [
-    "format",
-    "version",
-    "model",
-    "model_fingerprint",
-    "policy",
-    "policy_fingerprint",
-    "state",
-];
-
-/// Their texts, and whether there was anything else, or one of them twice.
-#[derive(Default)]
-struct Texts {
-    texts: [Option<String>; TEXTS.len()],
-    twice: bool,
-}
-
-impl<'de> Deserialize<'de> for Texts {
-    fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
-        from.deserialize_map(ReadTexts)
-    }
-}
-
-struct ReadTexts;
-
-impl<'de> Visitor<'de> for ReadTexts {
-    type Value = Texts;
-
-    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("metadata")
-    }
-
-    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Texts, A::Error> {
-        let mut all = Texts::default();
-        while let Some(name) = map.next_key::<String>()? {
-            match TEXTS.iter().position(|known| *known == name) {
-                Some(index) => {
-                    let text = map.next_value()?;
-                    all.twice |= all.texts[index].replace(text).is_some();
-                }
-                None => {
-                    map.next_value::<IgnoredAny>()?;
-                    all.twice = true;
-                }
-            }
-        }
-        Ok(all)
     }
 }
 
