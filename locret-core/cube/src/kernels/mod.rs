@@ -11,6 +11,7 @@ pub(crate) mod codes;
 pub(crate) mod elementwise;
 pub(crate) mod largest;
 pub(crate) mod observe;
+mod online;
 pub(crate) mod product;
 pub(crate) mod tile_attention;
 pub(crate) mod tile_product;
