@@ -247,6 +247,13 @@ fn run(on: &str, config: &PolicyConfig, dtype: DType) -> (Trace, Vec<f32>) {
     read.prefill(&ids, &prefill).unwrap();
     let logits = read.logits().unwrap().to_vec();
     let found = trace(&mut session, &ids, &prefill, 8, &mut |_| ()).unwrap();
+    // A trace looks at verdicts; without one units may be chosen where they lie, and are the same.
+    for (layer, heads) in found.kept.last().unwrap().iter().enumerate() {
+        for (head, kept) in heads.iter().enumerate() {
+            let read = read.cache().positions(layer, head);
+            assert!(read.starts_with(kept), "{config:?}: {read:?}, {kept:?}");
+        }
+    }
     (found, logits)
 }
 

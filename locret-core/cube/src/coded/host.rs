@@ -2,13 +2,13 @@
 
 use super::{CodedStore, Head};
 use burn_cubecl::tensor::CubeTensor;
-use locret_core::{CodedHead, CodedPart, Error, QuantizedStore, Result, Room};
+use locret_core::{CodedHead, CodedPart, Error, QuantizedStore, Result, Room, waited};
 
 impl CodedStore {
     /// The words of a buffer, in host memory.
     fn words(&self, buffer: &CubeTensor) -> Result<Vec<u32>> {
-        let bytes = self.place.client.read_one(buffer.handle.clone());
-        let bytes = bytes.map_err(|e| Error::Device(format!("{e:?}")))?;
+        let read = || self.place.client.read_one(buffer.handle.clone());
+        let bytes = waited(|| read().map_err(|e| Error::Device(format!("{e:?}"))))?;
         Ok(bytemuck::pod_collect_to_vec(&bytes[..]))
     }
 
