@@ -5,6 +5,8 @@
 //! ```text
 //! cargo test --release -p locret-examples --features vulkan --test devices
 //! ```
+//!
+//! All policies take long where a processor plays the GPU; `LOCRET_POLICIES=locret,window` names some.
 
 use locret_core::{
     Budget, CacheOptions, CausalLm, DType, Kernels, ModelSpec, Positions, Prefill, Quantization,
@@ -20,9 +22,13 @@ use locret_policies::{
     Gate, HeadForm, HeadWeights, LayerHead, Method, PolicyConfig, QFilters, RetainingHeads,
 };
 use std::{
+    env,
     path::{Path, PathBuf},
     sync::Arc,
 };
+
+/// Policies by name, if not all.
+const ONLY: &str = "LOCRET_POLICIES";
 
 /// How far a logit may be off, and which share of the kept units may be others. Under 16-bit stores a number that is off
 /// by the last of 32 bits may become its neighbour of 16, which is 1e-3 away between 1 and 2: several of these add up, and
@@ -247,6 +253,13 @@ fn run(on: &str, config: &PolicyConfig, dtype: DType) -> (Trace, Vec<f32>) {
     read.prefill(&ids, &prefill).unwrap();
     let logits = read.logits().unwrap().to_vec();
     let found = trace(&mut session, &ids, &prefill, 8, &mut |_| ()).unwrap();
+    // A trace looks at verdicts; without one units may be chosen where they lie, and are the same.
+    for (layer, heads) in found.kept.last().unwrap().iter().enumerate() {
+        for (head, kept) in heads.iter().enumerate() {
+            let read = read.cache().positions(layer, head);
+            assert!(read.starts_with(kept), "{config:?}: {read:?}, {kept:?}");
+        }
+    }
     (found, logits)
 }
 
@@ -270,7 +283,12 @@ fn policies(on: &str, tolerance: Tolerance) {
     // Units of a head that the CPU kernels' store holds room for beyond those that are there.
     let reserve = StoreCheck::default().reserve;
     let most = reserve * 2 * spec.head_dim * size_of::<f32>() * spec.kv_heads * spec.layers;
-    for method in Method::ALL {
+    let only = env::var(ONLY).ok();
+    let named = |method: &Method| match &only {
+        Some(only) => only.split(',').any(|name| name == method.name()),
+        None => true,
+    };
+    for method in Method::ALL.into_iter().filter(named) {
         for positions in [Positions::Compact, Positions::Original] {
             for (dtype, bits) in [
                 (DType::F32, None),

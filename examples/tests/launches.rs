@@ -128,7 +128,7 @@ fn heads(model: &dyn CausalLm) -> RetainingHeads {
 
 /// What is read of the device by a chunk, apart from what belongs to a prompt, and by a token: in each layer, and apart
 /// from that.
-fn reads_of(method: Method, bits: Option<u8>, sampling: Sampling) -> [[usize; 2]; 2] {
+fn reads_of(method: Method, bits: Option<u8>, pool: usize, sampling: Sampling) -> [[usize; 2]; 2] {
     let options = LoadOptions::new().weights(WeightDtype::F32);
     let compute = compute(&device("wgpu").unwrap(), &options).unwrap();
     let model = load_model_with(golden(), &options, &compute).unwrap().model;
@@ -137,6 +137,7 @@ fn reads_of(method: Method, bits: Option<u8>, sampling: Sampling) -> [[usize; 2]
         .budget(Budget::Units(24))
         .positions(Positions::Original);
     config.quantize = bits.map(Quantization::bits);
+    config.pool = (pool > 1).then_some(pool);
     let policy = match method {
         Method::Locret => config.build_with_heads(model.spec(), heads(&*model)),
         _ => config.build(model.spec(), &*compute),
@@ -169,16 +170,22 @@ fn a_layer_seldom_waits_for_the_device() {
     };
     let greedy = Sampling::greedy();
     // In each layer and apart from layers: a chunk, a token. Of a token only its number comes over.
-    for (method, bits, sampling, due) in [
-        (Method::Window, None, greedy, [[0, 0], [0, 1]]),
-        (Method::Window, None, drawn, [[0, 0], [0, 1]]),
-        (Method::Window, Some(4), greedy, [[0, 0], [0, 1]]),
-        (Method::Locret, None, greedy, [[1, 0], [1, 1]]),
-        (Method::H2o, None, greedy, [[1, 0], [1, 1]]),
-        (Method::SnapKv, None, greedy, [[1, 0], [1, 1]]),
+    for (method, bits, pool, sampling, due) in [
+        (Method::Window, None, 1, greedy, [[0, 0], [0, 1]]),
+        (Method::Window, None, 1, drawn, [[0, 0], [0, 1]]),
+        (Method::Window, Some(4), 1, greedy, [[0, 0], [0, 1]]),
+        // Units are scored and chosen where they lie.
+        (Method::Locret, None, 1, greedy, [[0, 0], [0, 1]]),
+        // Which units stay: codes of the host's rules.
+        (Method::Locret, Some(4), 1, greedy, [[1, 0], [0, 1]]),
+        // Scores that are pooled are looked at.
+        (Method::Locret, None, 3, greedy, [[1, 0], [1, 1]]),
+        (Method::H2o, None, 1, greedy, [[1, 0], [1, 1]]),
+        (Method::SnapKv, None, 1, greedy, [[1, 0], [1, 1]]),
     ] {
-        let found = reads_of(method, bits, sampling);
-        println!("{method}, {bits:?} bits: {found:?}");
-        assert_eq!(found, due, "{method}, {bits:?} bits");
+        let found = reads_of(method, bits, pool, sampling);
+        let case = format!("{method}, {bits:?} bits, pooled over {pool}");
+        println!("{case}: {found:?}");
+        assert_eq!(found, due, "{case}");
     }
 }

@@ -30,15 +30,24 @@ pub fn is_host_device(device: &Device) -> bool {
 /// # Errors
 /// [`Error::Device`] if the device fails.
 pub fn into_f32<const D: usize>(tensor: Tensor<D>) -> Result<Vec<f32>> {
-    #[cfg(feature = "conformance")]
-    READ.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
-    let data = caught(|| tensor.try_into_data().map_err(|e| failed(&e)))?;
+    let data = waited(|| tensor.try_into_data().map_err(|e| failed(&e)))?;
     let data = if data.dtype() == DType::F32 {
         data
     } else {
         data.convert::<f32>()
     };
     data.try_into_vec::<f32>()
+        .map_err(|e| Error::Device(format!("{e:?}")))
+}
+
+/// The numbers of an integer tensor, none of them negative.
+///
+/// # Errors
+/// [`Error::Device`] if the device fails.
+pub(crate) fn into_u32(tensor: Tensor<1, Int>) -> Result<Vec<u32>> {
+    let data = waited(|| tensor.try_into_data().map_err(|e| failed(&e)))?;
+    data.convert::<u32>()
+        .try_into_vec::<u32>()
         .map_err(|e| Error::Device(format!("{e:?}")))
 }
 
@@ -63,6 +72,16 @@ pub fn caught<T>(work: impl FnOnce() -> Result<T>) -> Result<T> {
             other => other,
         }),
     }
+}
+
+/// The same as [`caught`] for what brings numbers to the host, which is counted in tests.
+///
+/// # Errors
+/// As there.
+pub fn waited<T>(work: impl FnOnce() -> Result<T>) -> Result<T> {
+    #[cfg(feature = "conformance")]
+    READ.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+    caught(work)
 }
 
 /// A float tensor of shape `shape` that takes over `values`.

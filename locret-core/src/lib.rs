@@ -33,16 +33,16 @@ mod stores;
 pub mod conformance;
 
 pub use compute::{
-    Activations, Attention, Compute, DeviceMap, Host, Kernels, Matrix, Ops, Perceptron, Rotation,
-    Rows, Sight, TableRows, Weight, compute, layer_compute, usable,
+    Activations, Attention, Compute, DeviceMap, Host, KeptUnits, Kernels, Matrix, Ops, Perceptron,
+    Rotation, Rows, Sight, TableRows, UnitLists, Weight, compute, layer_compute, usable,
 };
 #[doc(hidden)]
-pub use compute::{check_factors, check_product, divided, no_row};
+pub use compute::{check_factors, check_parts, check_product, divided, no_row};
 pub use contract::{
-    Budget, BudgetTable, CausalLm, DecodeEviction, Error, Evict, Guard, Held, Keep, KvCachePolicy,
-    LayerSpec, LayerUnits, ModelSpec, Needs, Observation, Observe, Observed, Part, PastContext,
-    Phase, Positions, Qkv, Queries, Result, Scorer, Scores, Selection, Share, SnapshotError, Step,
-    Survey, Verdict, Visible,
+    Best, Budget, BudgetTable, CausalLm, DecodeEviction, Error, Evict, Guard, Held, Keep,
+    KvCachePolicy, LayerSpec, LayerUnits, ModelSpec, Needs, Observation, Observe, Observed, Part,
+    PastContext, Phase, Positions, Qkv, Queries, Ranking, Result, Scorer, Scores, Selection, Share,
+    SnapshotError, Step, Survey, Verdict, Visible,
 };
 pub use engine::{
     Batch, Batcher, Births, CacheOptions, ChunkDone, Decided, End, Ended, Event, Folder, Generate,
@@ -52,7 +52,7 @@ pub use engine::{
     argmax, forward, plan, plan_layers,
 };
 #[doc(hidden)]
-pub use host::caught;
+pub use host::{caught, waited};
 pub use host::{from_f32, ids_tensor, into_f32, is_host_device};
 #[doc(hidden)]
 pub use locret_kernels as kernels;

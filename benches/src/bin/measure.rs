@@ -48,13 +48,17 @@ fn main() -> ExitCode {
     locret_examples::run(|| run(&Args::parse()))
 }
 
-/// How long verdicts on chunks of prompts take.
-#[derive(Default)]
-struct Timed(Duration);
+/// How long verdicts on chunks of prompts take. Where units can be chosen on a device nothing is watched, since watching
+/// brings their scores to the host.
+struct Timed(Option<Duration>);
 
 impl Probe for Timed {
+    fn decides(&self) -> bool {
+        self.0.is_some()
+    }
+
     fn decided(&mut self, at: &Decided<'_>) -> locret_core::Result<()> {
-        self.0 += at.took;
+        self.0 = self.0.map(|took| took + at.took);
         Ok(())
     }
 }
@@ -70,7 +74,8 @@ fn run(args: &Args) -> Result<()> {
     let read = |ids: &[u32], prefill: &Prefill, max_new: usize| -> Result<_> {
         let mut session =
             Session::with_options(model.clone(), policy.clone(), args.prefill.cache())?;
-        let mut timed = Timed::default();
+        let there = model.compute().unit_lists(model.spec().kv_heads).is_some();
+        let mut timed = Timed((!there).then_some(Duration::ZERO));
         session.prefill_watched(ids, prefill, &mut timed)?;
         let made = session.generate(Generate::greedy(max_new))?;
         let made: Vec<u32> = made.collect::<std::result::Result<_, _>>()?;
@@ -87,7 +92,7 @@ fn run(args: &Args) -> Result<()> {
     let line = serde_json::json!({
         "prefill": report.prefill_rate(),
         "decode": report.decode_rate(),
-        "verdicts": verdicts.as_secs_f64() / report.prefill_time.as_secs_f64(),
+        "verdicts": verdicts.map(|took| took.as_secs_f64() / report.prefill_time.as_secs_f64()),
         "kv_bytes": report.peak.bytes,
         "tokens": made.iter().take(8).collect::<Vec<_>>(),
     });

@@ -4,7 +4,7 @@
 use crate::{Error, Result};
 use locret_core::{
     CacheOptions, CausalLm, Held, KvCachePolicy, KvStore, LayerSpec, LayerUnits, ModelSpec, Needs,
-    Phase, Placement, Positions, Prefill, Rows, Session, Step, Verdict, Visible,
+    Phase, Placement, Positions, Prefill, Ranking, Rows, Session, Step, Verdict, Visible,
 };
 use locret_policies::minference::{Found, Patterns, recalled, search_layer};
 use std::{
@@ -198,6 +198,11 @@ impl<P: KvCachePolicy> KvCachePolicy for Recalling<P> {
 
     fn step(&self, at: &Step, units: &LayerUnits<'_>) -> locret_core::Result<Verdict> {
         self.inner.step(at, units)
+    }
+
+    /// What is recalled is looked at.
+    fn ranking(&self, _at: &Step, _units: &LayerUnits<'_>) -> locret_core::Result<Option<Ranking>> {
+        Ok(None)
     }
 
     fn steps(&self, at: &[Step], units: &[LayerUnits<'_>]) -> locret_core::Result<Vec<Verdict>> {

@@ -5,9 +5,11 @@ use crate::{
     coded::CodedStore,
     elementwise,
     kernels::observe::Gather,
+    lists::CubeLists,
     matrix::{self, CubeMatrix},
     matrix_units::{self, Parts, Tiles},
     observe::{Keys, Observing},
+    perceptron::CubePerceptron,
     place::{Place, made},
     store::CubeStore,
     tables::{Table, Tables},
@@ -15,7 +17,8 @@ use crate::{
 use burn::tensor::Device;
 use locret_core::{
     Attention, Compute, DType, Error, KvStore, LayerSpec, Matrix, Observation, Observe, Observed,
-    Ops, Perceptron, Quantization, Result, Rotation, Rows, Survey, Weight, check_factors,
+    Ops, Perceptron, Quantization, Result, Rotation, Rows, Survey, UnitLists, Weight,
+    check_factors,
 };
 use std::sync::Arc;
 
@@ -164,7 +167,10 @@ impl Compute for Cube {
     }
 
     fn perceptron(&self, first: Weight, second: Vec<f32>) -> Result<Arc<dyn Perceptron>> {
-        self.ops.perceptron(first, second)
+        match matrix::kind(first.dtype) {
+            Some(_) => Ok(Arc::new(CubePerceptron::new(&self.place, first, &second)?)),
+            None => self.ops.perceptron(first, second),
+        }
     }
 
     fn norm(&self, x: &Rows, gain: &Rows, epsilon: f32) -> Result<Rows> {
@@ -265,6 +271,10 @@ impl Compute for Cube {
 
     fn largest(&self, rows: &Rows) -> Result<Option<Vec<Option<u32>>>> {
         elementwise::largest(&self.place, rows)
+    }
+
+    fn unit_lists(&self, kv_heads: usize) -> Option<Box<dyn UnitLists>> {
+        Some(Box::new(CubeLists::new(&self.place, kv_heads)))
     }
 
     fn store(&self, layer: &LayerSpec, dtype: DType) -> Result<Box<dyn KvStore>> {

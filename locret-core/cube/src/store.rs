@@ -5,11 +5,11 @@ use crate::{
     place::{Place, element, made},
 };
 use burn::tensor::DType as TensorType;
-use burn_cubecl::tensor::CubeTensor;
+use burn_cubecl::{CubeBackend, tensor::CubeTensor};
 use cubecl::{calculate_cube_count_elemwise, prelude::*};
 use locret_core::{
-    Compute, DType, Dense, Error, Fold, Growth, KvStore, LayerSpec, Ops, Result, Room, Rows,
-    TurnKeys, check_append, check_folds, check_retain, dense_name, folded,
+    Compute, DType, Dense, Error, Fold, Growth, KeptUnits, KvStore, LayerSpec, Ops, Result, Room,
+    Rows, TurnKeys, check_append, check_folds, check_retain, dense_name, folded,
 };
 use std::{
     any::Any,
@@ -80,8 +80,9 @@ impl CubeStore {
         self.keys.can_mut() && self.values.can_mut()
     }
 
-    /// Copies units into buffers of `rooms`: those that are named, or all that there are.
-    fn move_to(&mut self, rooms: &[Room], picked: Option<&[Vec<u32>]>) -> Result<()> {
+    /// Copies units into buffers of `rooms`: those whose numbers are listed, one head's behind the other's, or all that
+    /// there are.
+    fn move_to(&mut self, rooms: &[Room], picked: Option<CubeTensor>) -> Result<()> {
         let (place, d) = (self.place.clone(), self.layer.head_dim);
         let rows: usize = rooms.iter().map(Room::capacity).sum();
         // Kernels count numbers in 32 bits.
@@ -98,20 +99,8 @@ impl CubeStore {
         let to = bounds(&place, rooms);
         let longest = rooms.iter().map(Room::rows).max().unwrap_or(0);
         if self.longest() > 0 && longest > 0 {
-            let from = match picked {
-                None => Vec::new(),
-                Some(picked) => {
-                    let mut from = vec![0; rows];
-                    let mut start = 0;
-                    for (head, (list, room)) in picked.iter().zip(rooms).enumerate() {
-                        let first = self.first(head) as u32;
-                        let of_head = from[start..].iter_mut().zip(list);
-                        of_head.for_each(|(from, unit)| *from = first + unit);
-                        start += room.capacity();
-                    }
-                    from
-                }
-            };
+            let is_picked = picked.is_some();
+            let from = picked.unwrap_or_else(|| place.empty([1], TensorType::U32));
             let cubes = (longest * d).div_ceil(UNITS as usize) as u32;
             units::copy::launch(
                 &place.client,
@@ -120,12 +109,12 @@ impl CubeStore {
                 self.keys.clone().into_buffer_arg(),
                 self.values.clone().into_buffer_arg(),
                 self.bounds.clone().into_buffer_arg(),
-                place.indices(&from).into_buffer_arg(),
+                from.into_buffer_arg(),
                 to.clone().into_buffer_arg(),
                 keys.clone().into_buffer_arg(),
                 values.clone().into_buffer_arg(),
                 d,
-                picked.is_some(),
+                is_picked,
                 element(self.kind()),
             );
         }
@@ -212,7 +201,7 @@ impl CubeStore {
 }
 
 /// First row and number of units of each head.
-fn bounds(place: &Place, rooms: &[Room]) -> CubeTensor {
+pub(crate) fn bounds(place: &Place, rooms: &[Room]) -> CubeTensor {
     let mut first = 0;
     let bounds = rooms.iter().flat_map(|room| {
         let of_head = [first, room.rows() as u32];
@@ -285,7 +274,33 @@ impl KvStore for CubeStore {
         }
         match rooms == self.rooms {
             true => Ok(()),
-            false => self.move_to(&rooms, Some(kept)),
+            false => {
+                let kept = self.place.indices(&kept.concat());
+                self.move_to(&rooms, Some(kept))
+            }
+        }
+    }
+
+    fn retain_listed(&mut self, kept: &KeptUnits) -> Result<()> {
+        let units = kept.units().clone().try_into_primitive::<CubeBackend>();
+        // Of what this crate's lists have chosen.
+        let Some(units) = units.ok().filter(|units| units.dtype == TensorType::U32) else {
+            return self.retain(&kept.read()?);
+        };
+        let mut rooms = self.rooms.clone();
+        let fits = |(room, len): (&Room, &usize)| *len <= room.rows();
+        if kept.lens().len() != rooms.len() || !rooms.iter().zip(kept.lens()).all(fits) {
+            let have: Vec<usize> = rooms.iter().map(Room::rows).collect();
+            return Err(Error::shape("units that stay", have, kept.lens()));
+        }
+        for (room, len) in rooms.iter_mut().zip(kept.lens()) {
+            if *len < room.rows() {
+                room.retain(*len);
+            }
+        }
+        match rooms == self.rooms {
+            true => Ok(()),
+            false => self.move_to(&rooms, Some(units)),
         }
     }
 

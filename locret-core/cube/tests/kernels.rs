@@ -17,6 +17,8 @@ use std::sync::Arc;
 
 #[path = "kernels/coded.rs"]
 mod coded;
+#[path = "kernels/lists.rs"]
+mod lists;
 #[path = "kernels/observed.rs"]
 mod observed;
 

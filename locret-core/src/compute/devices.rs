@@ -1,6 +1,6 @@
 //! Layers laid over several devices.
 
-use super::{Attention, Compute, Matrix, Perceptron, Rotation, Rows, Weight};
+use super::{Attention, Compute, Matrix, Perceptron, Rotation, Rows, UnitLists, Weight};
 use crate::{DType, Error, KvStore, LayerSpec, Observe, Observed, Quantization, Result, Survey};
 use burn::tensor::Device;
 use std::{ops::Range, sync::Arc};
@@ -252,6 +252,10 @@ impl Compute for DeviceMap {
 
     fn largest(&self, rows: &Rows) -> Result<Option<Vec<Option<u32>>>> {
         self.output.largest(rows)
+    }
+
+    fn unit_lists(&self, kv_heads: usize) -> Option<Box<dyn UnitLists>> {
+        self.output.unit_lists(kv_heads)
     }
 
     fn store(&self, layer: &LayerSpec, dtype: DType) -> Result<Box<dyn KvStore>> {

@@ -550,8 +550,11 @@ impl Perceptron for HostPerceptron {
         [self.first.columns(), self.first.rows(), self.outputs]
     }
 
-    fn apply(&self, parts: &[&Rows]) -> Result<Vec<f32>> {
+    fn apply(&self, parts: &[&Rows]) -> Result<Rows> {
         let tokens = super::check_parts(self.shape(), parts)?;
+        let device = parts
+            .first()
+            .map_or_else(Device::default, |part| part.device());
         let parts: Vec<Cow<'_, [f32]>> = parts
             .iter()
             .map(|part| part.values())
@@ -559,6 +562,6 @@ impl Perceptron for HostPerceptron {
         let parts: Vec<&[f32]> = parts.iter().map(|part| &**part).collect();
         let mut out = vec![0.0; tokens * self.outputs];
         perceptron(&parts, &self.first, &self.second, &mut out);
-        Ok(out)
+        Rows::new(out, self.outputs, &device)
     }
 }

@@ -6,6 +6,7 @@
 
 mod devices;
 mod host;
+mod lists;
 mod masked;
 mod ops;
 mod pool;
@@ -14,6 +15,7 @@ mod trial;
 
 pub use devices::{DeviceMap, layer_compute};
 pub use host::{Activations, Host};
+pub use lists::{KeptUnits, UnitLists};
 pub use ops::Ops;
 pub(crate) use ops::full;
 pub use rows::Rows;
@@ -164,6 +166,12 @@ pub trait Compute: Debug + Send + Sync {
         Ok(None)
     }
 
+    /// Empty lists of the positions and scores of a layer's units, if they can lie where this computes and units be
+    /// chosen there; `None`, the default, where they are lists in host memory.
+    fn unit_lists(&self, _kv_heads: usize) -> Option<Box<dyn UnitLists>> {
+        None
+    }
+
     /// An empty store of units as they are, in 32 or 16 bits, where this computes.
     ///
     /// # Errors
@@ -279,13 +287,12 @@ pub trait Perceptron: Debug + Send + Sync {
     /// `[inputs, inner, outputs]`.
     fn shape(&self) -> [usize; 3];
 
-    /// Outputs `[tokens, outputs]`, row-major, of inputs that lie side by side in several parts, `[tokens,
-    /// …]` each.
+    /// Outputs `[tokens, outputs]` of inputs that lie side by side in several parts, `[tokens, …]` each.
     ///
     /// # Errors
     /// [`Error::Shape`] for parts that are not as wide as the inputs together, or have
     /// different tokens; [`Error::Device`].
-    fn apply(&self, parts: &[&Rows]) -> Result<Vec<f32>>;
+    fn apply(&self, parts: &[&Rows]) -> Result<Rows>;
 }
 
 /// Which rows of a table rotate which rows of numbers.
@@ -451,7 +458,7 @@ pub fn check_product([outputs, inputs]: [usize; 2], x: &Rows, widths: &[usize]) 
 }
 
 /// Checks what a perceptron is applied to; how many tokens these are.
-fn check_parts([inputs, ..]: [usize; 3], parts: &[&Rows]) -> Result<usize> {
+pub fn check_parts([inputs, ..]: [usize; 3], parts: &[&Rows]) -> Result<usize> {
     let tokens = parts.first().map_or(0, |part| part.rows());
     let width: usize = parts.iter().map(|part| part.width()).sum();
     if width == inputs && parts.iter().all(|part| part.rows() == tokens) {

@@ -471,10 +471,12 @@ impl Perceptron for OpsPerceptron {
         [inputs, inner, self.second.dims()[1]]
     }
 
-    fn apply(&self, parts: &[&Rows]) -> Result<Vec<f32>> {
+    fn apply(&self, parts: &[&Rows]) -> Result<Rows> {
         super::check_parts(self.shape(), parts)?;
         let parts = parts.iter().map(|part| part.tensor()).collect();
         let input = Tensor::cat(parts, 1);
-        host::into_f32(silu(input.matmul(self.first.clone())).matmul(self.second.clone()))
+        Ok(silu(input.matmul(self.first.clone()))
+            .matmul(self.second.clone())
+            .into())
     }
 }

@@ -268,7 +268,9 @@ impl Checking<'_> {
             let parts = xs.iter().zip(widths).map(|(x, width)| self.rows(x, width));
             let parts: Vec<Rows> = parts.collect::<Result<_>>()?;
             let parts: Vec<&Rows> = parts.iter().collect();
-            self.near("a perceptron", &perceptron.apply(&parts)?, &due)?;
+            let found = perceptron.apply(&parts)?;
+            found.expect("a perceptron", [tokens, outputs])?;
+            self.near("a perceptron", &found.into_values()?, &due)?;
             self.refused("a part too few", perceptron.apply(&parts[1..]))?;
         }
         Ok(())

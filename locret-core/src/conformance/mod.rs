@@ -8,7 +8,7 @@
 //! | a [`KvCachePolicy`](crate::KvCachePolicy) or a [`Scorer`](crate::Scorer) | [`check_policy`] |
 //! | a [`KvStore`](crate::KvStore) | [`check_store`] |
 //! | a [`CausalLm`](crate::CausalLm) | [`check_adapter`] |
-//! | a [`Compute`](crate::Compute) | [`check_compute`] |
+//! | a [`Compute`](crate::Compute) | [`check_compute`]; with lists of units of its own [`check_lists`], too |
 //!
 //! Each returns a [`ConformanceError`] that names the broken promise, the case in which it broke
 //! (with the seed that makes it again) and what was found, so that a test is one `unwrap`:
@@ -41,6 +41,8 @@
 
 mod adapter;
 mod compute;
+mod listing;
+mod lists;
 mod model;
 mod oracle;
 mod policy;
@@ -49,6 +51,8 @@ mod store;
 
 pub use adapter::{AdapterCheck, check_adapter};
 pub use compute::check_compute;
+pub use listing::Listing;
+pub use lists::{PlainLists, check_lists};
 pub use model::{RandomModel, small_spec};
 pub use oracle::{Oracle, OraclePass};
 pub use policy::{Case, PolicyCheck, check_policy};
@@ -146,6 +150,9 @@ pub enum Promise {
     /// Policies and stores.
     #[error("a fork and its origin go on independently")]
     Fork,
+    /// Policies.
+    #[error("units that are chosen where they lie are those of the policy's verdicts")]
+    Ranking,
     /// Policies, and the engine below them.
     #[error("the cache, its store and the verdicts agree on what is held")]
     Agreement,

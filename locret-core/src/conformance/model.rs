@@ -97,6 +97,11 @@ impl RandomModel {
             head,
         })
     }
+
+    /// The same model, whose caches and policies are computed by another implementation on the same device.
+    pub fn computed_by(self, compute: Arc<dyn Compute>) -> Self {
+        Self { compute, ..self }
+    }
 }
 
 fn normalised(x: Tensor<2>) -> Tensor<2> {

@@ -1,7 +1,7 @@
 //! What every policy must satisfy.
 
 use super::{
-    ConformanceError, Dice, Promise,
+    ConformanceError, Dice, Listing, Promise,
     model::{RandomModel, small_spec},
     oracle::{Oracle, OraclePass},
     record::{Decision, Recording, Tap, Tapped},
@@ -113,6 +113,7 @@ pub fn check_policy(
             };
             check.contract()?;
             check.fork()?;
+            check.ranking(device)?;
             check.like_full(make(&Case {
                 budget: 1 << 20,
                 ..plan.case(&*model)
@@ -678,6 +679,43 @@ impl Checking<'_> {
             }
         }
         Ok(())
+    }
+
+    /// Where it says how many of the best stay ([`KvCachePolicy::ranking`]), it says what its verdicts say.
+    fn ranking(&self, device: &Device) -> Result<(), ConformanceError> {
+        let plan = self.plan;
+        let listing = Listing::new(self.model.compute().clone());
+        let run = |listing: Option<&Listing>| -> Result<Session> {
+            let model = RandomModel::new(plan.spec.clone(), plan.seed, device)?;
+            let model = match listing {
+                Some(listing) => model.computed_by(Arc::new(listing.clone())),
+                None => model,
+            };
+            let mut session =
+                Session::with_options(Arc::new(model), self.policy.clone(), plan.options)?;
+            for turn in &plan.turns {
+                session.prefill(&turn.ids, &turn.prefill)?;
+                self.generate(&mut session, turn)?;
+            }
+            Ok(session)
+        };
+        let listed = run(Some(&listing)).map_err(|e| self.failed(e))?;
+        if listing.chosen() == 0 {
+            return Ok(());
+        }
+        let judged = run(None).map_err(|e| self.failed(e))?;
+        let (listed, judged) = (State::of(&listed), State::of(&judged));
+        let same = listed.positions == judged.positions;
+        match listed == judged {
+            true => Ok(()),
+            false => Err(self.broken(
+                Promise::Ranking,
+                match same {
+                    true => "other logits or tokens",
+                    false => "other units",
+                },
+            )),
+        }
     }
 
     /// `roomy` is the same policy with a budget that is never reached.

@@ -2,9 +2,9 @@
 
 use super::Promise;
 use crate::{
-    CausalLm, Compute, Error, Fold, Growth, Held, Keep, KvCachePolicy, KvStore, KvTiles, LayerSpec,
-    LayerUnits, ModelSpec, Needs, Observed, Pass, Placement, Positions, Prefill, Result, Rows,
-    Scores, Step, TurnKeys, Verdict, Visible,
+    CausalLm, Compute, Error, Fold, Growth, Held, Keep, KeptUnits, KvCachePolicy, KvStore, KvTiles,
+    LayerSpec, LayerUnits, ModelSpec, Needs, Observed, Pass, Placement, Positions, Prefill,
+    Ranking, Result, Rows, Scores, Step, TurnKeys, Verdict, Visible,
 };
 use std::{
     any::Any,
@@ -213,6 +213,11 @@ impl KvCachePolicy for Recording {
         Ok(verdict)
     }
 
+    /// A protocol needs verdicts.
+    fn ranking(&self, _at: &Step, _units: &LayerUnits<'_>) -> Result<Option<Ranking>> {
+        Ok(None)
+    }
+
     fn steps(&self, at: &[Step], units: &[LayerUnits<'_>]) -> Result<Vec<Verdict>> {
         let verdicts = self.inner.steps(at, units)?;
         for ((at, units), verdict) in at.iter().zip(units).zip(&verdicts) {
@@ -419,6 +424,10 @@ impl KvStore for Watched {
             shadow.held = found;
         }
         Ok(())
+    }
+
+    fn retain_listed(&mut self, kept: &KeptUnits) -> Result<()> {
+        self.retain(&kept.read()?)
     }
 
     fn settle(&mut self) -> Result<()> {

@@ -5,9 +5,9 @@ use super::{
     share::{max_pool, share},
 };
 use crate::{
-    Budget, BudgetTable, DecodeEviction, Error, Guard, Held, Keep, KvCachePolicy, LayerSpec,
-    LayerUnits, ModelSpec, Needs, Phase, Positions, Prefill, Result, Scorer, Scores, Selection,
-    Share, Step, Verdict,
+    Best, Budget, BudgetTable, DecodeEviction, Error, Guard, Held, Keep, KvCachePolicy, LayerSpec,
+    LayerUnits, ModelSpec, Needs, Phase, Positions, Prefill, Ranking, Result, Scorer, Scores,
+    Selection, Share, Step, Verdict,
 };
 use std::{borrow::Cow, ops::Range, slice};
 
@@ -519,6 +519,34 @@ impl<S: Scorer> KvCachePolicy for Evict<S> {
             .unwrap_or_else(Verdict::keep_all))
     }
 
+    /// Where heads share a budget, scores are pooled, or the scorer keeps more than scores, these are looked at.
+    fn ranking(&self, at: &Step, units: &LayerUnits<'_>) -> Result<Option<Ranking>> {
+        let layer = &at.layer;
+        let alone = self.shared().is_none() && self.pool <= 1;
+        let plain = self.scorer.carried_width(layer) == 1 && self.scorer.noted(layer) == 0;
+        if !alone || !plain || !self.scorer.carries() {
+            return Ok(None);
+        }
+        let Some(born) = self.scorer.born(at, units)? else {
+            return Ok(None);
+        };
+        let budgets = self.units(layer, at.total);
+        let evict = self.evicts_now(at.phase, slice::from_ref(units), slice::from_ref(&budgets));
+        let best = |(head, budget): (usize, &usize)| {
+            let (len, (sinks, newest)) = (units.len(head), self.ends(at, *budget));
+            let (first, newest) = clamped(len, *budget, sinks, newest);
+            Best {
+                keep: len.min(*budget),
+                first,
+                newest,
+            }
+        };
+        Ok(Some(Ranking {
+            born,
+            best: evict.then(|| budgets.iter().enumerate().map(best).collect()),
+        }))
+    }
+
     fn steps(&self, at: &[Step], units: &[LayerUnits<'_>]) -> Result<Vec<Verdict>> {
         if self.over_layers() {
             return self.decide(at, units);
@@ -553,8 +581,13 @@ fn protected_of(
     if scores.len() != len {
         return Err(Error::shape("scores of a KV head", [len], [scores.len()]));
     }
+    let (sinks, newest) = clamped(len, budget, sinks, newest);
+    Ok([0..sinks, len - newest..len])
+}
+
+/// The first and the newest of `len` units that are protected in a budget.
+fn clamped(len: usize, budget: usize, sinks: usize, newest: usize) -> (usize, usize) {
     // A ratio budget can be smaller than what is protected: the newest units then win.
     let newest = newest.min(budget).min(len);
-    let sinks = sinks.min(budget - newest).min(len - newest);
-    Ok([0..sinks, len - newest..len])
+    (sinks.min(budget - newest).min(len - newest), newest)
 }

@@ -5,6 +5,7 @@ mod error;
 mod evict;
 mod model;
 mod policy;
+mod ranking;
 mod share;
 mod spec;
 mod units;
@@ -17,6 +18,7 @@ pub use policy::{
     Held, Keep, KvCachePolicy, Needs, Observation, Observe, Phase, Positions, Queries, Scorer,
     Step, Verdict, Visible,
 };
+pub use ranking::{Best, Ranking};
 pub use share::{BudgetTable, Share};
 pub use spec::{LayerSpec, ModelSpec, PastContext};
 pub(crate) use units::HeadMeta;

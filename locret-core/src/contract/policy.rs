@@ -6,7 +6,7 @@
 
 use crate::{
     Dense, Error, Fold, Guard, KvStore, LayerSpec, LayerUnits, ModelSpec, Placement, Prefill,
-    Result, Rows, Scores, Selection, Views,
+    Ranking, Result, Rows, Scores, Selection, Views,
 };
 use serde::{Deserialize, Serialize};
 use std::{fmt::Debug, sync::Arc};
@@ -134,6 +134,20 @@ pub trait KvCachePolicy: Debug + Send + Sync {
     /// Any; the sequence is then unusable.
     fn step(&self, at: &Step, units: &LayerUnits<'_>) -> Result<Verdict>;
 
+    /// What [`step`](Self::step) would say, if it can be said without looking at a score: that so many of each head's
+    /// best units stay, by scores that they are born with. Asked for before `step`, and where there is an answer instead
+    /// of it, of a layer that is computed on a device on which positions and scores can lie
+    /// ([`Compute::unit_lists`](crate::Compute::unit_lists)): units are then chosen there, and nobody waits. `None`, the
+    /// default, where `step` is to be asked.
+    ///
+    /// A policy around another one that looks at what that decides must not hand this on.
+    ///
+    /// # Errors
+    /// Any; the sequence is then unusable.
+    fn ranking(&self, _at: &Step, _units: &LayerUnits<'_>) -> Result<Option<Ranking>> {
+        Ok(None)
+    }
+
     /// Says what stays in all layers at once, in a policy whose verdicts are due after the last layer
     /// ([`Needs::all_layers`], [`Needs::surprisal`]): one verdict for each layer.
     ///
@@ -201,6 +215,10 @@ impl<P: KvCachePolicy + ?Sized> KvCachePolicy for Arc<P> {
 
     fn step(&self, at: &Step, units: &LayerUnits<'_>) -> Result<Verdict> {
         (**self).step(at, units)
+    }
+
+    fn ranking(&self, at: &Step, units: &LayerUnits<'_>) -> Result<Option<Ranking>> {
+        (**self).ranking(at, units)
     }
 
     fn steps(&self, at: &[Step], units: &[LayerUnits<'_>]) -> Result<Vec<Verdict>> {
@@ -339,6 +357,17 @@ pub trait Scorer: Debug + Send + Sync {
     /// # Errors
     /// Any; the sequence is then unusable.
     fn score(&self, at: &Step, units: &LayerUnits<'_>) -> Result<Scores>;
+
+    /// The scores of the new units alone, `[new, kv_heads]`, where the layer is computed, of a scorer that
+    /// [carries](Self::carries) one number with each unit, which stays what it is born with, and chooses by nothing else.
+    /// Units can then be chosen without anybody waiting for a device ([`KvCachePolicy::ranking`]), and positions and
+    /// carried scores should not be looked at here. `None`, the default, where [`score`](Self::score) is to be asked.
+    ///
+    /// # Errors
+    /// Any; the sequence is then unusable.
+    fn born(&self, _at: &Step, _units: &LayerUnits<'_>) -> Result<Option<Rows>> {
+        Ok(None)
+    }
 
     /// What units carry on from a step in which nothing goes, if the scorer [carries](Self::carries)
     /// anything: their scores, unless these are needed only where something goes.

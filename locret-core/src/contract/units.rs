@@ -2,7 +2,9 @@
 
 use crate::{
     Attention, Compute, Error, KvStore, LayerSpec, Observation, Result, RopeTable, Rotation, Rows,
-    TableRows, engine::Rope, host, stores,
+    TableRows,
+    engine::{Lists, Rope},
+    host, stores,
 };
 use burn::tensor::Tensor;
 use std::ops::Range;
@@ -181,7 +183,7 @@ pub struct Survey {
 pub struct LayerUnits<'a> {
     pub(crate) layer: LayerSpec,
     pub(crate) incoming: usize,
-    pub(crate) heads: &'a [HeadMeta],
+    pub(crate) lists: &'a Lists,
     pub(crate) notes: &'a [f32],
     pub(crate) store: &'a dyn KvStore,
     pub(crate) rope: &'a Rope,
@@ -207,7 +209,7 @@ pub struct Part<'a> {
     of: &'a LayerUnits<'a>,
     /// `None` for those that are seen anyway.
     units: Option<&'a Selection>,
-    heads: Vec<HeadMeta>,
+    lists: Lists,
     observed: Option<Observed>,
 }
 
@@ -215,7 +217,7 @@ impl Part<'_> {
     /// As a policy sees them.
     pub fn units(&self) -> LayerUnits<'_> {
         LayerUnits {
-            heads: &self.heads,
+            lists: &self.lists,
             observed: self.observed.as_ref().or(self.of.observed),
             picked: self.units.map(Selection::heads).or(self.of.picked),
             ..*self.of
@@ -240,7 +242,7 @@ impl<'a> LayerUnits<'a> {
 
     /// KV heads.
     pub fn kv_heads(&self) -> usize {
-        self.heads.len()
+        self.lists.kv_heads()
     }
 
     /// Units that `head` holds, the new ones included.
@@ -248,17 +250,17 @@ impl<'a> LayerUnits<'a> {
     /// # Panics
     /// Here and below, for a head that the layer does not have.
     pub fn len(&self, head: usize) -> usize {
-        self.heads[head].positions.len()
+        self.lists.len(head)
     }
 
     /// Whether no head holds anything.
     pub fn is_empty(&self) -> bool {
-        self.heads.iter().all(|h| h.positions.is_empty())
+        self.longest() == 0
     }
 
     /// The most units that a head holds.
     pub fn longest(&self) -> usize {
-        (0..self.kv_heads()).map(|h| self.len(h)).max().unwrap_or(0)
+        self.lists.longest()
     }
 
     /// How many of the units are new in this step: the last ones of every head.
@@ -267,15 +269,19 @@ impl<'a> LayerUnits<'a> {
     }
 
     /// Positions in the original sequence of the units of `head`, ascending.
+    ///
+    /// # Panics
+    /// Here and in [`carried`](Self::carried), in [`KvCachePolicy::ranking`](crate::KvCachePolicy::ranking) alone, if
+    /// they lie on a device that fails.
     pub fn positions(&self, head: usize) -> &'a [u32] {
-        &self.heads[head].positions
+        &self.lists.heads()[head].positions
     }
 
     /// The scores that earlier verdicts left with the units of `head`: one for each unit that is
     /// not new (`len - incoming`), or as many as the policy says
     /// ([`carried_width`](crate::KvCachePolicy::carried_width)), unit by unit; or none at all.
     pub fn carried(&self, head: usize) -> &'a [f32] {
-        &self.heads[head].scores
+        &self.lists.heads()[head].scores
     }
 
     /// What earlier verdicts noted of this layer as a whole ([`Verdict::notes`](crate::Verdict::notes)); nothing at
@@ -430,7 +436,7 @@ impl<'a> LayerUnits<'a> {
         Ok(Part {
             of: self,
             units: Some(units),
-            heads,
+            lists: Lists::of(heads),
             observed,
         })
     }
@@ -439,7 +445,8 @@ impl<'a> LayerUnits<'a> {
     /// around others, which keep more of a unit than the scorer inside does.
     pub fn carrying(&'a self, carried: Vec<Vec<f32>>) -> Part<'a> {
         let heads = self
-            .heads
+            .lists
+            .heads()
             .iter()
             .zip(carried)
             .map(|(head, scores)| HeadMeta {
@@ -449,7 +456,7 @@ impl<'a> LayerUnits<'a> {
         Part {
             of: self,
             units: None,
-            heads: heads.collect(),
+            lists: Lists::of(heads.collect()),
             observed: None,
         }
     }

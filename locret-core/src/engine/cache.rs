@@ -2,14 +2,15 @@
 //! policy says.
 
 use super::{
+    lists::{Lists, give_back},
     pass::{Pass, SequenceStep},
     probe::Probe,
     rope::Rope,
 };
 use crate::{
     Compute, DType, Error, Keep, Kernels, KvCachePolicy, KvStore, ModelSpec, Needs, Phase,
-    Placement, Positions, Result, Rotation, Scores, TableRows, Verdict, contract::HeadMeta,
-    layer_compute, stores,
+    Placement, Positions, Ranking, Result, Rotation, Scores, TableRows, Verdict,
+    contract::HeadMeta, layer_compute, stores,
 };
 use std::sync::Arc;
 
@@ -101,7 +102,7 @@ pub struct SequenceCache {
 #[derive(Debug)]
 pub(super) struct LayerCache {
     pub(super) store: Box<dyn KvStore>,
-    pub(super) heads: Vec<HeadMeta>,
+    pub(super) lists: Lists,
     /// What the policy noted of the layer as a whole.
     pub(super) notes: Vec<f32>,
     /// Compact positions only: the stored keys are rotated at `0..n`.
@@ -151,7 +152,7 @@ impl SequenceCache {
                 Ok(LayerCache {
                     bytes: store.bytes(),
                     store,
-                    heads: vec![HeadMeta::default(); spec.kv_heads],
+                    lists: Lists::new(spec.kv_heads),
                     notes: Vec::new(),
                     rotated: false,
                     units: 0,
@@ -195,7 +196,7 @@ impl SequenceCache {
                 .iter()
                 .map(|layer| LayerCache {
                     store: layer.store.fork(),
-                    heads: layer.heads.clone(),
+                    lists: layer.lists.fork(),
                     notes: layer.notes.clone(),
                     rotated: layer.rotated,
                     units: layer.units,
@@ -285,8 +286,10 @@ impl SequenceCache {
     pub(super) fn scored_for(&self, policy: &dyn KvCachePolicy) -> bool {
         self.layers.iter().enumerate().all(|(index, layer)| {
             let width = policy.carried_width(&self.spec.layer(index));
-            let mut heads = layer.heads.iter().filter(|head| !head.scores.is_empty());
-            heads.all(|head| head.positions.len().checked_mul(width) == Some(head.scores.len()))
+            layer.lists.lens().iter().enumerate().all(|(head, len)| {
+                let carried = layer.lists.carried(head);
+                carried == 0 || len.checked_mul(width) == Some(carried)
+            })
         })
     }
 
@@ -300,7 +303,7 @@ impl SequenceCache {
     /// # Panics
     /// Here and below, for a layer or a head that the model does not have.
     pub fn len(&self, layer: usize, head: usize) -> usize {
-        self.layers[layer].heads[head].positions.len()
+        self.layers[layer].lists.len(head)
     }
 
     /// Whether no token has been read.
@@ -309,14 +312,30 @@ impl SequenceCache {
     }
 
     /// Original positions of the units that a KV head of a layer holds, ascending.
+    ///
+    /// # Panics
+    /// Here and in [`scores`](Self::scores), if they lie on a device that fails: [`fetch`](Self::fetch) says so.
     pub fn positions(&self, layer: usize, head: usize) -> &[u32] {
-        &self.layers[layer].heads[head].positions
+        &self.layers[layer].lists.heads()[head].positions
     }
 
     /// Scores that are carried with the units of a KV head of a layer, as many for each as the policy says
     /// ([`KvCachePolicy::carried_width`]), unit by unit; empty if there are none.
     pub fn scores(&self, layer: usize, head: usize) -> &[f32] {
-        &self.layers[layer].heads[head].scores
+        &self.layers[layer].lists.heads()[head].scores
+    }
+
+    /// Brings all positions and scores to host memory that lie on a device: a policy whose units are chosen there
+    /// ([`KvCachePolicy::ranking`]) leaves them where they are. They are brought when they are asked for anyway; this
+    /// says what goes wrong.
+    ///
+    /// # Errors
+    /// [`Error::Device`]; [`Error::NotFinite`] for a score that is NaN.
+    pub fn fetch(&self) -> Result<()> {
+        for layer in &self.layers {
+            layer.lists.fetch()?;
+        }
+        Ok(())
     }
 
     /// What computes the units of a layer.
@@ -345,18 +364,15 @@ impl SequenceCache {
         &self.layers[layer].notes
     }
 
-    /// Bytes of positions, scores and notes now.
+    /// Bytes of positions, scores and notes now, wherever they lie.
     pub fn metadata_bytes(&self) -> usize {
-        let heads = self.layers.iter().flat_map(|l| &l.heads);
-        let numbers = heads.map(|h| h.positions.capacity() + h.scores.capacity());
-        let notes = self.layers.iter().map(|l| l.notes.capacity());
-        4 * numbers.chain(notes).sum::<usize>()
+        let of_layer = |layer: &LayerCache| layer.lists.bytes() + 4 * layer.notes.capacity();
+        self.layers.iter().map(of_layer).sum()
     }
 
     /// Units over all heads and layers now.
     pub fn units(&self) -> usize {
-        let heads = self.layers.iter().flat_map(|l| &l.heads);
-        heads.map(|h| h.positions.len()).sum()
+        self.layers.iter().flat_map(|l| l.lists.lens()).sum()
     }
 
     /// The most that was held at any moment so far.
@@ -400,8 +416,7 @@ impl SequenceCache {
     /// The pass is over, and all layers agree.
     pub(super) fn end(&mut self, incoming: usize) {
         self.seen += incoming;
-        let mut heads = self.layers.iter().flat_map(|l| &l.heads);
-        let scored = heads.any(|h| !h.scores.is_empty());
+        let scored = self.layers.iter().any(LayerCache::scored);
         self.scored_by = self.policy.carries().filter(|_| scored);
         self.midway = false;
     }
@@ -424,7 +439,7 @@ impl SequenceCache {
         let policy = &self.policy;
         let broken = |message| Error::policy(policy.name(), message);
         let width = policy.carried_width(&self.spec.layer(layer));
-        this.set_scores(scores, width).map_err(broken)?;
+        this.set_scores(scores, width)?.map_err(broken)?;
         if let Some(mut notes) = notes {
             let (found, due) = (notes.len(), policy.noted(&self.spec.layer(layer)));
             if found != due {
@@ -434,7 +449,7 @@ impl SequenceCache {
             give_back(&mut notes);
             this.notes = notes;
         }
-        let heads = this.heads.len();
+        let heads = this.lists.kv_heads();
         if !folds.is_empty() && folds.len() != heads {
             let found = format!("folds for {} KV heads of {heads}", folds.len());
             return Err(broken(found));
@@ -444,7 +459,7 @@ impl SequenceCache {
         }
         if let Some(kept) = kept {
             let kept = kept.heads();
-            stores::check_retain(kept, this.heads.iter().map(|h| h.positions.len()))
+            stores::check_retain(kept, this.lists.lens().iter().copied())
                 .map_err(|e| broken(e.to_string()))?;
             let head_dim = self.spec.head_dim;
             let compute = &*self.places[layer].compute;
@@ -455,10 +470,33 @@ impl SequenceCache {
             if !everything {
                 return Err(broken("units are put away while others are dropped".into()));
             }
-            let lens: Vec<usize> = this.heads.iter().map(|h| h.positions.len()).collect();
-            stores::check_away(&away, &lens).map_err(broken)?;
+            stores::check_away(&away, this.lists.lens()).map_err(broken)?;
             this.store.put_away(&away)?;
         }
+        this.count();
+        Ok(())
+    }
+
+    /// Carries out on one layer what is said without a look at its scores.
+    pub(super) fn apply_ranking(&mut self, layer: usize, ranking: &Ranking) -> Result<()> {
+        let this = &mut self.layers[layer];
+        let compute = &*self.places[layer].compute;
+        this.lists.born(&ranking.born, compute)?;
+        let best = ranking.best.as_deref().filter(|best| {
+            let mut heads = best.iter().zip(this.lists.lens());
+            heads.any(|(best, len)| best.keep < *len)
+        });
+        if let Some(best) = best {
+            this.unturn(&mut self.rope, self.spec.head_dim, compute)?;
+            match this.lists.keep(best)? {
+                Some(kept) => this.store.retain_listed(&kept)?,
+                None => {
+                    let found = "scores for some of the units, by which all are chosen";
+                    return Err(Error::policy(self.policy.name(), found));
+                }
+            }
+        }
+        this.store.settle()?;
         this.count();
         Ok(())
     }
@@ -526,7 +564,7 @@ impl SequenceCache {
             }
         };
         for (layer, place) in self.layers.iter_mut().zip(&self.places) {
-            let (heads, compute) = (&layer.heads, &place.compute);
+            let (heads, compute) = (layer.lists.fetch()?, &place.compute);
             layer.store.turn_keys(&|head, keys| {
                 let by = |table| Rotation {
                     table,
@@ -578,47 +616,21 @@ pub(super) fn needs(spec: &ModelSpec, policy: &dyn KvCachePolicy, probe: Needs) 
 impl LayerCache {
     /// The most units that a head holds.
     pub(super) fn longest(&self) -> usize {
-        let lens = self.heads.iter().map(|head| head.positions.len());
-        lens.max().unwrap_or(0)
+        self.lists.longest()
+    }
+
+    /// Whether any unit carries anything.
+    fn scored(&self) -> bool {
+        (0..self.lists.kv_heads()).any(|head| self.lists.carried(head) > 0)
     }
 
     /// Scores of all heads' units, or of none.
-    fn set_scores(&mut self, scores: Option<Scores>, width: usize) -> Result<(), String> {
-        let heads = self.heads.len();
-        if let Some(found) = scores.as_ref().map(Scores::width).filter(|w| *w != width) {
-            return Err(format!("{found} numbers for a unit, {width} are due"));
-        }
-        let first = scores.as_ref().map_or(0, Scores::first);
-        let scores = scores.map_or_else(|| vec![Vec::new(); heads], Scores::into_inner);
-        if scores.len() != heads {
-            return Err(format!("scores for {} KV heads of {heads}", scores.len()));
-        }
-        for (head, mut scores) in self.heads.iter_mut().zip(scores) {
-            if first > 0 {
-                let old = first.saturating_mul(width);
-                if head.scores.len() < old {
-                    let found = head.scores.len() / width.max(1);
-                    return Err(format!(
-                        "scores after {first} units, of which {found} have any"
-                    ));
-                }
-                head.scores.truncate(old);
-                if head.scores.capacity() - old < scores.len() {
-                    // As for positions: exactly these, or a few more of single tokens.
-                    let reserve = scores.len().max(stores::RESERVE * width);
-                    head.scores.reserve_exact(reserve);
-                }
-                head.scores.extend_from_slice(&scores);
-            } else {
-                give_back(&mut scores);
-                head.scores = scores;
-            }
-            let (found, units) = (head.scores.len(), head.positions.len());
-            if found != 0 && found != units * width {
-                return Err(format!("{} scores for {units} units", found / width.max(1)));
-            }
-        }
-        Ok(())
+    fn set_scores(
+        &mut self,
+        scores: Option<Scores>,
+        width: usize,
+    ) -> Result<std::result::Result<(), String>> {
+        Ok(set_scores(self.lists.heads_mut()?, scores, width))
     }
 
     /// Drops all units but those that are listed for each head.
@@ -629,23 +641,23 @@ impl LayerCache {
         head_dim: usize,
         compute: &dyn Compute,
     ) -> Result<()> {
-        let mut heads = kept.iter().zip(&self.heads);
-        if heads.all(|(kept, head)| kept.len() == head.positions.len()) {
+        let mut heads = kept.iter().zip(self.lists.lens());
+        if heads.all(|(kept, len)| kept.len() == *len) {
             return Ok(());
         }
-        if self.rotated {
-            // What is kept will stand elsewhere.
-            let table = rope.contiguous(self.longest());
-            let turn = Rotation::contiguous(&table, head_dim);
-            self.turn(compute, &turn.undone())?;
-        }
+        self.unturn(rope, head_dim, compute)?;
         self.store.retain(kept)?;
-        for (head, kept) in self.heads.iter_mut().zip(kept) {
-            let width = head.scores.len() / head.positions.len().max(1);
-            gather(&mut head.positions, 1, kept);
-            gather(&mut head.scores, width, kept);
+        self.lists.retain(kept)
+    }
+
+    /// To be called before units go, since what is kept will stand elsewhere.
+    fn unturn(&mut self, rope: &mut Rope, head_dim: usize, compute: &dyn Compute) -> Result<()> {
+        if !self.rotated {
+            return Ok(());
         }
-        Ok(())
+        let table = rope.contiguous(self.longest());
+        let turn = Rotation::contiguous(&table, head_dim);
+        self.turn(compute, &turn.undone())
     }
 
     /// Rotates the stored keys at compact positions, or back. Leaves them alone where the store
@@ -659,43 +671,52 @@ impl LayerCache {
     }
 }
 
-/// Keeps the listed elements of `width` values each, in place.
-fn gather<T: Copy>(values: &mut Vec<T>, width: usize, kept: &[u32]) {
-    if values.is_empty() {
-        return;
+/// Scores of all heads' units, or of none; what is wrong with them.
+fn set_scores(heads: &mut [HeadMeta], scores: Option<Scores>, width: usize) -> Result<(), String> {
+    if let Some(found) = scores.as_ref().map(Scores::width).filter(|w| *w != width) {
+        return Err(format!("{found} numbers for a unit, {width} are due"));
     }
-    for (to, from) in kept.iter().enumerate() {
-        let from = *from as usize * width;
-        values.copy_within(from..from + width, to * width);
+    let first = scores.as_ref().map_or(0, Scores::first);
+    let scores = scores.map_or_else(|| vec![Vec::new(); heads.len()], Scores::into_inner);
+    if scores.len() != heads.len() {
+        return Err(format!(
+            "scores for {} KV heads of {}",
+            scores.len(),
+            heads.len()
+        ));
     }
-    values.truncate(kept.len() * width);
-    give_back(values);
-}
-
-/// What is not needed; a small reserve stays.
-fn give_back<T>(values: &mut Vec<T>) {
-    if values.capacity() - values.len() > stores::RESERVE {
-        values.shrink_to_fit();
+    for (head, mut scores) in heads.iter_mut().zip(scores) {
+        if first > 0 {
+            let old = first.saturating_mul(width);
+            if head.scores.len() < old {
+                let found = head.scores.len() / width.max(1);
+                return Err(format!(
+                    "scores after {first} units, of which {found} have any"
+                ));
+            }
+            head.scores.truncate(old);
+            if head.scores.capacity() - old < scores.len() {
+                // As for positions: exactly these, or a few more of single tokens.
+                let reserve = scores.len().max(stores::RESERVE * width);
+                head.scores.reserve_exact(reserve);
+            }
+            head.scores.extend_from_slice(&scores);
+        } else {
+            give_back(&mut scores);
+            head.scores = scores;
+        }
+        let (found, units) = (head.scores.len(), head.positions.len());
+        if found != 0 && found != units * width {
+            return Err(format!("{} scores for {units} units", found / width.max(1)));
+        }
     }
+    Ok(())
 }
 
 impl LayerCache {
     /// To be called when units came or went.
     pub(super) fn count(&mut self) {
-        self.units = self.heads.iter().map(|head| head.positions.len()).sum();
+        self.units = self.lists.lens().iter().sum();
         self.bytes = self.store.bytes();
-    }
-
-    /// New units of every head, at positions from `first` on.
-    pub(super) fn note_units(&mut self, first: usize, new: usize) {
-        for head in &mut self.heads {
-            let positions = &mut head.positions;
-            if positions.capacity() - positions.len() < new {
-                // As stores do: exactly these, or a few more of single ones.
-                let reserve = if new == 1 { stores::RESERVE } else { new };
-                positions.reserve_exact(reserve);
-            }
-            positions.extend(first as u32..(first + new) as u32);
-        }
     }
 }

@@ -2,6 +2,7 @@
 
 mod batch;
 mod cache;
+mod lists;
 mod pass;
 mod plan;
 mod prefix;
@@ -16,6 +17,7 @@ pub use batch::{
     Batch, Batcher, End, Ended, Event, Handle, Kept, Limits, Load, Request, SequenceId, Sink, TURN,
 };
 pub use cache::{CacheOptions, Peak, SequenceCache};
+pub(crate) use lists::Lists;
 pub use pass::{Pass, SequenceStep, forward};
 pub use plan::{Plan, plan, plan_layers};
 pub use prefix::{PrefixCache, PrefixStats};

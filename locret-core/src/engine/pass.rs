@@ -6,7 +6,7 @@ use super::{
 };
 use crate::{
     Attention, CausalLm, Error, LayerUnits, ModelSpec, Needs, Observation, Observed, Phase,
-    Positions, Qkv, Result, RopeTable, Rotation, Rows, Sight, Step, TableRows, Visible,
+    Positions, Qkv, Ranking, Result, RopeTable, Rotation, Rows, Sight, Step, TableRows, Visible,
 };
 use std::{
     fmt,
@@ -433,14 +433,15 @@ impl<'a> SequenceStep<'a> {
         let this = &mut cache.layers[layer];
         this.store.append(&k, &v)?;
         drop((k, v));
-        this.note_units(cache.seen, t);
+        this.lists.note_units(cache.seen, t);
         let visible = match needs.before {
             true => {
+                this.lists.fetch()?;
                 let at = Step::new(spec, self.phase, cache.seen, t, self.total);
                 let units = LayerUnits {
                     layer: spec,
                     incoming: t,
-                    heads: &this.heads,
+                    lists: &this.lists,
                     notes: &this.notes,
                     store: &*this.store,
                     rope: &cache.rope,
@@ -461,9 +462,9 @@ impl<'a> SequenceStep<'a> {
         };
         let far = match &visible {
             Visible::Chosen(views) => {
-                let lens: Vec<usize> = this.heads.iter().map(|h| h.positions.len()).collect();
+                let lens = this.lists.lens();
                 let wrong = |found| Error::policy(cache.policy.name(), found);
-                views.check(t, spec.heads, &lens).map_err(wrong)?;
+                views.check(t, spec.heads, lens).map_err(wrong)?;
                 match (views.distance(), plain) {
                     (Some(distance), Some(plain)) => {
                         let (rope, head_dim) = (&cache.rope, spec.head_dim);
@@ -481,13 +482,13 @@ impl<'a> SequenceStep<'a> {
         };
         let this = &mut cache.layers[layer];
         if this.store.tiered() {
-            let lens: Vec<usize> = this.heads.iter().map(|h| h.positions.len()).collect();
+            let lens = this.lists.lens();
             let seen = match &visible {
                 Visible::All => lens
                     .iter()
                     .map(|len| std::iter::once(0..*len).collect())
                     .collect(),
-                Visible::Chosen(views) => views.seen(t, &lens),
+                Visible::Chosen(views) => views.seen(t, lens),
             };
             this.store.bring(&seen)?;
         }
@@ -561,7 +562,7 @@ impl<'a> SequenceStep<'a> {
                 LayerUnits {
                     layer: step.layer,
                     incoming,
-                    heads: &this.heads,
+                    lists: &this.lists,
                     notes: &this.notes,
                     store: &*this.store,
                     rope: &cache.rope,
@@ -579,6 +580,27 @@ impl<'a> SequenceStep<'a> {
             })
             .collect();
         let begun = Instant::now();
+        let watched = self.probe.as_ref().is_some_and(|probe| probe.decides());
+        if let (false, false, [step], [units]) =
+            (self.needs.later(), watched, &steps[..], &units[..])
+        {
+            let listed = units.lists.ranked(incoming)
+                && units.compute.unit_lists(units.kv_heads()).is_some();
+            let ranking = match listed {
+                true => cache.policy.ranking(step, units)?,
+                false => None,
+            };
+            if let Some(ranking) = ranking {
+                check_ranking(&ranking, units)
+                    .map_err(|found| Error::policy(cache.policy.name(), found))?;
+                cache.apply_ranking(first, &ranking)?;
+                cache.note_peak(first, self.phase);
+                return Ok(());
+            }
+        }
+        for layer in layers.clone() {
+            cache.layers[layer].lists.fetch()?;
+        }
         let verdicts = match (self.needs.later(), &steps[..], &units[..]) {
             (false, [step], [units]) => vec![cache.policy.step(step, units)?],
             _ => cache.policy.steps(&steps, &units)?,
@@ -626,6 +648,31 @@ impl<'a> SequenceStep<'a> {
     }
 }
 
+/// What is wrong with a ranking of these units.
+fn check_ranking(ranking: &Ranking, units: &LayerUnits<'_>) -> std::result::Result<(), String> {
+    let (found, due) = (ranking.born.shape(), [units.incoming(), units.kv_heads()]);
+    if found != due {
+        return Err(format!("scores of new units {found:?}, {due:?} are due"));
+    }
+    let Some(best) = &ranking.best else {
+        return Ok(());
+    };
+    if best.len() != units.kv_heads() {
+        let found = best.len();
+        return Err(format!(
+            "budgets for {found} KV heads of {}",
+            units.kv_heads()
+        ));
+    }
+    for (head, best) in best.iter().enumerate() {
+        let len = units.len(head);
+        if best.keep > len || best.first.saturating_add(best.newest) > best.keep {
+            return Err(format!("{best:?} of {len} units of KV head {head}"));
+        }
+    }
+    Ok(())
+}
+
 /// One over the length of each of the last `count` rows; of a row of zeros, 0.
 fn inverse_norms(rows: &Rows, count: usize) -> Result<Vec<f32>> {
     let values = rows.values()?;
@@ -667,7 +714,7 @@ fn rotated(
         return Ok((compute.rotate(q, &by)?, compute.rotate(k, &by)?, None));
     }
     let this = &mut cache.layers[layer];
-    let lens: Vec<usize> = this.heads.iter().map(|h| h.positions.len()).collect();
+    let lens = this.lists.lens().to_vec();
     let table = cache.rope.contiguous(this.longest() + k.rows());
     // While single tokens come nothing moves, so that keys are rotated once and for all; chunks are
     // followed by evictions, after which every key stands elsewhere.

@@ -31,6 +31,12 @@ pub trait Probe: Send {
         Needs::NOTHING
     }
 
+    /// Whether [`decided`](Self::decided) is to be called. If not, units may be chosen on a device without a verdict that
+    /// anybody could look at ([`KvCachePolicy::ranking`](crate::KvCachePolicy::ranking)).
+    fn decides(&self) -> bool {
+        true
+    }
+
     /// Called with every verdict, before it is carried out.
     ///
     /// # Errors
@@ -85,6 +91,10 @@ pub type OnChunk<'a> = &'a mut (dyn FnMut(&ChunkDone<'_>) -> Result<()> + Send);
 pub(super) struct EachChunk<'a>(pub(super) OnChunk<'a>);
 
 impl Probe for EachChunk<'_> {
+    fn decides(&self) -> bool {
+        false
+    }
+
     fn chunk(&mut self, done: &ChunkDone<'_>) -> Result<()> {
         (self.0)(done)
     }

@@ -22,7 +22,7 @@ pub use scratch::{Scratch, Tier};
 pub use spilled::Spilled;
 pub(crate) use tensor::TensorStore;
 
-use crate::{Compute, DType, Error, LayerSpec, Result, Rows, SnapshotError};
+use crate::{Compute, DType, Error, KeptUnits, LayerSpec, Result, Rows, SnapshotError};
 use growth::DenseGrowth;
 use locret_kernels::tiles::KvTiles;
 use std::{
@@ -61,6 +61,15 @@ pub trait KvStore: Debug + Send + Sync {
     /// [`Error::Shape`] for a wrong number of lists, [`Error::Setting`] for a list that is not
     /// strictly ascending or names a unit that is not there. Nothing has changed then.
     fn retain(&mut self, kept: &[Vec<u32>]) -> Result<()>;
+
+    /// As [`retain`](Self::retain), of units that are known where they lie alone. The default brings their numbers to the
+    /// host.
+    ///
+    /// # Errors
+    /// As `retain`.
+    fn retain_listed(&mut self, kept: &KeptUnits) -> Result<()> {
+        self.retain(&kept.read()?)
+    }
 
     /// Units that `head` holds.
     fn len(&self, head: usize) -> usize;

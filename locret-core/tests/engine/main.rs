@@ -8,6 +8,7 @@ mod drift;
 mod fetched;
 mod hostile;
 mod kernels;
+mod listed;
 mod longrope;
 mod many;
 mod memory;

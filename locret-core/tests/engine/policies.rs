@@ -2,7 +2,7 @@
 
 use locret_core::{
     Fold, Keep, KvCachePolicy, KvStore, LayerSpec, LayerUnits, Needs, Observation, Placement,
-    Positions, Quantization, QuantizedStore, Queries, Result, Scorer, Scores, Step, Verdict,
+    Positions, Quantization, QuantizedStore, Queries, Result, Rows, Scorer, Scores, Step, Verdict,
 };
 
 /// Any policy over a store of codes.
@@ -111,6 +111,31 @@ impl Scorer for Chance {
 #[derive(Debug)]
 pub(crate) struct Birth;
 
+impl Birth {
+    /// By token, the scores of all KV heads.
+    fn new(at: &Step, units: &LayerUnits<'_>) -> Result<Vec<f32>> {
+        let LayerSpec {
+            heads,
+            kv_heads,
+            head_dim: d,
+            ..
+        } = at.layer;
+        let Some(qkv) = units.qkv() else {
+            return Ok(Vec::new());
+        };
+        let (q, k, v) = (qkv.q.values()?, qkv.k.values()?, qkv.v.values()?);
+        let dot = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| a * b).sum::<f32>();
+        let score = |i: usize| {
+            let (token, head) = (i / kv_heads, i % kv_heads);
+            let own = (token * kv_heads + head) * d;
+            let query = (token * heads + head * at.layer.group()) * d;
+            let (k, q) = (&k[own..own + d], &q[query..query + d]);
+            dot(q, k) + dot(k, &v[own..own + d])
+        };
+        Ok((0..units.incoming() * kv_heads).map(score).collect())
+    }
+}
+
 impl Scorer for Birth {
     fn name(&self) -> String {
         "birth".into()
@@ -124,26 +149,16 @@ impl Scorer for Birth {
         true
     }
 
+    fn born(&self, at: &Step, units: &LayerUnits<'_>) -> Result<Option<Rows>> {
+        let new = Self::new(at, units)?;
+        Rows::new(new, units.kv_heads(), units.compute().device()).map(Some)
+    }
+
     fn score(&self, at: &Step, units: &LayerUnits<'_>) -> Result<Scores> {
-        let LayerSpec {
-            heads,
-            kv_heads,
-            head_dim: d,
-            ..
-        } = at.layer;
+        let kv_heads = units.kv_heads();
         let mut all: Vec<Vec<f32>> = (0..kv_heads).map(|h| units.carried(h).to_vec()).collect();
-        if let Some(qkv) = units.qkv() {
-            let (q, k, v) = (qkv.q.values()?, qkv.k.values()?, qkv.v.values()?);
-            for token in 0..units.incoming() {
-                for (head, scores) in all.iter_mut().enumerate() {
-                    let own = (token * kv_heads + head) * d;
-                    let query = (token * heads + head * at.layer.group()) * d;
-                    let dot =
-                        |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| a * b).sum::<f32>();
-                    let (k, q) = (&k[own..own + d], &q[query..query + d]);
-                    scores.push(dot(q, k) + dot(k, &v[own..own + d]));
-                }
-            }
+        for token in Self::new(at, units)?.chunks_exact(kv_heads) {
+            all.iter_mut().zip(token).for_each(|(all, x)| all.push(*x));
         }
         Scores::per_head(all)
     }

@@ -62,7 +62,7 @@ impl Perceptron for Formed {
         [inputs, inner, self.outputs]
     }
 
-    fn apply(&self, parts: &[&Rows]) -> Result<Vec<f32>> {
+    fn apply(&self, parts: &[&Rows]) -> Result<Rows> {
         let [x] = parts else {
             return Err(Error::Shape {
                 what: "what a head reads",
@@ -92,7 +92,7 @@ impl Perceptron for Formed {
                 Tail::Gate(gate) => gate.apply(row, self.outputs, &mut out),
             }
         }
-        Ok(out)
+        Rows::new(out, self.outputs, &x.device())
     }
 }
 

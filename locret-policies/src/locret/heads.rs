@@ -109,6 +109,14 @@ impl RetainingHeads {
     /// # Errors
     /// [`Error::Shape`] for a layer or width that the heads don't have, [`Error::Device`].
     pub fn scores(&self, layer: usize, parts: &[&Rows]) -> Result<Vec<f32>> {
+        self.rows(layer, parts)?.into_values()
+    }
+
+    /// The same scores where the layer is computed, so that nobody waits for a device.
+    ///
+    /// # Errors
+    /// As [`scores`](Self::scores).
+    pub fn rows(&self, layer: usize, parts: &[&Rows]) -> Result<Rows> {
         let head = self.layers.get(layer).ok_or_else(|| Error::Shape {
             what: "retaining heads",
             expected: format!("more than {layer} layers"),
@@ -303,7 +311,7 @@ mod tests {
                 for (fc1, inputs, x) in [(&head.fc1, features, &qkv), (&folded, hidden, &x)] {
                     let fc1 = packed(fc1, d_r, inputs, &mut Arena::default());
                     let head = compute.perceptron(fc1, head.fc2.clone()).unwrap();
-                    all.push(head.apply(&[x]).unwrap());
+                    all.push(head.apply(&[x]).unwrap().into_values().unwrap());
                 }
             }
             for found in &all[1..] {

@@ -12,8 +12,8 @@ pub use weights::{Gate, HeadAdvice, HeadForm, HeadInput, HeadWeights, LayerHead}
 
 use crate::published::Published;
 use locret_core::{
-    Budget, Error, Evict, Guard, LayerUnits, ModelSpec, Needs, Positions, Result, Scorer, Scores,
-    Step,
+    Budget, Error, Evict, Guard, LayerUnits, ModelSpec, Needs, Positions, Result, Rows, Scorer,
+    Scores, Step,
 };
 use std::sync::Arc;
 
@@ -78,6 +78,22 @@ impl Locret {
             .with_positions(Positions::Compact)
     }
 
+    /// What new units are born with, `[new, kv_heads]`.
+    fn new_scores(&self, at: &Step, units: &LayerUnits<'_>) -> Result<Rows> {
+        let missing = || Error::policy(self.name(), "what its heads read is missing");
+        let layer = at.layer.index;
+        match self.heads.reads() {
+            HeadInput::Layer => {
+                let input = units.input().ok_or_else(missing)?;
+                self.heads.rows(layer, &[input])
+            }
+            HeadInput::Qkv => {
+                let qkv = units.qkv().ok_or_else(missing)?;
+                self.heads.rows(layer, &[&qkv.q, &qkv.k, &qkv.v])
+            }
+        }
+    }
+
     /// The heads.
     pub fn heads(&self) -> &RetainingHeads {
         &self.heads
@@ -125,6 +141,17 @@ impl Scorer for Locret {
         self.heads.validate(model)
     }
 
+    /// Of Locret's own heads; those of other forms end on the host.
+    fn born(&self, at: &Step, units: &LayerUnits<'_>) -> Result<Option<Rows>> {
+        if self.heads.form() != HeadForm::Locret {
+            return Ok(None);
+        }
+        Ok(Some(match units.incoming() {
+            0 => Rows::new(Vec::new(), units.kv_heads(), units.compute().device())?,
+            _ => self.new_scores(at, units)?,
+        }))
+    }
+
     fn score(&self, at: &Step, units: &LayerUnits<'_>) -> Result<Scores> {
         let kv_heads = units.kv_heads();
         let decays = self.heads.form() == HeadForm::Decay;
@@ -144,18 +171,7 @@ impl Scorer for Locret {
             })
             .collect();
         if units.incoming() > 0 {
-            let missing = || Error::policy(self.name(), "what its heads read is missing");
-            let new = match self.heads.reads() {
-                HeadInput::Layer => {
-                    let input = units.input().ok_or_else(missing)?;
-                    self.heads.scores(at.layer.index, &[input])?
-                }
-                HeadInput::Qkv => {
-                    let qkv = units.qkv().ok_or_else(missing)?;
-                    self.heads
-                        .scores(at.layer.index, &[&qkv.q, &qkv.k, &qkv.v])?
-                }
-            };
+            let new = self.new_scores(at, units)?.into_values()?;
             for (i, token) in new.chunks_exact(kv_heads).enumerate() {
                 let factor = match decays {
                     true => age(at.incoming, i as u32),

@@ -2,7 +2,7 @@
 
 use crate::published::Published;
 use locret_core::{
-    Error, Guard, LayerSpec, LayerUnits, ModelSpec, Needs, Phase, Positions, Result, Scorer,
+    Error, Guard, LayerSpec, LayerUnits, ModelSpec, Needs, Phase, Positions, Result, Rows, Scorer,
     Scores, Step,
 };
 use std::collections::BTreeMap;
@@ -100,6 +100,11 @@ impl<S: Scorer> Scorer for ChunkKv<S> {
 
     fn score(&self, at: &Step, units: &LayerUnits<'_>) -> Result<Scores> {
         self.inner.score(at, units)
+    }
+
+    /// Units are chosen by more than their own scores.
+    fn born(&self, _at: &Step, _units: &LayerUnits<'_>) -> Result<Option<Rows>> {
+        Ok(None)
     }
 
     fn carry(&self, at: &Step, units: &LayerUnits<'_>) -> Result<Scores> {

@@ -3,7 +3,8 @@
 use super::projection::OutputNorms;
 use crate::{published::Published, scorers::observed};
 use locret_core::{
-    Error, Guard, LayerSpec, LayerUnits, ModelSpec, Needs, Positions, Result, Scorer, Scores, Step,
+    Error, Guard, LayerSpec, LayerUnits, ModelSpec, Needs, Positions, Result, Rows, Scorer, Scores,
+    Step,
 };
 use std::sync::Arc;
 
@@ -152,6 +153,11 @@ impl<S: Scorer> Scorer for Critical<S> {
 
     fn score(&self, at: &Step, units: &LayerUnits<'_>) -> Result<Scores> {
         self.scored(at, units, true)
+    }
+
+    /// Units are chosen by more than their own scores.
+    fn born(&self, _at: &Step, _units: &LayerUnits<'_>) -> Result<Option<Rows>> {
+        Ok(None)
     }
 
     fn carry(&self, at: &Step, units: &LayerUnits<'_>) -> Result<Scores> {

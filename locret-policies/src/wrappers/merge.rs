@@ -3,7 +3,7 @@
 use burn::tensor::{Int, Tensor, TensorData};
 use locret_core::{
     Error, Fold, Held, Keep, KvCachePolicy, KvStore, LayerSpec, LayerUnits, ModelSpec, Needs,
-    Placement, Positions, Prefill, Result, Rows, Step, Verdict, Visible, into_f32,
+    Placement, Positions, Prefill, Ranking, Result, Rows, Step, Verdict, Visible, into_f32,
 };
 use serde::{Deserialize, Serialize};
 use std::str::FromStr;
@@ -215,6 +215,11 @@ impl<P: KvCachePolicy> KvCachePolicy for Merge<P> {
 
     fn step(&self, at: &Step, units: &LayerUnits<'_>) -> Result<Verdict> {
         self.merged(self.inner.step(at, units)?, units)
+    }
+
+    /// What is merged depends on what is dropped.
+    fn ranking(&self, _at: &Step, _units: &LayerUnits<'_>) -> Result<Option<Ranking>> {
+        Ok(None)
     }
 
     fn steps(&self, at: &[Step], units: &[LayerUnits<'_>]) -> Result<Vec<Verdict>> {

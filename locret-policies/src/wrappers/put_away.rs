@@ -3,8 +3,8 @@
 use crate::blocks;
 use locret_core::{
     Error, Held, Keep, KvCachePolicy, KvStore, LayerSpec, LayerUnits, ModelSpec, Needs,
-    Observation, Observe, Placement, Positions, Prefill, Queries, Result, Rows, Scores, Selection,
-    Step, Verdict, View, Views, Visible,
+    Observation, Observe, Placement, Positions, Prefill, Queries, Ranking, Result, Rows, Scores,
+    Selection, Step, Verdict, View, Views, Visible,
 };
 use std::ops::Range;
 
@@ -460,6 +460,11 @@ impl<P: KvCachePolicy> KvCachePolicy for PutAway<P> {
         let part = units.part(&near, carried)?;
         let verdict = self.inner.step(at, &part.units())?;
         self.answer(at, units, &near, verdict)
+    }
+
+    /// What is put away is chosen here, by verdicts.
+    fn ranking(&self, _at: &Step, _units: &LayerUnits<'_>) -> Result<Option<Ranking>> {
+        Ok(None)
     }
 
     fn steps(&self, at: &[Step], units: &[LayerUnits<'_>]) -> Result<Vec<Verdict>> {

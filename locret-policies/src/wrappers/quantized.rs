@@ -2,7 +2,7 @@
 
 use locret_core::{
     Held, KvCachePolicy, KvStore, LayerSpec, LayerUnits, ModelSpec, Needs, Placement, Positions,
-    Prefill, Quantization, QuantizedStore, Result, Rows, Step, Verdict, Visible,
+    Prefill, Quantization, QuantizedStore, Ranking, Result, Rows, Step, Verdict, Visible,
 };
 
 /// A policy whose units are kept as integers of 2, 3, 4 or 8 bits
@@ -86,6 +86,10 @@ impl<P: KvCachePolicy> KvCachePolicy for Quantized<P> {
 
     fn step(&self, at: &Step, units: &LayerUnits<'_>) -> Result<Verdict> {
         self.inner.step(at, units)
+    }
+
+    fn ranking(&self, at: &Step, units: &LayerUnits<'_>) -> Result<Option<Ranking>> {
+        self.inner.ranking(at, units)
     }
 
     fn steps(&self, at: &[Step], units: &[LayerUnits<'_>]) -> Result<Vec<Verdict>> {

@@ -2,7 +2,7 @@
 
 use locret_core::{
     Budget, Error, Held, KvCachePolicy, KvStore, LayerSpec, LayerUnits, ModelSpec, Needs,
-    Placement, Positions, Prefill, Result, Rows, Spilled, Step, Tier, Verdict, Visible,
+    Placement, Positions, Prefill, Ranking, Result, Rows, Spilled, Step, Tier, Verdict, Visible,
 };
 
 /// A policy of whose units at most so many are resident; what it says may be put away
@@ -138,6 +138,10 @@ impl<P: KvCachePolicy> KvCachePolicy for Tiered<P> {
 
     fn step(&self, at: &Step, units: &LayerUnits<'_>) -> Result<Verdict> {
         self.inner.step(at, units)
+    }
+
+    fn ranking(&self, at: &Step, units: &LayerUnits<'_>) -> Result<Option<Ranking>> {
+        self.inner.ranking(at, units)
     }
 
     fn steps(&self, at: &[Step], units: &[LayerUnits<'_>]) -> Result<Vec<Verdict>> {

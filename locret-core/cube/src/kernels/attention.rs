@@ -9,6 +9,7 @@
 //! Units of a cube are a grid: [`ACROSS`] of them share the rows, each with its part of a tile's keys and of
 //! the features.
 
+use super::online::{begin_of, end_of, load_queries, mix, scored, show, sights, write};
 use cubecl::prelude::*;
 
 /// Units that share some rows.
@@ -114,16 +115,9 @@ pub(crate) fn attend<S: Float>(
     #[comptime] form: Form,
     #[define(S)] _dtype: ElemType,
 ) {
-    let dim = comptime!(form.dim);
     let group = comptime!(form.group);
-    let rows = comptime!(form.rows);
     let size = comptime!(form.tile());
-    let stride = comptime!(form.stride());
-    let padded = comptime!(form.padded());
-    let columns = comptime!(form.padded() / ACROSS);
     let own_rows = comptime!(form.own_rows());
-    let own_keys = comptime!(form.tile() / ACROSS);
-    let units = comptime!(form.units());
 
     let mut queries = Shared::<[f32]>::new_slice(comptime!(form.rows * form.stride()));
     let mut tile = Shared::<[f32]>::new_slice(comptime!(form.tile() * form.stride()));
@@ -134,170 +128,67 @@ pub(crate) fn attend<S: Float>(
     let lane = unit % ACROSS;
     let mine = unit / ACROSS * own_rows;
     let head = CUBE_POS_Y as usize;
-    let heads = CUBE_COUNT_Y as usize * group;
-    let block = CUBE_POS_X as usize * rows;
+    let block = CUBE_POS_X as usize * comptime!(form.rows);
     let total = tokens * group;
     let first = bounds[head * 2] as usize;
     let len = bounds[head * 2 + 1] as usize;
     let old = len - tokens;
 
-    for i in range_stepped(unit, comptime!(form.rows * form.dim), units) {
-        let (row, feature) = (i / dim, i % dim);
-        let mut x = 0.0f32;
-        if block + row < total {
-            let token = (block + row) / group;
-            let at = (head * group + (block + row) % group) * dim + feature;
-            x = q[token * q.stride(0) + at] * scale;
-        }
-        queries[row * stride + feature] = x;
-    }
-
-    // What the block's last row sees, and of it what this part has.
-    let last = usize::min(block + rows, total) - 1;
-    let seen = old + last / group + 1;
-    let mut begin = 0usize;
-    let mut end = seen;
-    if comptime!(form.split) {
-        let share = len.div_ceil(CUBE_COUNT_Z as usize).div_ceil(size) * size;
-        begin = CUBE_POS_Z as usize * share;
-        end = usize::min(seen, begin + share);
-    }
-
+    load_queries(q, &mut queries, block, tokens, tokens, scale, unit, form);
+    let end = end_of(
+        block, total, old, len, form.rows, form.group, size, form.split,
+    );
+    let sight = sights(block + mine, total, old, end, form);
     let mut sums = Array::<f32>::new(own_rows);
     let mut most = Array::<f32>::new(own_rows);
-    let mut sight = Array::<usize>::new(own_rows);
     let mut made = Array::<f32>::new(comptime!(form.own_rows() * form.padded() / ACROSS));
     #[unroll]
     for r in 0..own_rows {
         sums[r] = 0.0;
         most[r] = HIDDEN;
-        // Units from this one on are hidden from the row; all of them, where there is no such row.
-        sight[r] = 0;
-        if block + mine + r < total {
-            sight[r] = usize::min(end, old + (block + mine + r) / group + 1);
-        }
-        #[unroll]
-        for c in 0..columns {
-            made[r * columns + c] = 0.0;
-        }
+    }
+    #[unroll]
+    for i in 0..comptime!(form.own_rows() * form.padded() / ACROSS) {
+        made[i] = 0.0;
     }
 
-    let mut at = begin;
+    let mut at = begin_of(len, size, form.split);
     while at < end {
         // What was here before has been read.
         sync_cube();
         load_keys::<S>(keys, cos, sin, &mut tile, first, at, end, unit, form);
         sync_cube();
-
-        let mut scores = Array::<f32>::new(comptime!(form.own_rows() * form.tile() / ACROSS));
-        #[unroll]
-        for i in 0..comptime!(form.own_rows() * form.tile() / ACROSS) {
-            scores[i] = 0.0;
-        }
-        for feature in 0..dim {
-            #[unroll]
-            for r in 0..own_rows {
-                let x = queries[(mine + r) * stride + feature];
-                #[unroll]
-                for k in 0..own_keys {
-                    scores[r * own_keys + k] += x * tile[(k * ACROSS + lane) * stride + feature];
-                }
-            }
-        }
-        #[unroll]
-        for r in 0..own_rows {
-            #[unroll]
-            for k in 0..own_keys {
-                let key = k * ACROSS + lane;
-                let hidden = at + key >= sight[r];
-                let score = select(hidden, HIDDEN, scores[r * own_keys + k]);
-                scores[r * own_keys + k] = score;
-                weights[(mine + r) * comptime!(form.tile() + 1) + key] = score;
-            }
-        }
+        let scores = scored(&queries, &tile, mine, lane, form);
+        show(&scores, &sight, &mut weights, at, mine, lane, form);
         sync_cube();
-
         // All keys have been read: their values come into the same place.
-        for i in range_stepped(unit, comptime!(form.tile() * form.padded()), units) {
-            let (key, feature) = (i / padded, i % padded);
-            let mut x = 0.0f32;
-            if at + key < end && feature < dim {
-                x = f32::cast_from(values[(first + at + key) * dim + feature]);
-            }
-            tile[key * stride + feature] = x;
-        }
-        // Units that share a row find the same largest score, each for itself.
-        let mut shrink = Array::<f32>::new(own_rows);
-        #[unroll]
-        for r in 0..own_rows {
-            let mut top = most[r];
-            for key in 0..size {
-                top = f32::max(top, weights[(mine + r) * comptime!(form.tile() + 1) + key]);
-            }
-            shrink[r] = f32::exp(most[r] - top);
-            most[r] = top;
-        }
-        sync_cube();
-        #[unroll]
-        for r in 0..own_rows {
-            #[unroll]
-            for k in 0..own_keys {
-                let key = k * ACROSS + lane;
-                let weight = f32::exp(scores[r * own_keys + k] - most[r]);
-                let hidden = at + key >= sight[r];
-                weights[(mine + r) * comptime!(form.tile() + 1) + key] =
-                    select(hidden, 0.0f32, weight);
-            }
-            sums[r] *= shrink[r];
-            #[unroll]
-            for c in 0..columns {
-                made[r * columns + c] *= shrink[r];
-            }
-        }
-        sync_cube();
-        for key in 0..size {
-            let mut across = Array::<f32>::new(columns);
-            #[unroll]
-            for c in 0..columns {
-                across[c] = tile[key * stride + c * ACROSS + lane];
-            }
-            #[unroll]
-            for r in 0..own_rows {
-                let weight = weights[(mine + r) * comptime!(form.tile() + 1) + key];
-                sums[r] += weight;
-                #[unroll]
-                for c in 0..columns {
-                    made[r * columns + c] += weight * across[c];
-                }
-            }
-        }
+        load_values::<S>(values, &mut tile, first, at, end, unit, form);
+        mix(
+            &scores,
+            &sight,
+            &tile,
+            &mut weights,
+            &mut sums,
+            &mut most,
+            &mut made,
+            at,
+            mine,
+            lane,
+            form,
+        );
         at += size;
     }
-
-    #[unroll]
-    for r in 0..own_rows {
-        let row = block + mine + r;
-        if row < total {
-            let mut query = row / group * heads + head * group + row % group;
-            let mut by = 1.0f32;
-            if comptime!(form.split) {
-                query += CUBE_POS_Z as usize * tokens * heads;
-                if lane == 0 {
-                    stats[query * 2] = most[r];
-                    stats[query * 2 + 1] = sums[r];
-                }
-            } else {
-                by = 1.0 / sums[r];
-            }
-            #[unroll]
-            for c in 0..columns {
-                let feature = c * ACROSS + lane;
-                if feature < dim {
-                    out[query * dim + feature] = made[r * columns + c] * by;
-                }
-            }
-        }
-    }
+    write(
+        out,
+        stats,
+        &sums,
+        &most,
+        &made,
+        tokens,
+        block + mine,
+        lane,
+        form,
+    );
 }
 
 /// A tile of keys from unit `at` on, rotated by their own rows of the table.
@@ -343,6 +234,33 @@ pub(super) fn load_keys<S: Float>(
             }
             tile[to + half + piece] = x;
         }
+    }
+}
+
+/// A tile of values from unit `at` on; zeros from `end` on.
+#[cube]
+fn load_values<S: Float>(
+    values: &[S],
+    tile: &mut [f32],
+    first: usize,
+    at: usize,
+    end: usize,
+    unit: usize,
+    #[comptime] form: Form,
+) {
+    let dim = comptime!(form.dim);
+    let padded = comptime!(form.padded());
+    for i in range_stepped(
+        unit,
+        comptime!(form.tile() * form.padded()),
+        comptime!(form.units()),
+    ) {
+        let (key, feature) = (i / padded, i % padded);
+        let mut x = 0.0f32;
+        if at + key < end && feature < dim {
+            x = f32::cast_from(values[(first + at + key) * dim + feature]);
+        }
+        tile[key * comptime!(form.stride()) + feature] = x;
     }
 }
 

@@ -4,7 +4,7 @@
 use super::{
     attention::{ACROSS, Form, HIDDEN, SHARED},
     codes::{Codes, SPAN, number, run_of},
-    observe::{load_queries, scored},
+    online::{begin_of, end_of, load_queries, mix, scored, show, sights, write},
 };
 use cubecl::prelude::*;
 
@@ -32,13 +32,9 @@ pub(crate) fn attend_coded(
     #[comptime] form: Form,
     #[comptime] codes: Codes,
 ) {
-    let dim = comptime!(form.dim);
     let group = comptime!(form.group);
-    let rows = comptime!(form.rows);
     let size = comptime!(form.tile());
-    let columns = comptime!(form.padded() / ACROSS);
     let own_rows = comptime!(form.own_rows());
-    let own_keys = comptime!(form.tile() / ACROSS);
 
     let mut queries = Shared::<[f32]>::new_slice(comptime!(form.rows * form.stride()));
     let mut tile = Shared::<[f32]>::new_slice(comptime!(form.tile() * form.stride()));
@@ -50,44 +46,30 @@ pub(crate) fn attend_coded(
     let lane = unit % ACROSS;
     let mine = unit / ACROSS * own_rows;
     let head = CUBE_POS_Y as usize;
-    let heads = CUBE_COUNT_Y as usize * group;
-    let block = CUBE_POS_X as usize * rows;
+    let block = CUBE_POS_X as usize * comptime!(form.rows);
     let total = tokens * group;
     let len = spans[head * SPAN + 6] as usize;
     let old = len - tokens;
 
     load_queries(q, &mut queries, block, tokens, tokens, scale, unit, form);
-
-    // What the block's last row sees, and of it what this part has.
-    let last = usize::min(block + rows, total) - 1;
-    let seen = old + last / group + 1;
-    let mut begin = 0usize;
-    let mut end = seen;
-    if comptime!(form.split) {
-        let share = len.div_ceil(CUBE_COUNT_Z as usize).div_ceil(size) * size;
-        begin = CUBE_POS_Z as usize * share;
-        end = usize::min(seen, begin + share);
-    }
-
+    let end = end_of(
+        block, total, old, len, form.rows, form.group, size, form.split,
+    );
+    let sight = sights(block + mine, total, old, end, form);
     let mut sums = Array::<f32>::new(own_rows);
     let mut most = Array::<f32>::new(own_rows);
-    let mut sight = Array::<usize>::new(own_rows);
     let mut made = Array::<f32>::new(comptime!(form.own_rows() * form.padded() / ACROSS));
     #[unroll]
     for r in 0..own_rows {
         sums[r] = 0.0;
         most[r] = HIDDEN;
-        sight[r] = 0;
-        if block + mine + r < total {
-            sight[r] = usize::min(end, old + (block + mine + r) / group + 1);
-        }
-        #[unroll]
-        for c in 0..columns {
-            made[r * columns + c] = 0.0;
-        }
+    }
+    #[unroll]
+    for i in 0..comptime!(form.own_rows() * form.padded() / ACROSS) {
+        made[i] = 0.0;
     }
 
-    let mut at = begin;
+    let mut at = begin_of(len, size, form.split);
     while at < end {
         // What was here before has been read.
         sync_cube();
@@ -101,94 +83,39 @@ pub(crate) fn attend_coded(
         }
         sync_cube();
         let scores = scored(&queries, &tile, mine, lane, form);
-        #[unroll]
-        for r in 0..own_rows {
-            #[unroll]
-            for k in 0..own_keys {
-                let key = k * ACROSS + lane;
-                let hidden = at + key >= sight[r];
-                weights[(mine + r) * comptime!(form.tile() + 1) + key] =
-                    select(hidden, HIDDEN, scores[r * own_keys + k]);
-            }
-        }
+        show(&scores, &sight, &mut weights, at, mine, lane, form);
         sync_cube();
-
         // All keys have been read: their values come into the same place.
         load(
             plain, coded, shared, ends, spans, &mut tile, &mut runs, at, end, unit, true, form,
             codes,
         );
-        // Units that share a row find the same largest score, each for itself.
-        let mut shrink = Array::<f32>::new(own_rows);
-        #[unroll]
-        for r in 0..own_rows {
-            let mut top = most[r];
-            for key in 0..size {
-                top = f32::max(top, weights[(mine + r) * comptime!(form.tile() + 1) + key]);
-            }
-            shrink[r] = f32::exp(most[r] - top);
-            most[r] = top;
-        }
-        sync_cube();
-        #[unroll]
-        for r in 0..own_rows {
-            #[unroll]
-            for k in 0..own_keys {
-                let key = k * ACROSS + lane;
-                let weight = f32::exp(scores[r * own_keys + k] - most[r]);
-                weights[(mine + r) * comptime!(form.tile() + 1) + key] =
-                    select(at + key >= sight[r], 0.0f32, weight);
-            }
-            sums[r] *= shrink[r];
-            #[unroll]
-            for c in 0..columns {
-                made[r * columns + c] *= shrink[r];
-            }
-        }
-        sync_cube();
-        for key in 0..size {
-            let mut across = Array::<f32>::new(columns);
-            #[unroll]
-            for c in 0..columns {
-                across[c] = tile[key * comptime!(form.stride()) + c * ACROSS + lane];
-            }
-            #[unroll]
-            for r in 0..own_rows {
-                let weight = weights[(mine + r) * comptime!(form.tile() + 1) + key];
-                sums[r] += weight;
-                #[unroll]
-                for c in 0..columns {
-                    made[r * columns + c] += weight * across[c];
-                }
-            }
-        }
+        mix(
+            &scores,
+            &sight,
+            &tile,
+            &mut weights,
+            &mut sums,
+            &mut most,
+            &mut made,
+            at,
+            mine,
+            lane,
+            form,
+        );
         at += size;
     }
-
-    #[unroll]
-    for r in 0..own_rows {
-        let row = block + mine + r;
-        if row < total {
-            let mut query = row / group * heads + head * group + row % group;
-            let mut by = 1.0f32;
-            if comptime!(form.split) {
-                query += CUBE_POS_Z as usize * tokens * heads;
-                if lane == 0 {
-                    stats[query * 2] = most[r];
-                    stats[query * 2 + 1] = sums[r];
-                }
-            } else {
-                by = 1.0 / sums[r];
-            }
-            #[unroll]
-            for c in 0..columns {
-                let feature = c * ACROSS + lane;
-                if feature < dim {
-                    out[query * dim + feature] = made[r * columns + c] * by;
-                }
-            }
-        }
-    }
+    write(
+        out,
+        stats,
+        &sums,
+        &most,
+        &made,
+        tokens,
+        block + mine,
+        lane,
+        form,
+    );
 }
 
 /// A tile of keys or values from unit `at` on, as they were appended; zeros from `end` on.

@@ -26,8 +26,8 @@ pub(crate) fn append<S: Float>(
     values[to] = S::cast_from(new_values[token * new_values.stride(0) + at]);
 }
 
-/// Copies units into other memory. Row `i` of what is made is row `from[i]`, or, where nothing is `picked`, a
-/// head's units are its first ones. Cubes: rows and features of a head, heads.
+/// Copies units into other memory: those of each head whose numbers are in `from`, one head's behind the other's, or, where
+/// nothing is `picked`, its first ones. Cubes: rows and features of a head, heads.
 #[cube(launch)]
 pub(crate) fn copy<S: Float>(
     keys: &[S],
@@ -52,7 +52,11 @@ pub(crate) fn copy<S: Float>(
         let row = to[head * 2] as usize + unit;
         let mut source = bounds[head * 2] as usize + unit;
         if comptime!(picked) {
-            source = from[row] as usize;
+            let mut list = unit;
+            for other in 0..head {
+                list += to[other * 2 + 1] as usize;
+            }
+            source = (bounds[head * 2] + from[list]) as usize;
         }
         new_keys[row * dim + feature] = keys[source * dim + feature];
         new_values[row * dim + feature] = values[source * dim + feature];

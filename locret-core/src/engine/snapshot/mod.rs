@@ -51,9 +51,11 @@ impl Session {
         if let Some(logits) = &self.logits {
             to.put_numbers(logits)?;
         }
-        for head in self.cache.layers.iter().flat_map(|layer| &layer.heads) {
-            to.put_numbers(&head.positions)?;
-            to.put_numbers(&head.scores)?;
+        for layer in &self.cache.layers {
+            for head in layer.lists.fetch()? {
+                to.put_numbers(&head.positions)?;
+                to.put_numbers(&head.scores)?;
+            }
         }
         for layer in &self.cache.layers {
             to.put_numbers(&layer.notes)?;
@@ -218,7 +220,7 @@ impl Session {
             add(Slot::Logits, logits.len() as u64);
         }
         for (layer, of) in self.cache.layers.iter().enumerate() {
-            for (head, of) in of.heads.iter().enumerate() {
+            for (head, of) in of.lists.fetch()?.iter().enumerate() {
                 add(Slot::Positions(layer, head), of.positions.len() as u64);
                 if !of.scores.is_empty() {
                     add(Slot::Scores(layer, head), of.scores.len() as u64);
@@ -322,10 +324,12 @@ impl Session {
                     let seen = self.history.len();
                     check_positions(&positions, seen)
                         .map_err(|what| damaged(format!("{what} in {}", part.slot)))?;
-                    self.cache.layers[layer].heads[head].positions = positions;
+                    let of = &mut self.cache.layers[layer];
+                    of.lists.set_positions(head, positions)?;
                 }
                 Slot::Scores(layer, head) => {
-                    let HeadMeta { positions, scores } = &mut self.cache.layers[layer].heads[head];
+                    let heads = self.cache.layers[layer].lists.heads_mut()?;
+                    let HeadMeta { positions, scores } = &mut heads[head];
                     *scores = from.numbers(part.bytes)?;
                     let due = positions.len().checked_mul(widths[layer]);
                     if scores.is_empty() || due != Some(scores.len()) {
@@ -350,8 +354,8 @@ impl Session {
                         let left = own.limit();
                         return Err(damaged(format!("{left} bytes behind {}", part.slot)));
                     }
-                    for (head, of_head) in of.heads.iter().enumerate() {
-                        let (found, due) = (of.store.len(head), of_head.positions.len());
+                    for (head, due) in of.lists.lens().iter().copied().enumerate() {
+                        let found = of.store.len(head);
                         if found != due {
                             return Err(damaged(format!(
                                 "{found} units and {due} positions in KV head {head} of layer {layer}"
@@ -392,7 +396,8 @@ impl Session {
             return Err(damaged("the token that waits is not the last one"));
         }
         cache.seen = self.history.len() - usize::from(pending.is_some());
-        let heads = || cache.layers.iter().flat_map(|layer| &layer.heads);
+        cache.fetch()?;
+        let heads = || cache.layers.iter().flat_map(|layer| layer.lists.heads());
         if heads().any(|h| {
             h.positions
                 .last()

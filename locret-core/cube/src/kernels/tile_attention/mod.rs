@@ -6,139 +6,19 @@
 //! their scores and outputs lies in registers. Weights go through shared memory, from where they are multiplied as
 //! queries are.
 
+mod form;
+
+pub(crate) use form::Form;
+
 use super::{
     attention::HIDDEN,
-    tiles::{self, Block, EIGHT, Eight, PLANE, ROWS, STEP, Side},
+    online::{begin_of, end_of},
+    tiles::{self, EIGHT, Eight, PLANE, ROWS},
 };
 use cubecl::prelude::*;
 
 /// The largest score of nothing: what is hidden weighs nothing beside it.
 const NOTHING: f32 = HIDDEN / 10.0;
-
-/// What a kernel is compiled for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub(crate) struct Form {
-    /// Features of a head.
-    pub(crate) dim: usize,
-    /// Pairs of features of the keys that are rotated as they are loaded.
-    pub(crate) half: usize,
-    /// Query heads of a KV head.
-    pub(crate) group: usize,
-    /// Planes of a cube.
-    pub(crate) planes: usize,
-    /// Tiles of 16 rows of a plane.
-    pub(crate) down: usize,
-    /// Keys of a turn: a multiple of 16.
-    pub(crate) keys: usize,
-    /// Parts of a number.
-    pub(crate) parts: usize,
-    /// Whether what is made are parts of a row's units, which [`join`](super::attention::join) puts together.
-    pub(crate) split: bool,
-    pub(crate) matrix_units: bool,
-}
-
-impl Form {
-    /// With at most `shared` bytes; `None` where heads are so wide that a tile does not fit.
-    pub(crate) fn new(
-        dim: usize,
-        half: usize,
-        group: usize,
-        parts: usize,
-        matrix_units: bool,
-        shared: usize,
-    ) -> Option<Self> {
-        let form = |[planes, down, keys]: [usize; 3]| Self {
-            dim,
-            half,
-            group,
-            planes,
-            down,
-            keys,
-            parts,
-            split: false,
-            matrix_units,
-        };
-        let sizes = match matrix_units {
-            true => [[4, 2, 32], [4, 1, 32], [4, 1, 16]],
-            false => [[2, 2, 32], [2, 1, 16], [1, 1, 16]],
-        };
-        let mut forms = sizes.into_iter().map(form);
-        forms.find(|form| form.shared() <= shared)
-    }
-
-    /// Rows of a cube.
-    pub(crate) fn rows(self) -> usize {
-        self.planes * self.down * ROWS
-    }
-
-    /// Rows of a unit.
-    fn own_rows(self) -> usize {
-        2 * self.down
-    }
-
-    pub(crate) fn units(self) -> usize {
-        self.planes * PLANE
-    }
-
-    /// Features, and zeros up to whole steps.
-    fn padded(self) -> usize {
-        self.dim.next_multiple_of(STEP)
-    }
-
-    fn side(self, rows: usize, numbers: usize) -> Side {
-        Side::new(rows, numbers, self.parts, self.matrix_units)
-    }
-
-    fn queries(self) -> Side {
-        self.side(self.rows(), self.padded())
-    }
-
-    /// Of keys, and of values.
-    fn tile(self) -> Side {
-        self.side(self.keys, self.padded())
-    }
-
-    fn weights(self) -> Side {
-        self.side(self.rows(), self.keys)
-    }
-
-    fn scoring(self) -> Block {
-        Block {
-            down: self.down,
-            across: self.keys / EIGHT,
-            steps: self.padded() / STEP,
-            left: self.queries(),
-            right: self.tile(),
-            turned: false,
-        }
-    }
-
-    fn mixing(self) -> Block {
-        Block {
-            across: self.padded() / EIGHT,
-            steps: self.keys / STEP,
-            left: self.weights(),
-            turned: true,
-            ..self.scoring()
-        }
-    }
-
-    /// Numbers through which units of a row find a sum, where a plane cannot.
-    fn exchanged(self) -> usize {
-        match self.matrix_units {
-            true => 1,
-            false => self.own_rows() * self.units(),
-        }
-    }
-
-    /// Bytes of shared memory of a cube.
-    pub(crate) fn shared(self) -> usize {
-        self.queries().bytes()
-            + 2 * self.tile().bytes()
-            + self.weights().bytes()
-            + size_of::<f32>() * self.exchanged()
-    }
-}
 
 /// Attends: arguments and cubes are those of [`attention::attend`](super::attention::attend). Features, rotated pairs
 /// and the strides of `q` are multiples of the length of the vectors they are read in.
@@ -208,17 +88,16 @@ pub(crate) fn attend<S: Float, N: Size, M: Size>(
         tiles::put(&x, &mut queries, to, comptime!(form.queries()));
     }
 
-    // What the block's last row sees, and of it what this part has.
-    let last = usize::min(block + rows, total) - 1;
-    let seen = old + last / group + 1;
-    let mut begin = 0usize;
-    let mut end = seen;
-    if comptime!(form.split) {
-        let share = len.div_ceil(CUBE_COUNT_Z as usize).div_ceil(size) * size;
-        begin = CUBE_POS_Z as usize * share;
-        end = usize::min(seen, begin + share);
-    }
-
+    let end = end_of(
+        block,
+        total,
+        old,
+        len,
+        form.rows(),
+        form.group,
+        size,
+        form.split,
+    );
     let mut sums = Array::<f32>::new(own_rows);
     let mut most = Array::<f32>::new(own_rows);
     let mut sight = Array::<usize>::new(own_rows);
@@ -234,7 +113,7 @@ pub(crate) fn attend<S: Float, N: Size, M: Size>(
         }
     }
 
-    let mut at = begin;
+    let mut at = begin_of(len, size, form.split);
     while at < end {
         // What was here before has been read.
         sync_cube();
