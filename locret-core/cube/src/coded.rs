@@ -680,6 +680,17 @@ impl KvStore for CodedStore {
         Ok(())
     }
 
+    fn folds_keys(&self) -> bool {
+        self.config.layout != QuantLayout::Kivi
+    }
+
+    fn fold_keys(&mut self, head: usize, folds: &[Fold]) -> Result<()> {
+        let mut host = self.as_host()?;
+        host.fold_keys(head, folds)?;
+        self.take_from(&host);
+        Ok(())
+    }
+
     fn len(&self, head: usize) -> usize {
         self.heads[head].len()
     }

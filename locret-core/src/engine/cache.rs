@@ -415,10 +415,10 @@ impl SequenceCache {
             away,
         } = verdict;
         let everything = matches!(keep, Keep::All);
-        let (kept, folds) = match keep {
-            Keep::All => (None, Vec::new()),
-            Keep::Slots(kept) => (Some(kept), Vec::new()),
-            Keep::Merged { kept, folds } => (Some(kept), folds),
+        let (kept, folds, keys) = match keep {
+            Keep::All => (None, Vec::new(), false),
+            Keep::Slots(kept) => (Some(kept), Vec::new(), false),
+            Keep::Merged { kept, folds, keys } => (Some(kept), folds, keys),
         };
         let this = &mut self.layers[layer];
         let policy = &self.policy;
@@ -439,7 +439,15 @@ impl SequenceCache {
             let found = format!("folds for {} KV heads of {heads}", folds.len());
             return Err(broken(found));
         }
+        if keys && folds.iter().any(|folds| !folds.is_empty()) {
+            let head_dim = self.spec.head_dim;
+            let compute = &*self.places[layer].compute;
+            this.turn_back(&mut self.rope, head_dim, compute)?;
+        }
         for (head, folds) in folds.iter().enumerate().filter(|(_, f)| !f.is_empty()) {
+            if keys {
+                this.store.fold_keys(head, folds)?;
+            }
             this.store.fold_values(head, folds)?;
         }
         if let Some(kept) = kept {
@@ -633,17 +641,23 @@ impl LayerCache {
         if heads.all(|(kept, head)| kept.len() == head.positions.len()) {
             return Ok(());
         }
-        if self.rotated {
-            // What is kept will stand elsewhere.
-            let table = rope.contiguous(self.longest());
-            let turn = Rotation::contiguous(&table, head_dim);
-            self.turn(compute, &turn.undone())?;
-        }
+        // What is kept will stand elsewhere.
+        self.turn_back(rope, head_dim, compute)?;
         self.store.retain(kept)?;
         for (head, kept) in self.heads.iter_mut().zip(kept) {
             let width = head.scores.len() / head.positions.len().max(1);
             gather(&mut head.positions, 1, kept);
             gather(&mut head.scores, width, kept);
+        }
+        Ok(())
+    }
+
+    /// Undoes the rotation of keys that were rotated where they lie.
+    fn turn_back(&mut self, rope: &mut Rope, head_dim: usize, compute: &dyn Compute) -> Result<()> {
+        if self.rotated {
+            let table = rope.contiguous(self.longest());
+            let turn = Rotation::contiguous(&table, head_dim);
+            self.turn(compute, &turn.undone())?;
         }
         Ok(())
     }
