@@ -132,6 +132,8 @@ pub struct Unit {
     pub v: Vec<f32>,
     /// The value that it was born with, before anything was folded into it.
     pub born: Vec<f32>,
+    /// And its key.
+    pub born_key: Vec<f32>,
     pub score: f64,
     /// What all queries have paid it so far, mean over the group.
     pub attention: f64,
@@ -329,6 +331,7 @@ impl Naive {
                     k: k[row..row + d].to_vec(),
                     v: v[row..row + d].to_vec(),
                     born: v[row..row + d].to_vec(),
+                    born_key: k[row..row + d].to_vec(),
                     score: 0.0,
                     attention: 0.0,
                 });
@@ -521,7 +524,7 @@ impl Naive {
                 Rule::Cur(window) => {
                     let squares = |i: usize| {
                         let unit = &self.units[layer][head][i];
-                        [&unit.k, &unit.born]
+                        [&unit.born_key, &unit.born]
                             .map(|x| x.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>())
                     };
                     (0..n)
