@@ -412,6 +412,10 @@ fn settings_that_do_not_fit_are_errors() {
         "smoothing",
     );
     core(
+        "policy = \"d2o\"\nbudget = 30\nexempt_whole = true\nshare = \"model\"",
+        "exempt_whole",
+    );
+    core(
         "policy = \"compactor\"\nbudget = 30\nblending = nan",
         "blending",
     );

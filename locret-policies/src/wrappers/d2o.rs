@@ -321,6 +321,14 @@ impl<P: KvCachePolicy> KvCachePolicy for D2o<P> {
                 self.smoothing,
             ));
         }
+        if self.whole && self.inner.needs().all_layers {
+            let expected = "layers that do not share one budget, where some keep everything";
+            return Err(Error::setting(
+                "exempt_whole",
+                expected,
+                "budgets over the model",
+            ));
+        }
         self.inner.validate(model, prefill)
     }
 
