@@ -346,13 +346,17 @@ impl Watched {
         let found = self.content(head)?;
         let d = self.dim;
         let due = mixed(&self.heads[head].held[part], d, folds);
+        // Sums may be larger than anything that was appended.
+        let all = due.iter();
+        self.largest = all.fold(self.largest, |most, x| most.max(x.abs()));
         for unit in 0..due.len() / d {
             let at = unit * d..(unit + 1) * d;
             let what = format!(
                 "the {} of unit {unit} of KV head {head}",
                 ["key", "value"][part]
             );
-            let into = folds.iter().any(|f| f.into as usize == unit);
+            let terms = folds.iter().filter(|f| f.into as usize == unit).count();
+            let into = terms > 0;
             let held = &self.heads[head].held[part][at.clone()];
             if !into
                 && !found[part]
@@ -363,7 +367,7 @@ impl Watched {
                 return self.faults.broken(Promise::Mixture, found);
             }
             // The order of a sum is the store's business.
-            let sum = self.tolerance.max(1e-6);
+            let sum = self.tolerance.max(1e-6).max(3e-7 * terms as f32);
             let near = |x: &[f32]| {
                 let pairs = x.iter().zip(&due[at.clone()]);
                 pairs

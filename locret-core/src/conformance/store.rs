@@ -394,6 +394,8 @@ impl Pair<'_> {
         }
         let d = self.layer.head_dim;
         let due = mixed(&before[head][part], d, &folds);
+        let all = due.iter();
+        self.largest = all.fold(self.largest, |most, x| most.max(x.abs()));
         let after = self.read()?;
         let into = |at: usize| folds.iter().any(|f| f.into as usize == at / d);
         // The order of a sum is the store's business.

@@ -31,7 +31,8 @@ use std::str::FromStr;
 /// mean instead: what is added to a value in one step is never larger than what was dropped.
 /// [`sums(true)`](Self::sums) leaves sums as they are. For single tokens both are the same. kvpress leaves prompts
 /// alone and merges at most as many units as there were tokens since the last time, which is all where the cache was
-/// within its budget then.
+/// within its budget then. A unit that goes passes on what it has taken, so that over a long text what is added
+/// grows as far as values do not cancel.
 #[derive(Debug, Clone)]
 pub struct Cam<P> {
     inner: P,
