@@ -14,7 +14,7 @@ use locret_eval::{
     tasks::{self, Kind, Recipe, Task},
 };
 use locret_models::{Activations, Date, FetchOptions, LoadOptions, WeightDtype};
-use locret_policies::{MergeBy, Method, PolicyConfig, PolicyError, TierConfig};
+use locret_policies::{CamKeeps, D2oForm, MergeBy, Method, PolicyConfig, PolicyError, TierConfig};
 use serde_json::json;
 use std::{fs, path::PathBuf};
 
@@ -123,8 +123,8 @@ impl ModelArgs {
 #[command(next_help_heading = "Policy")]
 pub struct PolicyArgs {
     /// full, window, random, key-norm, key-diff, sirllm, locret, h2o, snapkv, tova,
-    /// expected-attention, lagkv, cur, q-filters, compactor, kvzap, fast-kvzip, duo-attention,
-    /// minference or infllm
+    /// expected-attention, lagkv, cur, q-filters, compactor, kvzap, fast-kvzip, d2o, cam,
+    /// duo-attention, minference or infllm
     #[arg(long, value_name = "NAME")]
     pub policy: Option<String>,
     /// The policy from a TOML or JSON file; other flags of this group override it
@@ -188,10 +188,11 @@ pub struct PolicyArgs {
     /// sirllm: factor on older scores when a further turn begins
     #[arg(long, value_name = "X")]
     pub decay: Option<f32>,
-    /// random, compactor: seed
+    /// random, compactor, cam: seed
     #[arg(long, value_name = "N")]
     pub policy_seed: Option<u64>,
-    /// snapkv: how many of the last queries are observed; cur: tokens of a window
+    /// snapkv: how many of the last queries are observed; cur: tokens of a window; cam: units that a dropped value is
+    /// spread over
     #[arg(long, value_name = "N")]
     pub observe: Option<usize>,
     /// snapkv: width of the average pooling (odd)
@@ -200,6 +201,27 @@ pub struct PolicyArgs {
     /// kvzap, fast-kvzip: keep what scores at least this, instead of a budget
     #[arg(long, value_name = "X", allow_negative_numbers = true)]
     pub threshold: Option<f32>,
+    /// d2o: what is folded and what it counts, as in the paper or in the authors' code
+    #[arg(long, value_name = "paper|code", value_parser = parse_form)]
+    pub form: Option<D2oForm>,
+    /// d2o: leave keys as they are and mix values alone
+    #[arg(long)]
+    pub no_mix_keys: bool,
+    /// d2o: how much of the threshold a step's mean cosine is
+    #[arg(long, value_name = "SHARE")]
+    pub smoothing: Option<f32>,
+    /// d2o: how many of the first and of the last layers have nothing folded (2,1)
+    #[arg(long, value_name = "FIRST,LAST", value_parser = parse_exempt)]
+    pub exempt: Option<(usize, usize)>,
+    /// d2o: those layers keep everything, as published; memory is then not bounded
+    #[arg(long)]
+    pub exempt_whole: bool,
+    /// cam: what stays, the newest units or those that attention has gone to
+    #[arg(long, value_name = "window|heavy", value_parser = parse_keeps)]
+    pub keeps: Option<CamKeeps>,
+    /// cam: add values up however many units go into one
+    #[arg(long)]
+    pub sums: bool,
     /// duo-attention: share of the heads that keep the beginning and the newest units alone
     #[arg(long, value_name = "SHARE")]
     pub streaming: Option<f64>,
@@ -294,6 +316,13 @@ impl PolicyArgs {
         set(&mut config.window, self.observe);
         set(&mut config.kernel, self.kernel);
         set(&mut config.threshold, self.threshold);
+        set(&mut config.form, self.form);
+        set(&mut config.mix_keys, self.no_mix_keys.then_some(false));
+        set(&mut config.smoothing, self.smoothing);
+        set(&mut config.exempt, self.exempt);
+        config.exempt_whole |= self.exempt_whole;
+        set(&mut config.keeps, self.keeps);
+        config.sums |= self.sums;
         set(&mut config.streaming, self.streaming);
         set(&mut config.blending, self.blending);
         set(&mut config.lag, self.lag);
@@ -578,6 +607,22 @@ pub(crate) fn parse_positions(text: &str) -> Result<Positions, String> {
 
 fn parse_merge_by(text: &str) -> Result<MergeBy, String> {
     text.parse().map_err(|e: CoreError| e.to_string())
+}
+
+fn parse_form(text: &str) -> Result<D2oForm, String> {
+    text.parse().map_err(|e: CoreError| e.to_string())
+}
+
+fn parse_keeps(text: &str) -> Result<CamKeeps, String> {
+    text.parse().map_err(|e: CoreError| e.to_string())
+}
+
+/// Numbers of first and last layers.
+fn parse_exempt(text: &str) -> Result<(usize, usize), String> {
+    let wrong = || format!("expected two numbers of layers, as 2,1, found {text}");
+    let (first, last) = text.split_once(',').ok_or_else(wrong)?;
+    let number = |part: &str| part.trim().parse().map_err(|_| wrong());
+    Ok((number(first)?, number(last)?))
 }
 
 pub(crate) fn parse_share(text: &str) -> Result<Share, String> {

@@ -20,6 +20,8 @@
 //! | [`Compactor`] | keys that stand out, and what a chunk looks at | q, k, v | 2507.08143 |
 //! | [`KvZap`] | what heads guess a repetition would look at | the layer's input | 2601.07891 |
 //! | [`FastKvZip`] | the same, by gates | the layer's input | 2601.17668 |
+//! | [`D2o`] | what attention has gone to; what is dropped is folded into the like | attention of every query; keys | 2406.13035 |
+//! | [`Cam`] | the beginning and the newest units; what is dropped is spread over those | attention of every query; values | ICML 2024 |
 //! | [`DuoAttention`] | everything in some heads, a window in others | a table of heads | 2410.10819 |
 //! | [`MInference`] | everything; prompts see a part of it | attention of a chunk's last queries | 2407.02490 |
 //! | [`InfLlm`] | everything; distant blocks are retrieved | attention of every query | 2402.04617 |
@@ -29,7 +31,7 @@
 //! any of them can share its budget out over layers ([`Evict::pyramid`](locret_core::Evict::pyramid))
 //! and heads ([`Evict::ada`](locret_core::Evict::ada)). [`Critical`] and
 //! [`ChunkKv`] go around any scorer and choose by more than its scores. Wrappers go around any policy:
-//! [`Quantized`] keeps units as small integers, [`Merge`] folds dropped values into kept ones, [`PutAway`] retrieves
+//! [`Quantized`] keeps units as small integers, [`Merge`], [`D2o`] and [`Cam`] fold what is dropped into what is kept, [`PutAway`] retrieves
 //! what was dropped, and [`Tiered`] puts units away that are not needed at the moment.
 //! [`PolicyConfig`] is all of that as configuration.
 #![deny(missing_docs)]
@@ -60,8 +62,11 @@ pub use locret::{
 };
 pub use minference::MInference;
 pub use scorers::{
-    Compactor, Cur, ExpectedAttention, FastKvZip, H2o, KeyDiff, KeyNorm, KvZap, LagKv,
+    Compactor, Cur, ExpectedAttention, FastKvZip, H2o, Heavy, KeyDiff, KeyNorm, KvZap, LagKv,
     QFilterProbe, QFilters, Random, SirLlm, SnapKv, Tova, Window,
 };
 pub use threshold::Threshold;
-pub use wrappers::{ChunkKv, Critical, Merge, MergeBy, OutputNorms, PutAway, Quantized, Tiered};
+pub use wrappers::{
+    Cam, CamKeeps, ChunkKv, Critical, D2o, D2oForm, Merge, MergeBy, OutputNorms, PutAway,
+    Quantized, Tiered,
+};

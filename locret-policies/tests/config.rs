@@ -8,8 +8,9 @@ use locret_core::{
     Budget, BudgetTable, DType, DecodeEviction, Error, KvCachePolicy, Positions, Share, compute,
 };
 use locret_policies::{
-    Compactor, Cur, ExpectedAttention, H2o, HeadAdvice, HeadWeights, KeyDiff, KeyNorm, LagKv,
-    LayerHead, Method, PolicyConfig, PolicyError, Random, SirLlm, SnapKv, TierConfig, Tova, Window,
+    Cam, CamKeeps, Compactor, Cur, D2o, D2oForm, ExpectedAttention, H2o, HeadAdvice, HeadWeights,
+    KeyDiff, KeyNorm, LagKv, LayerHead, Method, PolicyConfig, PolicyError, Random, SirLlm, SnapKv,
+    TierConfig, Tova, Window,
 };
 use std::path::PathBuf;
 
@@ -89,7 +90,7 @@ fn constructors_have_the_defaults_of_configuration() {
             let built = config.build(&spec, &*compute(&Device::default())).unwrap();
             assert_eq!(format!("{built:?}"), format!("{made:?}"), "{method}");
         };
-        let cases: [(Method, &dyn KvCachePolicy); 11] = [
+        let cases: [(Method, &dyn KvCachePolicy); 13] = [
             (Method::Window, &Window::policy(budget)),
             (Method::Random, &Random::policy(0, budget)),
             (Method::KeyNorm, &KeyNorm::policy(budget)),
@@ -100,6 +101,8 @@ fn constructors_have_the_defaults_of_configuration() {
             (Method::LagKv, &LagKv::new().policy(budget)),
             (Method::Cur, &Cur::new().policy(budget)),
             (Method::Compactor, &Compactor::new().policy(budget)),
+            (Method::D2o, &D2o::policy(budget)),
+            (Method::Cam, &Cam::policy(budget)),
             (
                 Method::ExpectedAttention,
                 &ExpectedAttention::new().policy(budget),
@@ -113,6 +116,54 @@ fn constructors_have_the_defaults_of_configuration() {
         let made = SirLlm::new().policy(budget, 0);
         same(Method::SirLlm, &made, &config);
     }
+}
+
+#[test]
+fn merging_methods_have_settings_of_their_own() {
+    let spec = spec(5, 2, 3, 8);
+    let build = |text: &str| {
+        let config = PolicyConfig::from_toml(text).unwrap();
+        assert_eq!(
+            PolicyConfig::from_json(&serde_json::to_string(&config).unwrap()).unwrap(),
+            config
+        );
+        config.build(&spec, &*compute(&Device::default())).unwrap()
+    };
+    let budget = Budget::Units(40);
+    let d2o = build(
+        "policy = \"d2o\"\nbudget = 40\nform = \"code\"\nmix_keys = false\nsmoothing = 0.25\n\
+         exempt = [1, 2]\nexempt_whole = true",
+    );
+    let made = D2o::policy(budget)
+        .form(D2oForm::Code)
+        .keys(false)
+        .smoothing(0.25)
+        .exempt(1, 2)
+        .whole(true);
+    assert_eq!(format!("{d2o:?}"), format!("{made:?}"));
+    // Layers that keep everything have no bound, and nothing to fold: no threshold.
+    let layers = || (0..5).map(|layer| spec.layer(layer));
+    let limits: Vec<_> = layers().map(|layer| d2o.limit(&layer, 90)).collect();
+    assert_eq!(limits, [None, Some(40), Some(40), None, None]);
+    let noted: Vec<_> = layers().map(|layer| d2o.noted(&layer)).collect();
+    assert_eq!(noted, [0, 1, 1, 0, 0]);
+    let mut numbers = Numbers(1);
+    let mut cache = cache(&spec, d2o);
+    for step in steps(&spec, &mut numbers, 90, 32, 0, 0, true) {
+        drive(&mut cache, &step, 90).unwrap();
+    }
+    let lens: Vec<_> = (0..5).map(|layer| cache.len(layer, 1)).collect();
+    assert_eq!(lens, [90, 40, 40, 90, 90]);
+
+    let cam = build(
+        "policy = \"cam\"\nbudget = 40\nkeeps = \"heavy\"\nwindow = 7\nseed = 3\nsums = true",
+    );
+    let made = Cam::heavy(budget).window(7).seed(3).sums(true);
+    assert_eq!(format!("{cam:?}"), format!("{made:?}"));
+    let keeps = |text: &str| PolicyConfig::from_toml(text).map(|config| config.keeps);
+    let text = "policy = \"cam\"\nkeeps = \"window\"";
+    assert_eq!(keeps(text).unwrap(), Some(CamKeeps::Window));
+    assert!(keeps("policy = \"cam\"\nkeeps = \"all\"").is_err());
 }
 
 #[test]
@@ -313,6 +364,16 @@ fn settings_that_do_not_fit_are_errors() {
         "policy = \"h2o\"\nbudget = 30\nmerge_by = \"mean\"",
         "merge_by",
     );
+    // What is dropped is folded in one way, and not put away besides.
+    for method in ["d2o", "cam"] {
+        let text = format!("policy = \"{method}\"\nbudget = 30\n");
+        setting(&format!("{text}merge = 0.5"), "merge");
+        setting(&format!("{text}put_away = true"), "put_away");
+    }
+    setting("policy = \"cam\"\nbudget = 30\nexempt = [1, 1]", "exempt");
+    setting("policy = \"d2o\"\nbudget = 30\nkeeps = \"heavy\"", "keeps");
+    setting("policy = \"d2o\"\nbudget = 30\nsums = true", "sums");
+    setting("policy = \"h2o\"\nbudget = 30\nmix_keys = true", "mix_keys");
     // Output projections are the model's own.
     setting("policy = \"h2o\"\nbudget = 30\ncritical = true", "critical");
     setting(
@@ -353,6 +414,19 @@ fn settings_that_do_not_fit_are_errors() {
     core("policy = \"lagkv\"\nbudget = 30\nlag = 0", "lag");
     core("policy = \"cur\"\nbudget = 30\nwindow = 0", "window");
     core("policy = \"h2o\"\nbudget = 30\nblocks = 0", "block");
+    core("policy = \"cam\"\nbudget = 30\nwindow = 0", "window");
+    core(
+        "policy = \"d2o\"\nbudget = 30\nsmoothing = 1.5",
+        "smoothing",
+    );
+    core(
+        "policy = \"d2o\"\nbudget = 30\nsmoothing = nan",
+        "smoothing",
+    );
+    core(
+        "policy = \"d2o\"\nbudget = 30\nexempt_whole = true\nshare = \"model\"",
+        "exempt_whole",
+    );
     core(
         "policy = \"compactor\"\nbudget = 30\nblending = nan",
         "blending",

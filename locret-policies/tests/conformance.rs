@@ -8,7 +8,9 @@ use locret_core::{
     Budget, KvCachePolicy, QuantLayout, Quantization, Share,
     conformance::{Case, PolicyCheck, check_policy},
 };
-use locret_policies::{HeadWeights, LayerHead, MergeBy, Method, PolicyConfig, RetainingHeads};
+use locret_policies::{
+    CamKeeps, D2oForm, HeadWeights, LayerHead, MergeBy, Method, PolicyConfig, RetainingHeads,
+};
 use std::sync::{
     Arc,
     atomic::{AtomicUsize, Ordering::Relaxed},
@@ -105,7 +107,9 @@ fn every_policy_shape_and_store_conforms() {
                 for (merge, around) in AROUND {
                     let full = !method.evicts();
                     let plain = merge.is_none() && around == Around::Nothing;
-                    if (full && (shape != "uniform" || !plain))
+                    let merges = method.merges();
+                    if (merges && merge.is_some())
+                        || (full && (shape != "uniform" || !plain))
                         || (merge.is_some() && shape == "pyramid")
                         || (around != Around::Nothing && !["uniform", "ada"].contains(&shape))
                         // What is chosen does not depend on the store but for its rounding.
@@ -143,6 +147,18 @@ fn every_policy_shape_and_store_conforms() {
                                 _ => MergeBy::Mean,
                             });
                             config.critical = around == Around::Critical;
+                            if method == Method::D2o {
+                                config.form = [None, Some(D2oForm::Code)][cases as usize % 2];
+                                // All layers, or all but the first one.
+                                config.exempt = Some((cases as usize % 3 / 2, 0));
+                                config.mix_keys = (cases % 5 == 0).then_some(false);
+                            }
+                            if method == Method::Cam {
+                                config.keeps = [None, Some(CamKeeps::Heavy)][cases as usize % 2];
+                                config.sums = cases % 5 == 0;
+                                config.window = Some(1 + cases as usize % 7);
+                                config.seed = Some(cases);
+                            }
                             config.blocks = (around == Around::Blocks).then_some(5);
                         }
                         policy(&config, case, &folded)

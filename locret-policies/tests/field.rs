@@ -9,7 +9,7 @@ use locret_models::{FetchOptions, LoadOptions, WeightDtype, load_model, resolve}
 use locret_policies::{
     ChunkKv, Compactor, Critical, Cur, DuoAttention, ExpectedAttention, H2o, HeadForm, HeadWeights,
     KvZap, LagKv, LayerHead, Merge, MergeBy, OutputNorms, QFilterProbe, QFilters, RetainingHeads,
-    SnapKv, Threshold,
+    SnapKv, Threshold, Window,
 };
 use safetensors::SafeTensors;
 use serde::Deserialize;
@@ -314,9 +314,13 @@ impl Probe for Kept {
 /// The golden choices, and as many found ones.
 #[track_caller]
 fn assert_kept(name: &str, policy: impl KvCachePolicy + 'static) {
+    assert_kept_as(name, Arc::new(policy), &GOLDEN.kept[name]);
+}
+
+#[track_caller]
+fn assert_kept_as(name: &str, policy: Arc<dyn KvCachePolicy>, due: &[Vec<Vec<u32>>]) {
     let mut kept = Kept::default();
     read(policy, &mut kept);
-    let due = &GOLDEN.kept[name];
     assert_eq!(due.len(), GOLDEN.layers.len());
     let mut gone = 0;
     for (layer, due) in GOLDEN.layers.iter().zip(due) {
@@ -326,6 +330,35 @@ fn assert_kept(name: &str, policy: impl KvCachePolicy + 'static) {
         }
     }
     assert!(gone > 500, "{name}: {gone} units gone");
+}
+
+#[derive(Deserialize)]
+struct More {
+    pyramid: usize,
+    beta: f64,
+    kept: BTreeMap<String, Vec<Vec<Vec<u32>>>>,
+}
+
+/// Windows, and budgets that are shared out over heads or layers.
+#[test]
+fn windows_and_shares_are_those_of_kvpress() {
+    let text = std::fs::read_to_string(folder("field/more.json")).unwrap();
+    let more: More = serde_json::from_str(&text).unwrap();
+    let half = prompt().len() / 2;
+    let budget = Budget::Units(half);
+    // Rounded down there and up here.
+    let floor = (0.2 * half as f64).floor() / half as f64;
+    let kept = |name: &str, policy| assert_kept_as(name, policy, &more.kept[name]);
+    kept("streaming", Arc::new(Window::policy(budget)));
+    let ada = Evict::new(snapkv(), budget).ada(floor);
+    kept("ada_snapkv", Arc::new(ada));
+    let expected = ExpectedAttention::new().value_norm(false);
+    kept(
+        "ada_expected",
+        Arc::new(Evict::new(expected, budget).ada(floor)),
+    );
+    let pyramid = Evict::new(snapkv(), Budget::Units(more.pyramid)).pyramid(more.beta);
+    kept("pyramid_snapkv", Arc::new(pyramid));
 }
 
 fn snapkv() -> SnapKv {

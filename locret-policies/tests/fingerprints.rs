@@ -7,7 +7,9 @@ use locret_core::{
     Budget, CausalLm, DecodeEviction, KvCachePolicy, Positions, QuantLayout, Quantization, Share,
     conformance::{RandomModel, small_spec},
 };
-use locret_policies::{HeadWeights, LayerHead, MergeBy, Method, PolicyConfig, RetainingHeads};
+use locret_policies::{
+    CamKeeps, D2oForm, HeadWeights, LayerHead, MergeBy, Method, PolicyConfig, RetainingHeads,
+};
 use std::{collections::BTreeMap, sync::Arc};
 
 fn model() -> RandomModel {
@@ -186,26 +188,28 @@ fn changed(method: Method) -> Vec<(String, PolicyConfig)> {
             c.share = Some(share)
         });
     }
-    for (what, settings) in [
-        ("put away", [None; 3]),
-        ("in larger blocks", [Some(33), None, None]),
-        ("more of them", [None, Some(9), None]),
-        ("by more keys", [None, None, Some(5)]),
-    ] {
-        change(what, &|c| {
-            c.put_away = true;
-            [c.block_size, c.topk, c.repr_topk] = settings;
-        });
-    }
-    for threshold in [0.5, 0.500_001] {
-        let what = format!("merge {threshold}");
-        change(&what, &|c| c.merge = Some(threshold));
-        change(&format!("{what}, weighted"), &|c| {
-            (c.merge, c.merge_by) = (Some(threshold), Some(MergeBy::Weighted));
-        });
-        change(&format!("{what} and codes"), &|c| {
-            (c.merge, c.quantize) = (Some(threshold), Some(plain));
-        });
+    if !method.merges() {
+        for (what, settings) in [
+            ("put away", [None; 3]),
+            ("in larger blocks", [Some(33), None, None]),
+            ("more of them", [None, Some(9), None]),
+            ("by more keys", [None, None, Some(5)]),
+        ] {
+            change(what, &|c| {
+                c.put_away = true;
+                [c.block_size, c.topk, c.repr_topk] = settings;
+            });
+        }
+        for threshold in [0.5, 0.500_001] {
+            let what = format!("merge {threshold}");
+            change(&what, &|c| c.merge = Some(threshold));
+            change(&format!("{what}, weighted"), &|c| {
+                (c.merge, c.merge_by) = (Some(threshold), Some(MergeBy::Weighted));
+            });
+            change(&format!("{what} and codes"), &|c| {
+                (c.merge, c.quantize) = (Some(threshold), Some(plain));
+            });
+        }
     }
     change("in blocks", &|c| c.blocks = Some(20));
     change("in larger blocks", &|c| c.blocks = Some(21));
@@ -230,6 +234,19 @@ fn changed(method: Method) -> Vec<(String, PolicyConfig)> {
         Method::ExpectedAttention => change("future", &|c| c.future = Some(511)),
         Method::LagKv => change("lag", &|c| c.lag = Some(127)),
         Method::Cur => change("window", &|c| c.window = Some(15)),
+        Method::D2o => {
+            change("form", &|c| c.form = Some(D2oForm::Code));
+            change("keys", &|c| c.mix_keys = Some(false));
+            change("smoothing", &|c| c.smoothing = Some(0.4));
+            change("exempt", &|c| c.exempt = Some((2, 0)));
+            change("whole layers", &|c| c.exempt_whole = true);
+        }
+        Method::Cam => {
+            change("seed", &|c| c.seed = Some(1));
+            change("window", &|c| c.window = Some(31));
+            change("keeps", &|c| c.keeps = Some(CamKeeps::Heavy));
+            change("sums", &|c| c.sums = true);
+        }
         _ => {}
     }
     all

@@ -4,15 +4,15 @@
 mod common;
 
 use burn::tensor::Device;
-use common::{Naive, Numbers, Rule, Settings, cache, drive, spec, steps};
+use common::{Folding, Naive, Numbers, Rule, Settings, cache, drive, spec, steps};
 use locret_core::{
     Budget, BudgetTable, DecodeEviction, Evict, Guard, KvCachePolicy, ModelSpec, Positions, Scorer,
     Share, compute,
 };
 use locret_policies::{
-    ChunkKv, Compactor, Critical, Cur, ExpectedAttention, Full, H2o, HeadWeights, KeyDiff, KeyNorm,
-    LagKv, LayerHead, Locret, Merge, MergeBy, OutputNorms, QFilters, Random, RetainingHeads,
-    SirLlm, SnapKv, Tova, Window,
+    Cam, ChunkKv, Compactor, Critical, Cur, D2o, D2oForm, ExpectedAttention, Full, H2o,
+    HeadWeights, Heavy, KeyDiff, KeyNorm, LagKv, LayerHead, Locret, Merge, MergeBy, OutputNorms,
+    QFilters, Random, RetainingHeads, SirLlm, SnapKv, Tova, Window,
 };
 use proptest::{prelude::*, test_runner::TestRunner};
 use std::{cell::Cell, sync::Arc};
@@ -75,6 +75,25 @@ fn policy(spec: &ModelSpec, settings: &Settings) -> Arc<dyn KvCachePolicy> {
         if let Some(table) = &settings.table {
             policy = policy.table(BudgetTable::new(table.clone()).unwrap());
         }
+        match settings.fold {
+            Some(Folding::D2o {
+                code,
+                keys,
+                smoothing,
+                exempt: (first, last),
+            }) => {
+                let form = match code {
+                    true => D2oForm::Code,
+                    false => D2oForm::Paper,
+                };
+                let policy = D2o::new(policy).form(form).keys(keys).exempt(first, last);
+                return Arc::new(policy.smoothing(smoothing as f32));
+            }
+            Some(Folding::Cam { next, seed, sums }) => {
+                return Arc::new(Cam::new(policy).window(next).seed(seed).sums(sums));
+            }
+            None => {}
+        }
         match settings.merge {
             Some(threshold) => {
                 let by = match settings.weighted {
@@ -108,6 +127,7 @@ fn policy(spec: &ModelSpec, settings: &Settings) -> Arc<dyn KvCachePolicy> {
             evict(Locret::new(heads), spec, settings)
         }
         Rule::H2o => evict(H2o, spec, settings),
+        Rule::Heavy => evict(Heavy, spec, settings),
         Rule::SnapKv(window, kernel) => evict(
             SnapKv::new().window(*window).kernel(*kernel),
             spec,
@@ -198,6 +218,15 @@ fn compare(spec: &ModelSpec, settings: &Settings, talk: &Talk, seed: u64) -> usi
                     let units = &naive.units[layer][head];
                     let scores = real.scores(layer, head);
                     assert_eq!(scores.len(), units.len() * width);
+                    // The last number of a unit is what it was paid so far, where that is asked for.
+                    let cam = matches!(settings.fold, Some(Folding::Cam { .. }));
+                    for (numbers, unit) in scores.chunks(width).zip(units).filter(|_| cam) {
+                        let (a, b) = (f64::from(numbers[width - 1]), unit.attention);
+                        assert!((a - b).abs() < 1e-4 * b.max(1.0), "{a} for {b}");
+                    }
+                    if cam && width == 1 {
+                        continue;
+                    }
                     // The first number of a unit is its score.
                     for (a, unit) in scores.iter().step_by(width).zip(units) {
                         let (a, b) = (f64::from(*a), unit.score);
@@ -234,6 +263,7 @@ fn rules(spec: &ModelSpec) -> Vec<Rule> {
         Rule::SirLlm(0.7),
         Rule::Locret(locret.collect()),
         Rule::H2o,
+        Rule::Heavy,
         Rule::SnapKv(7, 5),
         Rule::SnapKv(40, 3),
         Rule::Tova,
@@ -338,8 +368,23 @@ fn any_settings() -> impl Strategy<Value = (ModelSpec, Settings, Talk, u64)> {
                 };
                 let sinks = sinks.min(budget - 2);
                 let mut rules = rules(&spec);
+                let rule = rules.swap_remove(rule.index(rules.len()));
+                let fold = match seed / 2 % 4 {
+                    0 => Some(Folding::D2o {
+                        code: seed % 5 < 2,
+                        keys: seed % 7 < 5,
+                        smoothing: [0.5, 0.25][(seed % 3 / 2) as usize],
+                        exempt: ((seed % 11 / 8) as usize, 0),
+                    }),
+                    1 if observes_all(&rule) => Some(Folding::Cam {
+                        next: 1 + (seed % 9) as usize,
+                        seed,
+                        sums: seed.is_multiple_of(3),
+                    }),
+                    _ => None,
+                };
                 let settings = Settings {
-                    rule: rules.swap_remove(rule.index(rules.len())),
+                    rule,
                     budget,
                     guard: Guard {
                         sinks,
@@ -360,7 +405,8 @@ fn any_settings() -> impl Strategy<Value = (ModelSpec, Settings, Talk, u64)> {
                     ada: [None, Some(0.2), Some(0.7), Some(0.0)][shape.1],
                     model,
                     table,
-                    merge: [None, Some(-1.0), Some(0.5)][shape.2],
+                    merge: [None, Some(-1.0), Some(0.5)][shape.2].filter(|_| fold.is_none()),
+                    fold,
                     weighted: seed.is_multiple_of(2),
                     blocks: (around == 1).then_some(5),
                     critical: (around == 2).then(|| projections(&spec)),
@@ -399,6 +445,28 @@ fn any_policy_with_any_settings_equals_plain_loops() {
         cases.get() >= 24,
         "{cases:?} of 96 cases, {evictions:?} evictions"
     );
+}
+
+/// Whether attention can be summed beside what the rule itself looks at.
+fn observes_all(rule: &Rule) -> bool {
+    !matches!(rule, Rule::SnapKv(..) | Rule::Tova)
+}
+
+fn d2o(code: bool, keys: bool) -> Option<Folding> {
+    Some(Folding::D2o {
+        code,
+        keys,
+        smoothing: 0.5,
+        exempt: (0, 1),
+    })
+}
+
+fn cam(next: usize, sums: bool) -> Option<Folding> {
+    Some(Folding::Cam {
+        next,
+        seed: 7,
+        sums,
+    })
 }
 
 /// Shares of the budget for layers and heads, pooled selection, and merging, with every scorer.
@@ -492,8 +560,46 @@ fn every_policy_with_every_shape_equals_plain_loops() {
                 merge: Some(-1.0),
                 ..base.clone()
             },
+            Settings {
+                fold: d2o(false, true),
+                ..base.clone()
+            },
+            Settings {
+                fold: d2o(false, true),
+                ada: Some(0.2),
+                positions: Positions::Compact,
+                ..base.clone()
+            },
+            Settings {
+                fold: d2o(true, true),
+                positions: Positions::Compact,
+                ..base.clone()
+            },
+            Settings {
+                fold: d2o(true, false),
+                model: true,
+                ..base.clone()
+            },
+            Settings {
+                fold: cam(4, false),
+                positions: Positions::Compact,
+                ..base.clone()
+            },
+            Settings {
+                fold: cam(3, true),
+                ada: Some(0.3),
+                ..base.clone()
+            },
+            Settings {
+                fold: cam(32, false),
+                model: true,
+                ..base.clone()
+            },
         ];
         for settings in variants {
+            if matches!(settings.fold, Some(Folding::Cam { .. })) && !observes_all(&settings.rule) {
+                continue;
+            }
             let evictions: usize = (0..4)
                 .map(|seed| compare(&spec, &settings, &talk, seed))
                 .sum();

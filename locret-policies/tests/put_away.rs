@@ -44,8 +44,10 @@ fn built(config: &PolicyConfig, model: &dyn CausalLm) -> Arc<dyn KvCachePolicy> 
     }
 }
 
+/// What puts away: merging does not go with it.
 fn evicting() -> impl Iterator<Item = Method> {
-    Method::ALL.into_iter().filter(|method| method.evicts())
+    let all = Method::ALL.into_iter();
+    all.filter(|method| method.evicts() && !method.merges())
 }
 
 fn text(tokens: usize) -> Vec<u32> {

@@ -9,7 +9,9 @@ use locret_core::{
     SnapshotError,
     conformance::{RandomModel, small_spec},
 };
-use locret_policies::{HeadWeights, LayerHead, Method, PolicyConfig, RetainingHeads, TierConfig};
+use locret_policies::{
+    CamKeeps, HeadWeights, LayerHead, Method, PolicyConfig, RetainingHeads, TierConfig,
+};
 use std::sync::Arc;
 
 const PREFILL: Prefill = Prefill::new(16, 4);
@@ -190,7 +192,15 @@ fn every_policy_goes_on_bit_for_bit_over_every_store() {
                         config.decode = even.then_some(DecodeEviction::Every(2));
                         config.ada = (cases % 3 == 0).then_some(0.3);
                         config.share = (cases % 7 == 0).then_some(Share::Model);
-                        config.merge = (cases % 5 == 0).then_some(0.2);
+                        config.merge = (cases % 5 == 0 && !method.merges()).then_some(0.2);
+                        if method == Method::D2o {
+                            // The last layer folds, and its threshold is saved.
+                            config.exempt = Some((1, 0));
+                        }
+                        if method == Method::Cam {
+                            config.keeps = (cases % 3 > 0).then_some(CamKeeps::Heavy);
+                            config.window = Some(5);
+                        }
                     }
                     let policy = build(&*model, &config, cases % 4 < 2);
                     let options = CacheOptions::new().dtype(dtype).kernels(kernels);

@@ -145,6 +145,20 @@ impl CubeStore {
     }
 
     /// Replaces one head's keys or values.
+    fn fold(&mut self, keys: bool, head: usize, folds: &[Fold]) -> Result<()> {
+        let d = self.layer.head_dim;
+        check_folds(folds, self.rooms[head].rows())?;
+        let rows = match keys {
+            true => self.keys(head)?,
+            false => self.values(head)?,
+        };
+        let mut all = rows.into_values()?;
+        for (unit, mixed) in folded(folds, |unit| all[unit as usize * d..][..d].to_vec()) {
+            all[unit as usize * d..][..d].copy_from_slice(&mixed);
+        }
+        self.replace(keys, head, &Rows::new(all, d, &self.place.device)?)
+    }
+
     fn replace(&mut self, keys: bool, head: usize, by: &Rows) -> Result<()> {
         let (d, len) = (self.layer.head_dim, self.rooms[head].rows());
         by.expect("units that replace others", [len, d])?;
@@ -354,13 +368,15 @@ impl KvStore for CubeStore {
     }
 
     fn fold_values(&mut self, head: usize, folds: &[Fold]) -> Result<()> {
-        let d = self.layer.head_dim;
-        check_folds(folds, self.rooms[head].rows())?;
-        let mut all = self.values(head)?.into_values()?;
-        for (unit, value) in folded(folds, |unit| all[unit as usize * d..][..d].to_vec()) {
-            all[unit as usize * d..][..d].copy_from_slice(&value);
-        }
-        self.replace(false, head, &Rows::new(all, d, &self.place.device)?)
+        self.fold(false, head, folds)
+    }
+
+    fn folds_keys(&self) -> bool {
+        true
+    }
+
+    fn fold_keys(&mut self, head: usize, folds: &[Fold]) -> Result<()> {
+        self.fold(true, head, folds)
     }
 
     fn write(&self, to: &mut dyn Write) -> Result<()> {

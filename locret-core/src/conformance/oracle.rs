@@ -1,6 +1,9 @@
 //! The naive version: plain loops in double precision over the whole history.
 
-use super::model::{EPSILON, Matrix, RandomModel};
+use super::{
+    model::{EPSILON, Matrix, RandomModel},
+    record::own_shares,
+};
 use crate::{
     Fold, LongRopeSwitch, ModelSpec, Observation, Observe, Positions, RopeConfig, RopeScaling,
     View, Visible,
@@ -106,11 +109,39 @@ impl<'a> Oracle<'a> {
         let History { values, kept, .. } = &mut self.layers[layer];
         let at = |unit: u32| kept[head][unit as usize] as usize;
         let old = values[head].clone();
-        for fold in folds {
-            let (from, into) = (at(fold.from), at(fold.into));
-            for (i, x) in values[head][into].iter_mut().enumerate() {
-                *x += f64::from(fold.share) * (old[from][i] - old[into][i]);
+        for (into, own) in own_shares(folds) {
+            let mut mixed: Vec<f64> = old[at(into)].iter().map(|x| own * x).collect();
+            for fold in folds.iter().filter(|f| f.into == into && f.from != into) {
+                let pairs = mixed.iter_mut().zip(&old[at(fold.from)]);
+                pairs.for_each(|(x, y)| *x += f64::from(fold.share) * y);
             }
+            values[head][at(into)] = mixed;
+        }
+    }
+
+    /// Mixes keys, as they lie in a store: rotated at the positions that they were born at, or, in compact
+    /// positions, not at all.
+    pub fn fold_keys(&mut self, layer: usize, head: usize, folds: &[Fold]) {
+        let kept = self.layers[layer].kept[head].clone();
+        let at = |unit: u32| kept[unit as usize] as usize;
+        let original = self.positions == Positions::Original;
+        let old = self.layers[layer].keys[head].clone();
+        // As if seen from the unit that takes it: what turns a key back by that position.
+        let key = |unit: u32, into: u32| match original {
+            true => self.turned(&old[at(unit)], at(unit) as f64 - at(into) as f64),
+            false => old[at(unit)].clone(),
+        };
+        let mut new = Vec::new();
+        for (into, own) in own_shares(folds) {
+            let mut mixed: Vec<f64> = old[at(into)].iter().map(|x| own * x).collect();
+            for fold in folds.iter().filter(|f| f.into == into && f.from != into) {
+                let pairs = mixed.iter_mut().zip(key(fold.from, into));
+                pairs.for_each(|(x, y)| *x += f64::from(fold.share) * y);
+            }
+            new.push((at(into), mixed));
+        }
+        for (at, key) in new {
+            self.layers[layer].keys[head][at] = key;
         }
     }
 
@@ -273,6 +304,18 @@ impl<'a> Oracle<'a> {
         pass.values.push(seen_values);
         if self.observe.is_some() {
             pass.observed.push(observed);
+        }
+        out
+    }
+
+    /// Rotated by so many positions, forwards or back, and no longer than before.
+    fn turned(&self, x: &[f64], positions: f64) -> Vec<f64> {
+        let half = self.frequencies.len();
+        let mut out = x.to_vec();
+        for (i, (frequency, _)) in self.frequencies.iter().enumerate() {
+            let (sin, cos) = (positions * frequency).sin_cos();
+            out[i] = x[i] * cos - x[i + half] * sin;
+            out[i + half] = x[i + half] * cos + x[i] * sin;
         }
         out
     }

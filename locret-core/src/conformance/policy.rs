@@ -933,6 +933,9 @@ impl Walk<'_> {
         }
         for (head, folds) in decision.folds.iter().enumerate() {
             oracle.fold(layer.index, head, folds);
+            if decision.folds_keys {
+                oracle.fold_keys(layer.index, head, folds);
+            }
         }
         oracle.keep(layer.index, decision.kept.clone());
         Ok(())

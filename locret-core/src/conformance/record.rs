@@ -8,6 +8,7 @@ use crate::{
 };
 use std::{
     any::Any,
+    collections::BTreeMap,
     io::{Read, Take, Write},
     ops::Range,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
@@ -45,6 +46,8 @@ pub struct Decision {
     pub kept: Vec<Vec<u32>>,
     /// What is mixed into what before that, by KV head, in units of `before`; empty for nothing.
     pub folds: Vec<Vec<Fold>>,
+    /// Whether keys are mixed, too.
+    pub folds_keys: bool,
     /// Scores to carry, for the units before the verdict.
     pub scores: Option<Scores>,
     /// What it noted of the layer, if anything.
@@ -239,15 +242,16 @@ impl Recording {
             // A slot that is not there is for the engine to refuse.
             positions.map(|p| p.unwrap_or(u32::MAX)).collect()
         };
-        let (kept, folds) = match &verdict.keep {
-            Keep::All => (before.clone(), Vec::new()),
+        let (kept, folds, folds_keys) = match &verdict.keep {
+            Keep::All => (before.clone(), Vec::new(), false),
             Keep::Slots(kept) => (
                 kept.heads().iter().zip(&before).map(pick).collect(),
                 Vec::new(),
+                false,
             ),
-            Keep::Merged { kept, folds } => {
+            Keep::Merged { kept, folds, keys } => {
                 let kept = kept.heads().iter().zip(&before).map(pick);
-                (kept.collect(), folds.clone())
+                (kept.collect(), folds.clone(), *keys)
             }
         };
         let mut seen = Seen {
@@ -283,6 +287,7 @@ impl Recording {
             before,
             kept,
             folds,
+            folds_keys,
             scores: verdict.scores.clone(),
             notes: verdict.notes.clone(),
             seen,
@@ -340,6 +345,61 @@ impl Watched {
             ),
         )
     }
+
+    /// Whether keys (part 0) or values (part 1) are what mixing makes of them, and nothing else is another.
+    fn check_mixture(&mut self, part: usize, head: usize, folds: &[Fold]) -> Result<()> {
+        let found = self.content(head)?;
+        let d = self.dim;
+        let due = mixed(&self.heads[head].held[part], d, folds);
+        // Sums may be larger than anything that was appended.
+        let all = due.iter();
+        self.largest = all.fold(self.largest, |most, x| most.max(x.abs()));
+        for unit in 0..due.len() / d {
+            let at = unit * d..(unit + 1) * d;
+            let what = format!(
+                "the {} of unit {unit} of KV head {head}",
+                ["key", "value"][part]
+            );
+            let terms = folds.iter().filter(|f| f.into as usize == unit).count();
+            let into = terms > 0;
+            let held = &self.heads[head].held[part][at.clone()];
+            if !into
+                && !found[part]
+                    .get(at.clone())
+                    .is_some_and(|x| same_bits(x, held))
+            {
+                let found = format!("{what} changed, and nothing was mixed into it");
+                return self.faults.broken(Promise::Mixture, found);
+            }
+            // The order of a sum is the store's business.
+            let sum = self.tolerance.max(1e-6).max(3e-7 * terms as f32);
+            let near = |x: &[f32]| {
+                let pairs = x.iter().zip(&due[at.clone()]);
+                pairs
+                    .into_iter()
+                    .all(|(a, b)| (a - b).abs() <= sum * self.largest)
+            };
+            if into && !found[part].get(at.clone()).is_some_and(near) {
+                return self
+                    .faults
+                    .broken(Promise::Mixture, format!("{what} is another"));
+            }
+            if into {
+                // From here on this is what the unit is.
+                self.heads[head].given[part][at.clone()].copy_from_slice(&found[part][at]);
+            }
+        }
+        let other = 1 - part;
+        if !same_bits(&found[other], &self.heads[head].held[other]) {
+            let found = format!(
+                "{} of KV head {head} changed when {} were mixed",
+                PARTS[other], PARTS[part]
+            );
+            return self.faults.broken(Promise::Mixture, found);
+        }
+        self.heads[head].held = found;
+        Ok(())
+    }
 }
 
 fn same_bits(a: &[f32], b: &[f32]) -> bool {
@@ -349,14 +409,36 @@ fn same_bits(a: &[f32], b: &[f32]) -> bool {
 /// Rows of `dim` numbers after others were mixed into them.
 pub(super) fn mixed(values: &[f32], dim: usize, folds: &[Fold]) -> Vec<f32> {
     let mut out: Vec<f64> = values.iter().map(|x| f64::from(*x)).collect();
-    for fold in folds {
+    for (unit, own) in own_shares(folds) {
+        let unit = unit as usize * dim;
+        out[unit..unit + dim].iter_mut().for_each(|x| *x *= own);
+    }
+    for fold in folds.iter().filter(|fold| fold.from != fold.into) {
         let (from, into) = (fold.from as usize * dim, fold.into as usize * dim);
         for i in 0..dim {
-            let change = f64::from(values[from + i]) - f64::from(values[into + i]);
-            out[into + i] += f64::from(fold.share) * change;
+            out[into + i] += f64::from(fold.share) * f64::from(values[from + i]);
         }
     }
     out.iter().map(|x| *x as f32).collect()
+}
+
+/// Units that others are mixed into, and what their own values count.
+pub(super) fn own_shares(folds: &[Fold]) -> BTreeMap<u32, f64> {
+    let of = |unit: u32| {
+        let into = folds.iter().filter(move |fold| fold.into == unit);
+        let sum = |itself: bool| {
+            let folds = into.clone().filter(|f| (f.from == unit) == itself);
+            folds.map(|fold| f64::from(fold.share)).sum::<f64>()
+        };
+        match folds.iter().any(|f| f.from == unit && f.into == unit) {
+            true => sum(true),
+            false => 1.0 - sum(false),
+        }
+    };
+    folds
+        .iter()
+        .map(|fold| (fold.into, of(fold.into)))
+        .collect()
 }
 
 #[deny(clippy::missing_trait_methods)]
@@ -455,44 +537,16 @@ impl KvStore for Watched {
 
     fn fold_values(&mut self, head: usize, folds: &[Fold]) -> Result<()> {
         self.inner.fold_values(head, folds)?;
-        let found = self.content(head)?;
-        let d = self.dim;
-        let due = mixed(&self.heads[head].held[1], d, folds);
-        for unit in 0..due.len() / d {
-            let at = unit * d..(unit + 1) * d;
-            let what = format!("the value of unit {unit} of KV head {head}");
-            let into = folds.iter().any(|f| f.into as usize == unit);
-            let held = &self.heads[head].held[1][at.clone()];
-            if !into && !found[1].get(at.clone()).is_some_and(|x| same_bits(x, held)) {
-                let found = format!("{what} changed, and nothing was mixed into it");
-                return self.faults.broken(Promise::Mixture, found);
-            }
-            // The order of a sum is the store's business.
-            let sum = self.tolerance.max(1e-6);
-            let near = |x: &[f32]| {
-                let pairs = x.iter().zip(&due[at.clone()]);
-                pairs
-                    .into_iter()
-                    .all(|(a, b)| (a - b).abs() <= sum * self.largest)
-            };
-            if into && !found[1].get(at.clone()).is_some_and(near) {
-                return self
-                    .faults
-                    .broken(Promise::Mixture, format!("{what} is another"));
-            }
-            if into {
-                // From here on this is what the unit is.
-                self.heads[head].given[1][at.clone()].copy_from_slice(&found[1][at]);
-            }
-        }
-        if !same_bits(&found[0], &self.heads[head].held[0]) {
-            return self.faults.broken(
-                Promise::Mixture,
-                format!("keys of KV head {head} changed when values were mixed"),
-            );
-        }
-        self.heads[head].held = found;
-        Ok(())
+        self.check_mixture(1, head, folds)
+    }
+
+    fn folds_keys(&self) -> bool {
+        self.inner.folds_keys()
+    }
+
+    fn fold_keys(&mut self, head: usize, folds: &[Fold]) -> Result<()> {
+        self.inner.fold_keys(head, folds)?;
+        self.check_mixture(0, head, folds)
     }
 
     fn len(&self, head: usize) -> usize {

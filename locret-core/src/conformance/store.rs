@@ -351,7 +351,7 @@ impl Pair<'_> {
         self.bytes()
     }
 
-    /// Values are mixed, or it is refused and nothing has changed.
+    /// Values or keys are mixed, or it is refused and nothing has changed.
     fn fold(&mut self, dice: &mut Dice) -> Result<(), ConformanceError> {
         let head = dice.between(0, self.layer.kv_heads - 1);
         let n = self.heads[head].0[1].len();
@@ -359,28 +359,49 @@ impl Pair<'_> {
             return Ok(());
         }
         let unit = |dice: &mut Dice| dice.between(0, n - 1) as u32;
-        let folds: Vec<Fold> = (0..dice.between(1, 5))
+        let mut folds: Vec<Fold> = (0..dice.between(1, 5))
             .map(|_| Fold {
                 from: unit(dice),
                 into: unit(dice),
                 share: dice.pick(&[0.5, 0.1, 0.19]),
             })
             .collect();
-        self.log.push(format!("{folds:?} in KV head {head}"));
+        if dice.chance(0.3) {
+            // Its own value counts what this says.
+            let (into, share) = (folds[0].into, dice.pick(&[0.5, 0.25]));
+            folds.push(Fold {
+                from: into,
+                into,
+                share,
+            });
+        }
+        let part = usize::from(dice.chance(0.7));
+        self.log
+            .push(format!("{folds:?} in KV head {head}, part {part}"));
         let before = self.read()?;
-        match self.store.fold_values(head, &folds) {
-            Ok(()) => {}
+        let (mixing, does) = match part {
+            0 => (self.store.fold_keys(head, &folds), self.store.folds_keys()),
+            _ => (self.store.fold_values(head, &folds), true),
+        };
+        match mixing {
+            Ok(()) if does => {}
+            Ok(()) => {
+                let found = "keys were mixed, which `folds_keys` denies";
+                return Err(self.broken(Promise::Mixture, found));
+            }
             Err(Error::NotSupported { .. }) => return self.compare(Some(before)),
             Err(error) => return Err(self.failed(error)),
         }
         let d = self.layer.head_dim;
-        let due = mixed(&before[head][1], d, &folds);
+        let due = mixed(&before[head][part], d, &folds);
+        let all = due.iter();
+        self.largest = all.fold(self.largest, |most, x| most.max(x.abs()));
         let after = self.read()?;
         let into = |at: usize| folds.iter().any(|f| f.into as usize == at / d);
         // The order of a sum is the store's business.
         let allowed = self.check.tolerance.max(1e-6) * self.largest;
         let wrong = (0..due.len()).find(|at| {
-            let (found, old) = (after[head][1][*at], before[head][1][*at]);
+            let (found, old) = (after[head][part][*at], before[head][part][*at]);
             match into(*at) {
                 true => !((found - due[*at]).abs() <= allowed),
                 false => found.to_bits() != old.to_bits(),
@@ -390,9 +411,10 @@ impl Pair<'_> {
             return Err(self.broken(
                 Promise::Mixture,
                 format!(
-                    "value {} of KV head {head}: {}, {} is due",
+                    "{} {} of KV head {head}: {}, {} is due",
+                    ["key", "value"][part],
                     at / d,
-                    after[head][1][at],
+                    after[head][part][at],
                     due[at]
                 ),
             ));
@@ -400,10 +422,10 @@ impl Pair<'_> {
         // From here on this is what these units are; nothing else may have changed.
         for fold in &folds {
             let at = fold.into as usize;
-            self.heads[head].0[1][at] = after[head][1][at * d..(at + 1) * d].to_vec();
+            self.heads[head].0[part][at] = after[head][part][at * d..(at + 1) * d].to_vec();
         }
         let mut exact = before;
-        exact[head][1].clone_from(&after[head][1]);
+        exact[head][part].clone_from(&after[head][part]);
         self.compare(Some(exact))
     }
 

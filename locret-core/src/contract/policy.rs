@@ -683,6 +683,10 @@ pub enum Keep {
         kept: Selection,
         /// By KV head, what is mixed into what, in units before the verdict.
         folds: Vec<Vec<Fold>>,
+        /// Whether keys are mixed as values are, as they lie in the store: rotated at their own positions in
+        /// [`Positions::Original`], not rotated in [`Positions::Compact`]. Only where the store does it
+        /// ([`LayerUnits::folds_keys`]).
+        keys: bool,
     },
 }
 

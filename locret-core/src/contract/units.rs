@@ -211,13 +211,24 @@ pub struct Part<'a> {
     units: Option<&'a Selection>,
     lists: Lists,
     observed: Option<Observed>,
+    /// `None` for what was noted of the layer anyway.
+    notes: Option<&'a [f32]>,
 }
 
-impl Part<'_> {
+impl<'a> Part<'a> {
+    /// As if this had been noted of the layer.
+    pub fn noting(self, notes: &'a [f32]) -> Self {
+        Self {
+            notes: Some(notes),
+            ..self
+        }
+    }
+
     /// As a policy sees them.
     pub fn units(&self) -> LayerUnits<'_> {
         LayerUnits {
             lists: &self.lists,
+            notes: self.notes.unwrap_or(self.of.notes),
             observed: self.observed.as_ref().or(self.of.observed),
             picked: self.units.map(Selection::heads).or(self.of.picked),
             ..*self.of
@@ -438,6 +449,7 @@ impl<'a> LayerUnits<'a> {
             units: Some(units),
             lists: Lists::of(heads),
             observed,
+            notes: None,
         })
     }
 
@@ -458,6 +470,7 @@ impl<'a> LayerUnits<'a> {
             units: None,
             lists: Lists::of(heads.collect()),
             observed: None,
+            notes: None,
         }
     }
 
@@ -488,6 +501,11 @@ impl<'a> LayerUnits<'a> {
             None => Ok(values),
             Some(picked) => stores::picked(&values, &picked[head]),
         }
+    }
+
+    /// Whether keys can be mixed as values can ([`Keep::Merged`](crate::Keep::Merged)).
+    pub fn folds_keys(&self) -> bool {
+        self.store.folds_keys()
     }
 
     /// The new tokens' queries, keys and values before rotation, if [`Needs::qkv`] asked for them.

@@ -430,10 +430,10 @@ impl SequenceCache {
             away,
         } = verdict;
         let everything = matches!(keep, Keep::All);
-        let (kept, folds) = match keep {
-            Keep::All => (None, Vec::new()),
-            Keep::Slots(kept) => (Some(kept), Vec::new()),
-            Keep::Merged { kept, folds } => (Some(kept), folds),
+        let (kept, folds, keys) = match keep {
+            Keep::All => (None, Vec::new(), false),
+            Keep::Slots(kept) => (Some(kept), Vec::new(), false),
+            Keep::Merged { kept, folds, keys } => (Some(kept), folds, keys),
         };
         let this = &mut self.layers[layer];
         let policy = &self.policy;
@@ -454,7 +454,15 @@ impl SequenceCache {
             let found = format!("folds for {} KV heads of {heads}", folds.len());
             return Err(broken(found));
         }
+        if keys && folds.iter().any(|folds| !folds.is_empty()) {
+            let head_dim = self.spec.head_dim;
+            let compute = &*self.places[layer].compute;
+            this.unturn(&mut self.rope, head_dim, compute)?;
+        }
         for (head, folds) in folds.iter().enumerate().filter(|(_, f)| !f.is_empty()) {
+            if keys {
+                this.store.fold_keys(head, folds)?;
+            }
             this.store.fold_values(head, folds)?;
         }
         if let Some(kept) = kept {

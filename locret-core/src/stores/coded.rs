@@ -3,7 +3,7 @@
 use super::{
     Fold, Growth, KvStore, Placement, check_append, check_folds, check_retain, folded,
     growth::{self, CodedGrowth},
-    saved,
+    no_keys, saved,
 };
 use crate::{Error, LayerSpec, Result, Rows, SnapshotError};
 use burn::tensor::Device;
@@ -597,18 +597,22 @@ impl Head {
         self.keys.scales.shrink_to_fit();
     }
 
-    /// Replaces the value of one unit.
-    fn set_value(&mut self, shape: Shape, unit: usize, value: &[f32]) {
+    /// Replaces the value of one unit, or its key where that has a group of its own.
+    fn set(&mut self, shape: Shape, keys: bool, unit: usize, value: &[f32]) {
         let ([first, _], coded, d) = (self.plain(shape), self.coded(shape), shape.dim);
+        let part = match keys {
+            true => &mut self.keys,
+            false => &mut self.values,
+        };
         if unit < first {
-            let old = &mut self.values.first[unit * d..][..d];
+            let old = &mut part.first[unit * d..][..d];
             let pairs = old.iter_mut().zip(value);
             pairs.for_each(|(old, value)| *old = rounded(*value));
             return;
         }
         let unit = unit - first;
         if unit >= coded {
-            self.values.tail[(unit - coded) * d..][..d].copy_from_slice(value);
+            part.tail[(unit - coded) * d..][..d].copy_from_slice(value);
             return;
         }
         let (mut codes, mut made) = (Vec::new(), Vec::new());
@@ -616,8 +620,8 @@ impl Head {
         hadamard(&mut value, shape.block());
         shape.encode_row(&value, &mut codes, &mut made);
         let (bytes, scales) = (shape.row_bytes(), shape.row_scales());
-        self.values.codes[unit * bytes..][..bytes].copy_from_slice(&codes);
-        self.values.scales[unit * scales..][..scales].copy_from_slice(&made);
+        part.codes[unit * bytes..][..bytes].copy_from_slice(&codes);
+        part.scales[unit * scales..][..scales].copy_from_slice(&made);
     }
 
     fn read(shape: Shape, from: &mut Take<&mut dyn Read>) -> Result<Self> {
@@ -782,7 +786,29 @@ impl KvStore for QuantizedStore {
             out
         };
         for (unit, value) in folded(folds, |unit| value(head, unit)) {
-            head.set_value(shape, unit as usize, &value);
+            head.set(shape, false, unit as usize, &value);
+        }
+        Ok(())
+    }
+
+    fn folds_keys(&self) -> bool {
+        !self.shape.kivi()
+    }
+
+    fn fold_keys(&mut self, head: usize, folds: &[Fold]) -> Result<()> {
+        let shape = self.shape;
+        if shape.kivi() {
+            return Err(no_keys(&self.name()));
+        }
+        let head = &mut self.heads[head];
+        check_folds(folds, head.len(shape))?;
+        let key = |head: &Head, unit: u32| {
+            let mut out = vec![0.0; shape.dim];
+            head.keys(shape, unit as usize..unit as usize + 1, false, &mut out);
+            out
+        };
+        for (unit, key) in folded(folds, |unit| key(head, unit)) {
+            head.set(shape, true, unit as usize, &key);
         }
         Ok(())
     }

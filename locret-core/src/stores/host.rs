@@ -174,19 +174,15 @@ impl<T: Number> KvStore for HostStore<T> {
     }
 
     fn fold_values(&mut self, head: usize, folds: &[Fold]) -> Result<()> {
-        let d = self.dim;
-        let values = &mut self.heads[head].1;
-        check_folds(folds, values.len() / d)?;
-        let row = |unit: u32| unit as usize * d..(unit as usize + 1) * d;
-        let new = folded(folds, |unit| {
-            values[row(unit)].iter().map(|x| x.to_f32()).collect()
-        });
-        for (unit, value) in new {
-            for (to, from) in values[row(unit)].iter_mut().zip(value) {
-                *to = T::from_f32(from);
-            }
-        }
-        Ok(())
+        fold_rows(&mut self.heads[head].1, self.dim, folds)
+    }
+
+    fn folds_keys(&self) -> bool {
+        true
+    }
+
+    fn fold_keys(&mut self, head: usize, folds: &[Fold]) -> Result<()> {
+        fold_rows(&mut self.heads[head].0, self.dim, folds)
     }
 
     fn write(&self, to: &mut dyn Write) -> Result<()> {
@@ -214,4 +210,19 @@ impl<T: Number> KvStore for HostStore<T> {
     fn fork(&self) -> Box<dyn KvStore> {
         Box::new(self.clone())
     }
+}
+
+/// Rows of `d` numbers with some mixed into others, in 32 bits.
+fn fold_rows<T: Number>(rows: &mut [T], d: usize, folds: &[Fold]) -> Result<()> {
+    check_folds(folds, rows.len() / d)?;
+    let row = |unit: u32| unit as usize * d..(unit as usize + 1) * d;
+    let new = folded(folds, |unit| {
+        rows[row(unit)].iter().map(|x| x.to_f32()).collect()
+    });
+    for (unit, mixed) in new {
+        for (to, from) in rows[row(unit)].iter_mut().zip(mixed) {
+            *to = T::from_f32(from);
+        }
+    }
+    Ok(())
 }

@@ -205,8 +205,9 @@ pub trait KvStore: Debug + Send + Sync {
     }
 
     /// Mixes values of units of one head into others': the value of a unit `into` becomes
-    /// `(1 - Σ share) · own + Σ share · value of from` over all folds into it. Every value is read
-    /// as it was before the call. Keys stay.
+    /// `(1 - Σ share) · own + Σ share · value of from` over all folds into it, or
+    /// `share · own + Σ share · value of from` where one of them is a fold into itself ([`Fold`]). Every value is
+    /// read as it was before the call. Keys stay.
     ///
     /// # Errors
     /// [`Error::NotSupported`] if this store does not do it, [`Error::Setting`] for a unit that is
@@ -216,6 +217,21 @@ pub trait KvStore: Debug + Send + Sync {
             operation: "merging units",
             implementer: format!("the store {}", self.name()),
         })
+    }
+
+    /// Whether [`fold_keys`](Self::fold_keys) does anything. Where one key cannot be replaced without changing others'
+    /// (codes of groups of keys) it does not.
+    fn folds_keys(&self) -> bool {
+        false
+    }
+
+    /// Mixes keys as they lie in the store, as [`fold_values`](Self::fold_values) mixes values. Values stay.
+    ///
+    /// # Errors
+    /// [`Error::NotSupported`], with nothing changed, if the store does not do it
+    /// ([`folds_keys`](Self::folds_keys)), [`Error::Setting`] for a unit that is not there.
+    fn fold_keys(&mut self, _head: usize, _folds: &[Fold]) -> Result<()> {
+        Err(no_keys(&self.name()))
     }
 
     /// Writes all units, so that [`read`](Self::read) makes the same store of them.
@@ -246,7 +262,10 @@ fn not_saved(store: &str) -> Error {
     SnapshotError::NotSaved(format!("the store {store}")).into()
 }
 
-/// One unit's value mixed into another's; see [`KvStore::fold_values`].
+/// One unit mixed into another; see [`KvStore::fold_values`].
+///
+/// A fold of a unit into itself says what its own value counts. Without one it counts what the others leave of 1,
+/// so that values are means; with one shares need not add up to 1.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Fold {
     /// The unit whose value is given.
@@ -400,9 +419,9 @@ pub fn folded(folds: &[Fold], value: impl Fn(u32) -> Vec<f32>) -> Vec<(u32, Vec<
         .chunk_by(|a, b| a.into == b.into)
         .map(|folds| {
             let mut sum = value(folds[0].into);
-            let own = 1.0 - folds.iter().map(|fold| fold.share).sum::<f32>();
+            let own = own_share(folds);
             sum.iter_mut().for_each(|x| *x *= own);
-            for fold in folds {
+            for fold in folds.iter().filter(|fold| fold.from != fold.into) {
                 for (to, from) in sum.iter_mut().zip(value(fold.from)) {
                     *to += fold.share * from;
                 }
@@ -410,6 +429,24 @@ pub fn folded(folds: &[Fold], value: impl Fn(u32) -> Vec<f32>) -> Vec<(u32, Vec<
             (folds[0].into, sum)
         })
         .collect()
+}
+
+/// What the unit that all of `folds` go into counts itself.
+pub fn own_share(folds: &[Fold]) -> f32 {
+    let (own, others): (Vec<&Fold>, Vec<&Fold>) = folds.iter().partition(|f| f.from == f.into);
+    let sum = |folds: &[&Fold]| folds.iter().map(|fold| fold.share).sum::<f32>();
+    match own.is_empty() {
+        true => 1.0 - sum(&others),
+        false => sum(&own),
+    }
+}
+
+/// What a store says that cannot mix keys.
+pub(crate) fn no_keys(store: &str) -> Error {
+    Error::NotSupported {
+        operation: "merging keys",
+        implementer: format!("the store {store}"),
+    }
 }
 
 fn no_turn(store: &str) -> Error {

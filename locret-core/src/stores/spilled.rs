@@ -4,6 +4,7 @@
 use super::{
     Fold, Growth, KvStore, check_append, check_away, check_retain, check_units,
     growth::SpilledGrowth,
+    no_keys,
     pieces::{Composite, Move, Run, pieces, push, take_out},
     saved,
     scratch::{Extent, Space, Tier},
@@ -540,6 +541,17 @@ impl KvStore for Spilled {
                 operation: "merging units while others are put away",
                 implementer: format!("the store {}", self.name()),
             }),
+        }
+    }
+
+    fn folds_keys(&self) -> bool {
+        self.blocks.is_empty() && self.near.folds_keys()
+    }
+
+    fn fold_keys(&mut self, head: usize, folds: &[Fold]) -> Result<()> {
+        match self.folds_keys() {
+            true => self.near.fold_keys(head, folds),
+            false => Err(no_keys(&self.name())),
         }
     }
 

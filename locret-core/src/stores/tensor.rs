@@ -46,6 +46,17 @@ impl TensorStore {
             _ => tensor.cast(self.float),
         }
     }
+
+    /// Rows with some mixed into others, in 32 bits.
+    fn folded_rows(&self, rows: &Tensor<2>, folds: &[Fold]) -> Result<Tensor<2>> {
+        let d = self.dim;
+        check_folds(folds, rows.dims()[0])?;
+        let mut all = host::into_f32(full(rows.clone()))?;
+        for (unit, mixed) in folded(folds, |unit| all[unit as usize * d..][..d].to_vec()) {
+            all[unit as usize * d..][..d].copy_from_slice(&mixed);
+        }
+        Ok(self.stored(Rows::new(all, d, &self.device)?.into_tensor()))
+    }
 }
 
 impl KvStore for TensorStore {
@@ -132,15 +143,16 @@ impl KvStore for TensorStore {
     }
 
     fn fold_values(&mut self, head: usize, folds: &[Fold]) -> Result<()> {
-        let d = self.dim;
-        let values = &self.heads[head].1;
-        check_folds(folds, values.dims()[0])?;
-        let mut all = host::into_f32(full(values.clone()))?;
-        let new = folded(folds, |unit| all[unit as usize * d..][..d].to_vec());
-        for (unit, value) in new {
-            all[unit as usize * d..][..d].copy_from_slice(&value);
-        }
-        self.heads[head].1 = self.stored(Rows::new(all, d, &self.device)?.into_tensor());
+        self.heads[head].1 = self.folded_rows(&self.heads[head].1, folds)?;
+        Ok(())
+    }
+
+    fn folds_keys(&self) -> bool {
+        true
+    }
+
+    fn fold_keys(&mut self, head: usize, folds: &[Fold]) -> Result<()> {
+        self.heads[head].0 = self.folded_rows(&self.heads[head].0, folds)?;
         Ok(())
     }
 

@@ -483,6 +483,7 @@ fn mixed(folds: Vec<Vec<Fold>>) -> Result<Verdict> {
         keep: Keep::Merged {
             kept: Selection::new(vec![vec![0]; 2])?,
             folds,
+            keys: false,
         },
         ..Verdict::keep_all()
     })

@@ -462,6 +462,7 @@ impl KvCachePolicy for Mixing {
             keep: Keep::Merged {
                 kept,
                 folds: heads.map(folds).collect(),
+                keys: false,
             },
             ..Verdict::keep_all()
         })

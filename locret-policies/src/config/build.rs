@@ -2,10 +2,10 @@
 
 use super::{Method, PolicyConfig, TableConfig, TierConfig};
 use crate::{
-    ChunkKv, Compactor, Critical, Cur, DuoAttention, ExpectedAttention, FastKvZip, Full, H2o,
-    HeadAdvice, HeadWeights, InfLlm, KeyDiff, KeyNorm, KvZap, LagKv, Locret, MInference, Merge,
-    OutputNorms, PolicyError, PutAway, QFilters, Quantized, Random, Result, RetainingHeads, SirLlm,
-    SnapKv, Threshold, Tiered, Tova, Window,
+    Cam, CamKeeps, ChunkKv, Compactor, Critical, Cur, D2o, DuoAttention, ExpectedAttention,
+    FastKvZip, Full, H2o, HeadAdvice, HeadWeights, Heavy, InfLlm, KeyDiff, KeyNorm, KvZap, LagKv,
+    Locret, MInference, Merge, OutputNorms, PolicyError, PutAway, QFilters, Quantized, Random,
+    Result, RetainingHeads, SirLlm, SnapKv, Threshold, Tiered, Tova, Window,
     minference::{Pattern, Patterns},
     published::Published,
 };
@@ -80,6 +80,11 @@ impl PolicyConfig {
                 let heads = place(&self.head_weights(model)?)?;
                 self.surrogate(norms, Arc::new(heads))?
             }
+            Method::D2o => self.evict(norms, Heavy)?,
+            Method::Cam => match self.keeps.unwrap_or_default() {
+                CamKeeps::Window => self.evict(norms, Window)?,
+                CamKeeps::Heavy => self.evict(norms, Heavy)?,
+            },
             Method::DuoAttention => self.wrap(self.duo()?, None)?,
             Method::MInference => {
                 let positions = self.positions.unwrap_or_default();
@@ -344,6 +349,8 @@ impl PolicyConfig {
         let cut = self.threshold.is_some();
         let shares = evicts && !cut;
         let only = |methods: &[Method]| methods.contains(&self.policy);
+        let d2o = only(&[Method::D2o]);
+        let merges = self.policy.merges();
         let settings = [
             (
                 "threshold",
@@ -360,7 +367,7 @@ impl PolicyConfig {
             ("ada", self.ada.is_some(), shares),
             ("share", self.share.is_some(), shares),
             ("table", self.table.is_some(), shares),
-            ("merge", self.merge.is_some(), evicts),
+            ("merge", self.merge.is_some(), evicts && !merges),
             ("merge_by", self.merge_by.is_some(), self.merge.is_some()),
             ("critical", self.critical, shares && self.blocks.is_none()),
             ("blocks", self.blocks.is_some(), shares),
@@ -369,7 +376,7 @@ impl PolicyConfig {
             (
                 "seed",
                 self.seed.is_some(),
-                only(&[Method::Random, Method::Compactor]),
+                only(&[Method::Random, Method::Compactor, Method::Cam]),
             ),
             (
                 "blending",
@@ -381,7 +388,7 @@ impl PolicyConfig {
             (
                 "window",
                 self.window.is_some(),
-                only(&[Method::SnapKv, Method::Cur]),
+                only(&[Method::SnapKv, Method::Cur, Method::Cam]),
             ),
             ("lag", self.lag.is_some(), only(&[Method::LagKv])),
             (
@@ -408,7 +415,18 @@ impl PolicyConfig {
             ("block_size", self.block_size.is_some(), blocks),
             ("topk", self.topk.is_some(), blocks),
             ("repr_topk", self.repr_topk.is_some(), blocks),
-            ("put_away", self.put_away, evicts && self.merge.is_none()),
+            (
+                "put_away",
+                self.put_away,
+                evicts && self.merge.is_none() && !merges,
+            ),
+            ("form", self.form.is_some(), d2o),
+            ("mix_keys", self.mix_keys.is_some(), d2o),
+            ("smoothing", self.smoothing.is_some(), d2o),
+            ("exempt", self.exempt.is_some(), d2o),
+            ("exempt_whole", self.exempt_whole, d2o),
+            ("keeps", self.keeps.is_some(), only(&[Method::Cam])),
+            ("sums", self.sums, only(&[Method::Cam])),
             ("tier", self.tier.is_some(), infllm || self.put_away),
         ];
         match settings.into_iter().find(|(_, set, has)| *set && !has) {
@@ -475,13 +493,32 @@ impl PolicyConfig {
             Budget::Units(units) => Some(Room { units, step: STEP }),
             _ => None,
         };
-        match self.merge {
-            Some(threshold) => {
+        match (self.policy, self.merge) {
+            (Method::D2o, _) => self.wrap(self.d2o(policy), room),
+            (Method::Cam, _) => self.wrap(self.cam(policy), room),
+            (_, Some(threshold)) => {
                 let by = self.merge_by.unwrap_or_default();
                 self.wrap(Merge::new(policy, threshold).by(by), room)
             }
-            None => self.wrap(policy, room),
+            (_, None) => self.wrap(policy, room),
         }
+    }
+
+    fn d2o<P: KvCachePolicy>(&self, policy: P) -> D2o<P> {
+        let (first, last) = self.exempt.unwrap_or(D2o::<P>::EXEMPT);
+        D2o::new(policy)
+            .form(self.form.unwrap_or_default())
+            .keys(self.mix_keys.unwrap_or(true))
+            .smoothing(self.smoothing.unwrap_or(D2o::<P>::SMOOTHING))
+            .exempt(first, last)
+            .whole(self.exempt_whole)
+    }
+
+    fn cam<P: KvCachePolicy>(&self, policy: P) -> Cam<P> {
+        Cam::new(policy)
+            .window(self.window.unwrap_or(Cam::<P>::NEXT))
+            .seed(self.seed.unwrap_or(0))
+            .sums(self.sums)
     }
 
     /// What goes around the method. `room` is what has to be resident where nothing else is said, but for retrieved

@@ -1,8 +1,9 @@
 //! The names of methods.
 
 use crate::{
-    Compactor, Cur, ExpectedAttention, FastKvZip, H2o, KeyDiff, KeyNorm, KvZap, LagKv, Locret,
-    PolicyError, QFilters, Random, Result, SirLlm, SnapKv, Tova, Window, published::Published,
+    Compactor, Cur, ExpectedAttention, FastKvZip, H2o, Heavy, KeyDiff, KeyNorm, KvZap, LagKv,
+    Locret, PolicyError, QFilters, Random, Result, SirLlm, SnapKv, Tova, Window,
+    published::Published,
 };
 use locret_core::Positions;
 use serde::{Deserialize, Serialize};
@@ -53,6 +54,11 @@ pub enum Method {
     /// [`FastKvZip`]
     #[serde(rename = "fast-kvzip")]
     FastKvZip,
+    /// [`D2o`](crate::D2o)
+    #[serde(rename = "d2o")]
+    D2o,
+    /// [`Cam`](crate::Cam)
+    Cam,
     /// [`DuoAttention`](crate::DuoAttention)
     DuoAttention,
     /// [`MInference`](crate::MInference)
@@ -65,7 +71,7 @@ pub enum Method {
 
 impl Method {
     /// All of them.
-    pub const ALL: [Self; 20] = [
+    pub const ALL: [Self; 22] = [
         Self::Full,
         Self::Window,
         Self::Random,
@@ -83,6 +89,8 @@ impl Method {
         Self::Compactor,
         Self::KvZap,
         Self::FastKvZip,
+        Self::D2o,
+        Self::Cam,
         Self::DuoAttention,
         Self::MInference,
         Self::InfLlm,
@@ -108,6 +116,8 @@ impl Method {
             Self::Compactor => "compactor",
             Self::KvZap => "kvzap",
             Self::FastKvZip => "fast-kvzip",
+            Self::D2o => "d2o",
+            Self::Cam => "cam",
             Self::DuoAttention => "duo-attention",
             Self::MInference => "minference",
             Self::InfLlm => "infllm",
@@ -121,6 +131,12 @@ impl Method {
             self,
             Self::Full | Self::DuoAttention | Self::MInference | Self::InfLlm
         )
+    }
+
+    /// Whether the method folds what it drops into what it keeps, in a way of its own: it has neither `merge` nor
+    /// `put_away`.
+    pub fn merges(self) -> bool {
+        matches!(self, Self::D2o | Self::Cam)
     }
 
     /// Whether the method scores with trained heads, so that it needs a file of them.
@@ -154,6 +170,8 @@ impl Method {
             Self::Compactor => Compactor::POSITIONS,
             Self::KvZap => KvZap::POSITIONS,
             Self::FastKvZip => FastKvZip::POSITIONS,
+            Self::D2o => Heavy::POSITIONS,
+            Self::Cam => Window::POSITIONS,
         }
     }
 }

@@ -9,7 +9,7 @@ pub use method::Method;
 pub use shares::TableConfig;
 pub use tier::TierConfig;
 
-use crate::{MergeBy, PolicyError, Result};
+use crate::{CamKeeps, D2oForm, MergeBy, PolicyError, Result};
 use locret_core::{Budget, DecodeEviction, Positions, Quantization, Share};
 use serde::{Deserialize, Deserializer, Serialize, de};
 use std::{
@@ -48,12 +48,12 @@ pub struct PolicyConfig {
     /// can do without: all of them are then.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub budget: Option<Budget>,
-    /// First units that stay. By default 4 for `window`, `sirllm`, `expected-attention`, `lagkv`, `cur` and
+    /// First units that stay. By default 4 for `window`, `sirllm`, `expected-attention`, `lagkv`, `cur`, `d2o`, `cam` and
     /// `fast-kvzip`, 8 for `compactor`, 128 for `duo-attention`, else 0.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub sinks: Option<usize>,
     /// Newest units that stay, always. By default half of the budget for `h2o`, a quarter for
-    /// `sirllm`, the window for `snapkv` and 128 for `kvzap` (at most half of the budget), an eighth for
+    /// `sirllm`, `d2o` and `cam` that keeps `heavy`, the window for `snapkv` and 128 for `kvzap` (at most half of the budget), an eighth for
     /// `fast-kvzip` (at most 4,096), 4 for `compactor`, 256 for `duo-attention`, 1 for `tova`, else 0.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub recent: Option<usize>,
@@ -61,8 +61,8 @@ pub struct PolicyConfig {
     /// `locret`, else 0.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub stabilizers: Option<usize>,
-    /// Which positions attention uses. By default compact for `window`, `sirllm` and `locret`,
-    /// else original.
+    /// Which positions attention uses. By default compact for `window`, `sirllm`, `locret` and `cam` that keeps a
+    /// window, else original.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub positions: Option<Positions>,
     /// Whether units are dropped while text is generated.
@@ -118,13 +118,14 @@ pub struct PolicyConfig {
     /// the procedure is the authors'.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub advice: Option<bool>,
-    /// `random`, `compactor`: the seed (0).
+    /// `random`, `compactor`, `cam`: the seed (0).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub seed: Option<u64>,
     /// `sirllm`: the factor on carried scores when a further turn begins (1).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub decay: Option<f32>,
     /// `snapkv`: how many of the last queries are observed (64). `cur`: tokens of a window (16).
+    /// `cam`: units that a dropped value is spread over (32).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub window: Option<usize>,
     /// `snapkv`: over how many neighbouring units their attention is averaged (odd, 5).
@@ -134,6 +135,27 @@ pub struct PolicyConfig {
     /// ([`Threshold`](crate::Threshold)). `sinks` (4 for `fast-kvzip`) and `recent` (128) stay whatever their score.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub threshold: Option<f32>,
+    /// `d2o`: what is folded and what it counts, as in the `paper` (the default) or in the authors' `code` ([`D2oForm`]).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub form: Option<D2oForm>,
+    /// `d2o`: whether keys are mixed as values are, where the store can (true).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mix_keys: Option<bool>,
+    /// `d2o`: how much of the threshold a step's mean cosine is (0.5).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub smoothing: Option<f32>,
+    /// `d2o`: how many of the first and of the last layers have nothing folded (`[2, 1]`).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub exempt: Option<(usize, usize)>,
+    /// `d2o`: those layers keep everything, as published; memory is then not bounded.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub exempt_whole: bool,
+    /// `cam`: what stays, `window` (the default) or `heavy` ([`CamKeeps`]).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub keeps: Option<CamKeeps>,
+    /// `cam`: values are added up however many units go into one ([`Cam::sums`](crate::Cam::sums)).
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub sums: bool,
     /// `duo-attention`: the share of heads that stream (0.5).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub streaming: Option<f64>,
@@ -255,6 +277,13 @@ impl PolicyConfig {
             window: None,
             kernel: None,
             threshold: None,
+            form: None,
+            mix_keys: None,
+            smoothing: None,
+            exempt: None,
+            exempt_whole: false,
+            keeps: None,
+            sums: false,
             streaming: None,
             blending: None,
             lag: None,

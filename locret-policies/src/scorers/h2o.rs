@@ -58,7 +58,7 @@ impl Scorer for H2o {
         if units.incoming() == 0 {
             return observed::carried(units);
         }
-        let attention = observed::attention(self, units)?;
+        let attention = observed::attention(|| self.name(), units)?;
         let group = at.layer.group();
         let scores = (0..units.kv_heads()).map(|head| {
             let (old, positions) = (units.carried(head), units.positions(head));

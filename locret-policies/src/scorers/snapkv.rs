@@ -98,7 +98,7 @@ impl Scorer for SnapKv {
         if units.incoming() == 0 {
             return observed::carried(units);
         }
-        let attention = observed::attention(self, units)?;
+        let attention = observed::attention(|| self.name(), units)?;
         let (group, reach) = (at.layer.group(), self.kernel / 2);
         let summed = attention
             .queries

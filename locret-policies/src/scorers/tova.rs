@@ -58,7 +58,7 @@ impl Scorer for Tova {
         if units.incoming() == 0 {
             return observed::carried(units);
         }
-        let attention = observed::attention(self, units)?;
+        let attention = observed::attention(|| self.name(), units)?;
         let (group, factor) = (at.layer.group(), 1.0 / at.layer.heads as f32);
         let heads = observed::group(attention, 0, at.layer.heads)?;
         let first = units.positions(0);

@@ -7,7 +7,7 @@ use locret_core::{
     CacheOptions, DType, DecodeEviction, Guard, KvCachePolicy, ModelSpec, Pass, Phase, Positions,
     Qkv, RopeConfig, Rows, SequenceCache, compute,
 };
-use locret_policies::{Gate, HeadForm, HeadWeights, LayerHead, Method, PolicyConfig};
+use locret_policies::{Gate, HeadForm, HeadWeights, LayerHead, Method, PolicyConfig, Random};
 use std::{
     path::{Path, PathBuf},
     sync::Arc,
@@ -132,7 +132,11 @@ pub struct Unit {
     pub v: Vec<f32>,
     /// The value that it was born with, before anything was folded into it.
     pub born: Vec<f32>,
+    /// And its key.
+    pub born_key: Vec<f32>,
     pub score: f64,
+    /// What all queries have paid it so far, mean over the group.
+    pub attention: f64,
 }
 
 /// How the naive cache scores; see the type of the same name in the crate.
@@ -147,6 +151,8 @@ pub enum Rule {
     /// Each layer's fc1 `[d_r, inputs]`, fc2 `[G, d_r]`.
     Locret(Vec<(Vec<f32>, Vec<f32>)>),
     H2o,
+    /// Attention as a sum.
+    Heavy,
     /// Window and kernel.
     SnapKv(usize, usize),
     Tova,
@@ -160,6 +166,23 @@ pub enum Rule {
     QFilters(Vec<Vec<f32>>),
     /// Tokens of a tile, and each layer's random matrices, `[G, d, 48]`.
     Compactor(usize, Vec<Vec<f32>>),
+}
+
+/// D2O and CaM.
+#[derive(Debug, Clone, Copy)]
+pub enum Folding {
+    D2o {
+        /// As the authors' program has it.
+        code: bool,
+        keys: bool,
+        smoothing: f64,
+        exempt: (usize, usize),
+    },
+    Cam {
+        next: usize,
+        seed: u64,
+        sums: bool,
+    },
 }
 
 /// Everything that `Evict` is told, and how to score.
@@ -181,6 +204,8 @@ pub struct Settings {
     pub merge: Option<f32>,
     /// Whether they count by likeness and length.
     pub weighted: bool,
+    /// Another way of folding what is dropped.
+    pub fold: Option<Folding>,
     /// Tokens of blocks that stay or go together.
     pub blocks: Option<usize>,
     /// Each layer's output projection, `[hidden, heads * head_dim]`, if values are weighed behind it.
@@ -203,6 +228,7 @@ impl Settings {
             table: None,
             merge: None,
             weighted: false,
+            fold: None,
             blocks: None,
             critical: None,
         }
@@ -220,6 +246,8 @@ pub struct Naive {
     pub read: usize,
     /// `[layer][query head]`: queries of prompts before rotation, without the first four tokens'.
     pub queries: Vec<Vec<Vec<Vec<f64>>>>,
+    /// D2O's thresholds, by layer.
+    pub thresholds: Vec<Option<f64>>,
     /// The smallest relative distance between a score that was kept and one that was not, so far.
     pub margin: f64,
 }
@@ -229,6 +257,7 @@ impl Naive {
         Self {
             units: vec![vec![Vec::new(); spec.kv_heads]; spec.layers],
             queries: vec![vec![Vec::new(); spec.heads]; spec.layers],
+            thresholds: vec![None; spec.layers],
             spec: spec.clone(),
             settings,
             seen: 0,
@@ -239,10 +268,14 @@ impl Naive {
 
     /// Rotates one vector.
     fn rotate<T: Copy + Into<f64>>(&self, x: &[T], position: usize) -> Vec<f64> {
+        self.turn_by(x, position as f64)
+    }
+
+    fn turn_by<T: Copy + Into<f64>>(&self, x: &[T], position: f64) -> Vec<f64> {
         let half = self.spec.head_dim / 2;
         let mut out = vec![0.0; x.len()];
         for i in 0..half {
-            let angle = position as f64 * THETA.powf(-2.0 * i as f64 / self.spec.head_dim as f64);
+            let angle = position * THETA.powf(-2.0 * i as f64 / self.spec.head_dim as f64);
             let (a, b): (f64, f64) = (x[i].into(), x[i + half].into());
             out[i] = a * angle.cos() - b * angle.sin();
             out[i + half] = b * angle.cos() + a * angle.sin();
@@ -298,7 +331,9 @@ impl Naive {
                     k: k[row..row + d].to_vec(),
                     v: v[row..row + d].to_vec(),
                     born: v[row..row + d].to_vec(),
+                    born_key: k[row..row + d].to_vec(),
                     score: 0.0,
+                    attention: 0.0,
                 });
             }
         }
@@ -339,6 +374,14 @@ impl Naive {
                 }
             }
             rotated_keys.push(keys);
+        }
+        for head in 0..kv_heads {
+            for (i, unit) in self.units[layer][head].iter_mut().enumerate() {
+                for rows in &weights[head * group..(head + 1) * group] {
+                    let paid: f64 = rows.iter().map(|row| row[i]).sum();
+                    unit.attention += paid / group as f64;
+                }
+            }
         }
         self.score(layer, step, &before, &weights, &rotated_keys);
         output
@@ -481,7 +524,7 @@ impl Naive {
                 Rule::Cur(window) => {
                     let squares = |i: usize| {
                         let unit = &self.units[layer][head][i];
-                        [&unit.k, &unit.born]
+                        [&unit.born_key, &unit.born]
                             .map(|x| x.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>())
                     };
                     (0..n)
@@ -599,6 +642,9 @@ impl Naive {
                         }
                         paid / (self.seen + t - unit.position) as f64
                     })
+                    .collect(),
+                Rule::Heavy => (self.units[layer][head].iter())
+                    .map(|unit| unit.attention)
                     .collect(),
                 Rule::SnapKv(window, kernel) => {
                     let last = (*window).min(t);
@@ -902,8 +948,15 @@ impl Naive {
             self.margin = self.margin.min(distance(&list, kept.len()));
             *kept = list[..kept.len()].iter().map(|r| r.2).collect();
         }
-        for ((layer, head, _), mut kept) in heads.into_iter().zip(kept) {
-            kept.sort_unstable();
+        kept.iter_mut().for_each(|kept| kept.sort_unstable());
+        for (layer, kept) in layers.iter().zip(kept.chunks(self.spec.kv_heads)) {
+            match self.settings.fold {
+                Some(Folding::D2o { .. }) => self.fold_d2o(*layer, kept),
+                Some(Folding::Cam { .. }) => self.fold_cam(*layer, kept),
+                None => {}
+            }
+        }
+        for ((layer, head, _), kept) in heads.into_iter().zip(kept) {
             self.merge(layer, head, &kept);
             let units = &mut self.units[layer][head];
             *units = kept.into_iter().map(|i| units[i].clone()).collect();
@@ -1022,6 +1075,162 @@ impl Naive {
                 let count: f64 = given.iter().map(|g| g.0).sum();
                 let mean = (f64::from(values[unit][i]) + sum) / (1.0 + count);
                 self.units[layer][head][unit].v[i] = mean as f32;
+            }
+        }
+    }
+
+    /// D2O (arXiv 2406.13035 §3.3): `kept` by head.
+    fn fold_d2o(&mut self, layer: usize, kept: &[Vec<usize>]) {
+        let Some(Folding::D2o {
+            code,
+            keys: with_keys,
+            smoothing,
+            exempt: (first, last),
+        }) = self.settings.fold
+        else {
+            return;
+        };
+        if layer < first || layer + last >= self.spec.layers {
+            return;
+        }
+        let compact = self.settings.positions == Positions::Compact;
+        let mut margin = f64::INFINITY;
+        // By head, by dropped unit: it, the unit that it is most like, the cosine.
+        let mut near: Vec<Vec<(usize, usize, f64)>> = Vec::new();
+        for (head, kept) in kept.iter().enumerate() {
+            let units = &self.units[layer][head];
+            let keys: Vec<Vec<f64>> = (units.iter().enumerate())
+                .map(|(i, unit)| self.rotate(&unit.k, if compact { i } else { unit.position }))
+                .collect();
+            let mut list = Vec::new();
+            for unit in (0..units.len()).filter(|u| !kept.contains(u)) {
+                let mut others: Vec<(f64, usize)> = kept
+                    .iter()
+                    .map(|other| {
+                        let length = |i: usize| dot(&keys[i], &keys[i]).sqrt();
+                        let cosine = dot(&keys[unit], &keys[*other]);
+                        (cosine / length(unit) / length(*other), *other)
+                    })
+                    .collect();
+                others.sort_by(|a, b| b.0.total_cmp(&a.0));
+                if others.len() > 1 {
+                    margin = margin.min(others[0].0 - others[1].0);
+                }
+                if let Some((cosine, target)) = others.first() {
+                    list.push((unit, *target, *cosine));
+                }
+            }
+            near.push(list);
+        }
+        let all: Vec<f64> = near.iter().flatten().map(|n| n.2).collect();
+        if all.is_empty() {
+            self.margin = self.margin.min(margin);
+            return;
+        }
+        let mean = all.iter().sum::<f64>() / all.len() as f64;
+        let threshold = match self.thresholds[layer] {
+            None => mean,
+            Some(before) => (1.0 - smoothing) * before + smoothing * mean,
+        };
+        self.thresholds[layer] = Some(threshold);
+        for (head, list) in near.iter().enumerate() {
+            let mut given: Vec<Vec<(usize, f64)>> = vec![Vec::new(); self.units[layer][head].len()];
+            for (at, (unit, target, cosine)) in list.iter().enumerate() {
+                let judged = match code {
+                    false => *cosine,
+                    true => {
+                        let row: Vec<f64> =
+                            near.iter().filter_map(|l| l.get(at)).map(|n| n.2).collect();
+                        row.iter().sum::<f64>() / row.len() as f64
+                    }
+                };
+                // One dropped unit alone is its own mean, on both sides of rounding.
+                let alone = all.len() == 1 && self.thresholds[layer] == Some(mean);
+                if !alone {
+                    margin = margin.min((judged - threshold).abs());
+                }
+                if judged >= threshold {
+                    given[*target].push((*unit, *cosine));
+                }
+            }
+            let old = self.units[layer][head].clone();
+            for (target, given) in given.iter().enumerate().filter(|(_, g)| !g.is_empty()) {
+                let (own, weights): (f64, Vec<f64>) = match code {
+                    true => {
+                        let count = 1.0 + given.len() as f64;
+                        (1.0 / count, given.iter().map(|g| g.1 / count).collect())
+                    }
+                    false => {
+                        let powers: Vec<f64> = given.iter().map(|g| g.1.exp()).collect();
+                        let sum = 1f64.exp() + powers.iter().sum::<f64>();
+                        (1f64.exp() / sum, powers.iter().map(|p| p / sum).collect())
+                    }
+                };
+                let mixed = |of: &dyn Fn(usize) -> Vec<f64>| -> Vec<f64> {
+                    let mut sum: Vec<f64> = of(target).iter().map(|x| own * x).collect();
+                    for ((unit, _), weight) in given.iter().zip(&weights) {
+                        let pairs = sum.iter_mut().zip(of(*unit));
+                        pairs.for_each(|(x, y)| *x += weight * y);
+                    }
+                    sum
+                };
+                let wide = |x: &[f32]| x.iter().map(|x| f64::from(*x)).collect::<Vec<_>>();
+                let narrow = |x: Vec<f64>| x.into_iter().map(|x| x as f32).collect::<Vec<_>>();
+                let value = mixed(&|unit| wide(&old[unit].v));
+                self.units[layer][head][target].v = narrow(value);
+                if with_keys {
+                    let at = old[target].position as f64;
+                    let key = match compact {
+                        true => mixed(&|unit| wide(&old[unit].k)),
+                        false => {
+                            let there = |unit: usize| self.rotate(&old[unit].k, old[unit].position);
+                            self.turn_by(&mixed(&there), -at)
+                        }
+                    };
+                    self.units[layer][head][target].k = narrow(key);
+                }
+            }
+        }
+        self.margin = self.margin.min(margin);
+    }
+
+    /// CaM (PMLR 235:58840 §3.3): `kept` by head.
+    fn fold_cam(&mut self, layer: usize, kept: &[Vec<usize>]) {
+        let Some(Folding::Cam { next, seed, sums }) = self.settings.fold else {
+            return;
+        };
+        for (head, kept) in kept.iter().enumerate() {
+            let units = &self.units[layer][head];
+            let mut drawn: Vec<(usize, Vec<usize>)> = Vec::new();
+            for unit in (0..units.len()).filter(|u| !kept.contains(u)) {
+                let after = kept.iter().copied().filter(|other| *other > unit);
+                let after: Vec<usize> = after.take(next).collect();
+                if after.is_empty() {
+                    continue;
+                }
+                let mean = after.iter().map(|i| units[*i].attention).sum::<f64>();
+                let likely = units[unit].attention / (mean / after.len() as f64);
+                let lot = Random::new(seed).lot(layer, head, units[unit].position as u32);
+                self.margin = self.margin.min((f64::from(lot) - likely).abs());
+                if f64::from(lot) < likely {
+                    drawn.push((unit, after));
+                }
+            }
+            let old = units.clone();
+            for target in kept {
+                let into: Vec<&(usize, Vec<usize>)> =
+                    drawn.iter().filter(|d| d.1.contains(target)).collect();
+                for (unit, after) in &into {
+                    let parts = match sums {
+                        true => after.len(),
+                        false => after.len().max(into.len()),
+                    };
+                    for i in 0..self.spec.head_dim {
+                        let more = f64::from(old[*unit].v[i]) / parts as f64;
+                        let value = &mut self.units[layer][head][*target].v[i];
+                        *value = (f64::from(*value) + more) as f32;
+                    }
+                }
             }
         }
     }

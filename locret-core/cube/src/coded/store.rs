@@ -3,7 +3,8 @@
 use super::{CodedStore, Head, picks, room};
 use crate::{kernels::codes, store::elementwise};
 use locret_core::{
-    Fold, Growth, KvStore, QuantizedStore, Result, Room, Rows, check_append, check_retain,
+    Fold, Growth, KvStore, QuantLayout, QuantizedStore, Result, Room, Rows, check_append,
+    check_retain,
 };
 use std::{
     any::Any,
@@ -140,6 +141,17 @@ impl KvStore for CodedStore {
     fn fold_values(&mut self, head: usize, folds: &[Fold]) -> Result<()> {
         let mut host = self.as_host()?;
         host.fold_values(head, folds)?;
+        self.take_from(&host);
+        Ok(())
+    }
+
+    fn folds_keys(&self) -> bool {
+        self.config.layout != QuantLayout::Kivi
+    }
+
+    fn fold_keys(&mut self, head: usize, folds: &[Fold]) -> Result<()> {
+        let mut host = self.as_host()?;
+        host.fold_keys(head, folds)?;
         self.take_from(&host);
         Ok(())
     }
