@@ -29,7 +29,7 @@
 //! All but [`Full`], [`DuoAttention`], [`MInference`] and [`InfLlm`] are a [`Scorer`](locret_core::Scorer) inside an [`Evict`](locret_core::Evict),
 //! so that budgets, protected units, positions and eviction while decoding are the same for all, and
 //! any of them can share its budget out over layers ([`Evict::pyramid`](locret_core::Evict::pyramid))
-//! and heads ([`Evict::ada`](locret_core::Evict::ada)). [`Critical`] and
+//! and heads ([`Evict::ada`](locret_core::Evict::ada)); [`D2o`] and [`Cam`] go around one ([`Heavy`], [`Window`]). [`Critical`] and
 //! [`ChunkKv`] go around any scorer and choose by more than its scores. Wrappers go around any policy:
 //! [`Quantized`] keeps units as small integers, [`Merge`], [`D2o`] and [`Cam`] fold what is dropped into what is kept, [`PutAway`] retrieves
 //! what was dropped, and [`Tiered`] puts units away that are not needed at the moment.

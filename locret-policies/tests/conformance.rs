@@ -97,11 +97,11 @@ fn policy(config: &PolicyConfig, case: &Case<'_>, folded: &AtomicUsize) -> Arc<d
     config.build_with_heads(case.spec, heads).unwrap()
 }
 
-#[test]
-fn every_policy_shape_and_store_conforms() {
+/// Returns how many cases, and how many of them had folded heads.
+fn check(methods: impl Iterator<Item = Method>) -> (u64, usize) {
     let mut cases = 0;
     let folded = AtomicUsize::new(0);
-    for method in Method::ALL {
+    for method in methods {
         for (shape, pyramid, ada, share) in SHAPES {
             for (store, quantize, store_tolerance, tolerance) in stores() {
                 for (merge, around) in AROUND {
@@ -170,7 +170,18 @@ fn every_policy_shape_and_store_conforms() {
             }
         }
     }
+    (cases, folded.into_inner())
+}
+
+#[test]
+fn every_policy_shape_and_store_conforms() {
+    let (cases, folded) = check(Method::ALL.into_iter().filter(|method| !method.merges()));
     assert!(cases > 500, "{cases}");
-    let folded = folded.into_inner();
     assert!(folded > 40, "{folded} policies with folded heads");
+}
+
+#[test]
+fn policies_that_merge_conform() {
+    let (cases, _) = check(Method::ALL.into_iter().filter(|method| method.merges()));
+    assert!(cases > 80, "{cases}");
 }
