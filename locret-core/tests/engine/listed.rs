@@ -166,7 +166,7 @@ fn snapshots_and_other_policies_find_what_they_need() {
         norm,
     ] {
         for session in [&mut host, &mut listed] {
-            session.set_policy(policy.clone()).unwrap();
+            session.cache_mut().set_policy(policy.clone()).unwrap();
             session.prefill(&text(33), &Prefill::new(16, 0)).unwrap();
         }
         assert_same([&host, &listed]);

@@ -1,22 +1,24 @@
 //! The kernels as CUDA C++, written by CubeCL's compiler for a card that is described by hand.
 
-mod card;
-
 use crate::kernels::{
     attention::{self, Form},
     elementwise::{self, From, ROW_UNITS, Turn},
-    heads, lists,
     product::{self, FEW_UNITS, Kind, PITCH, TILE, TILE_UNITS},
     tile_attention, tile_product, units,
 };
 use burn::tensor::DType as TensorType;
-use card::{buffer, properties, settings, target, tensor};
 use cubecl::{
-    Compiler, CubeKernel, define_kernel,
-    ir::{DeviceProperties, TargetProperties},
+    Compiler, CubeKernel,
+    cmma::MatrixLayout,
+    define_kernel,
+    ir::{
+        AddressType, ContiguousElements, DeviceIdentity, DeviceProperties, HardwareProperties,
+        MemoryDeviceProperties, MmaProperties, TargetProperties, features::Features,
+    },
     prelude::*,
 };
 use cubecl_cpp::{
+    cuda::mma::manual::contiguous_elements_cuda,
     shared::{CompilationOptions, CppCompiler, CppSupportedFeatures},
     target::Cuda,
 };
@@ -36,6 +38,71 @@ pub struct Source {
     pub shared: usize,
     /// CUDA C++.
     pub text: String,
+}
+
+/// A card of NVIDIA's, as far as kernels are told.
+fn properties() -> Arc<DeviceProperties> {
+    let hardware = HardwareProperties {
+        load_width: 128,
+        vector_register_count: None,
+        plane_size_min: 32,
+        plane_size_max: 32,
+        max_bindings: 1024,
+        max_shared_memory_size: 48 * 1024,
+        max_cube_count: (u32::MAX, u16::MAX.into(), u16::MAX.into()),
+        max_units_per_cube: 1024,
+        max_cube_dim: (1024, 1024, 64),
+        num_streaming_multiprocessors: None,
+        num_tensor_cores: None,
+        min_tensor_cores_dim: None,
+        num_cpu_cores: None,
+        last_level_cache_size: None,
+        max_vector_size: VectorSize::MAX,
+        cube_mma_reserved_shared_memory: 0,
+    };
+    Arc::new(DeviceProperties::new(
+        Features::default(),
+        MemoryDeviceProperties::new(u64::MAX, 512),
+        hardware,
+        cubecl::profile::TimingMethod::Device,
+        DeviceIdentity {
+            name: "offline".into(),
+            fingerprint: "offline".into(),
+            physical: None,
+        },
+    ))
+}
+
+fn target() -> Arc<TargetProperties> {
+    Arc::new(TargetProperties {
+        mma: MmaProperties {
+            register_size_bits: 32,
+            const_plane_size: 32,
+            register_layout_a: MatrixLayout::RowMajor,
+            register_layout_b: MatrixLayout::ColMajor,
+            register_layout_acc: MatrixLayout::RowMajor,
+            register_duplication_a: 1,
+            register_duplication_b: 1,
+            register_duplication_acc: 1,
+            contiguous_elements: ContiguousElements::new(contiguous_elements_cuda),
+        },
+    })
+}
+
+fn settings(units: usize) -> KernelSettings {
+    let dim = CubeDim::new_1d(units as u32);
+    KernelSettings::new(*dim, ExecutionMode::Checked, AddressType::U32)
+}
+
+fn buffer() -> BufferCompilationArg {
+    BufferCompilationArg { inplace: None }
+}
+
+fn tensor() -> TensorCompilationArg {
+    TensorCompilationArg {
+        meta: TensorMetaCompilationArg { len: (), rank: () },
+        buffer: buffer(),
+    }
 }
 
 fn source(
@@ -310,8 +377,8 @@ pub fn sources() -> Result<Vec<Source>, String> {
     };
     let rotate = elementwise::rotate::Rotate::new(
         settings(256),
-        properties.clone(),
-        target.clone(),
+        properties,
+        target,
         tensor(),
         buffer(),
         buffer(),
@@ -322,65 +389,5 @@ pub fn sources() -> Result<Vec<Source>, String> {
         turn,
     );
     all.push(source("rotation".into(), 256, 0, rotate)?);
-    all.extend(choosing(&properties, &target)?);
     Ok(all)
-}
-
-/// What scores units and chooses among them.
-fn choosing(
-    properties: &Arc<DeviceProperties>,
-    target: &Arc<TargetProperties>,
-) -> Result<Vec<Source>, String> {
-    let second = heads::second::Second::new(
-        settings(heads::UNITS),
-        properties.clone(),
-        target.clone(),
-        tensor(),
-        buffer(),
-        buffer(),
-        (),
-    );
-    let select = lists::select::Select::new(
-        settings(lists::UNITS),
-        properties.clone(),
-        target.clone(),
-        buffer(),
-        buffer(),
-        buffer(),
-        buffer(),
-        buffer(),
-        buffer(),
-        buffer(),
-        buffer(),
-        buffer(),
-        buffer(),
-    );
-    let append = |moved| {
-        lists::append::Append::new(
-            settings(lists::UNITS),
-            properties.clone(),
-            target.clone(),
-            tensor(),
-            buffer(),
-            buffer(),
-            buffer(),
-            buffer(),
-            buffer(),
-            buffer(),
-            (),
-            moved,
-        )
-    };
-    let counts = 64 * lists::UNITS;
-    Ok(vec![
-        source(
-            "second product of heads".into(),
-            heads::UNITS,
-            4 * heads::UNITS,
-            second,
-        )?,
-        source("choice of units".into(), lists::UNITS, counts, select)?,
-        source("new units of lists".into(), lists::UNITS, 0, append(false))?,
-        source("lists, moved".into(), lists::UNITS, 0, append(true))?,
-    ])
 }
