@@ -12,7 +12,7 @@ use locret_core::Share;
 use locret_eval::{
     budget_table::measured,
     files::write_json,
-    training_data::{self, Recipe, TrainingCorpus},
+    training_data::{self, Ordinary, Recipe, TrainingCorpus},
 };
 use std::path::PathBuf;
 
@@ -59,7 +59,10 @@ pub fn run(args: &Args) -> Result<()> {
     let (fetch, frame) = (args.model.fetch(), runtime.frame(None)?);
     let essays = runtime::essays(&fetch)?;
     let shown = Fetching::new();
-    let corpus = TrainingCorpus::fetch(&fetch, &essays, &|p| shown.show(p))?;
+    let mut corpus = TrainingCorpus::fetch(&fetch, &essays, &|p| shown.show(p))?;
+    if recipe == Recipe::Reconstruct {
+        corpus = corpus.with(Ordinary::fetch(&fetch, &|p| shown.show(p))?);
+    }
     drop(shown);
     let count = |text: &str| runtime.count(text);
     let (samples, seed) = (args.samples, args.seed);
