@@ -4,8 +4,8 @@ use crate::published::Published;
 use crate::scorers::{Heavy, Random, Window, observed};
 use locret_core::{
     Budget, Error, Evict, Fold, Held, Keep, KvCachePolicy, KvStore, LayerSpec, LayerUnits,
-    ModelSpec, Needs, Observation, Part, Placement, Positions, Prefill, Queries, Result, Rows,
-    Scores, Selection, Step, Verdict, Visible,
+    ModelSpec, Needs, Observation, Part, Placement, Positions, Prefill, Queries, Ranking, Result,
+    Rows, Scores, Selection, Step, Verdict, Visible,
 };
 use serde::{Deserialize, Serialize};
 use std::str::FromStr;
@@ -326,6 +326,11 @@ impl<P: KvCachePolicy> KvCachePolicy for Cam<P> {
     fn step(&self, at: &Step, units: &LayerUnits<'_>) -> Result<Verdict> {
         let verdict = self.inner.step(at, &self.part(at, units).units())?;
         self.merged(at, verdict, units)
+    }
+
+    /// What is folded depends on what is dropped.
+    fn ranking(&self, _at: &Step, _units: &LayerUnits<'_>) -> Result<Option<Ranking>> {
+        Ok(None)
     }
 
     fn steps(&self, at: &[Step], units: &[LayerUnits<'_>]) -> Result<Vec<Verdict>> {

@@ -4,8 +4,8 @@ use super::nearest::{Nearest, nearest};
 use crate::{published::Published, scorers::Heavy};
 use locret_core::{
     Budget, Error, Evict, Fold, Held, Keep, KvCachePolicy, KvStore, LayerSpec, LayerUnits,
-    ModelSpec, Needs, Part, Placement, Positions, Prefill, Result, Rows, Selection, Step, Verdict,
-    Visible,
+    ModelSpec, Needs, Part, Placement, Positions, Prefill, Ranking, Result, Rows, Selection, Step,
+    Verdict, Visible,
 };
 use serde::{Deserialize, Serialize};
 use std::str::FromStr;
@@ -367,6 +367,11 @@ impl<P: KvCachePolicy> KvCachePolicy for D2o<P> {
             None => self.inner.step(at, units)?,
         };
         self.merged(at, verdict, units)
+    }
+
+    /// What is folded depends on what is dropped.
+    fn ranking(&self, _at: &Step, _units: &LayerUnits<'_>) -> Result<Option<Ranking>> {
+        Ok(None)
     }
 
     fn steps(&self, at: &[Step], units: &[LayerUnits<'_>]) -> Result<Vec<Verdict>> {
