@@ -113,7 +113,7 @@ pub(crate) struct Birth;
 
 impl Birth {
     /// By token, the scores of all KV heads.
-    fn new(at: &Step, units: &LayerUnits<'_>) -> Result<Vec<f32>> {
+    fn of_new(at: &Step, units: &LayerUnits<'_>) -> Result<Vec<f32>> {
         let LayerSpec {
             heads,
             kv_heads,
@@ -150,14 +150,14 @@ impl Scorer for Birth {
     }
 
     fn born(&self, at: &Step, units: &LayerUnits<'_>) -> Result<Option<Rows>> {
-        let new = Self::new(at, units)?;
+        let new = Self::of_new(at, units)?;
         Rows::new(new, units.kv_heads(), units.compute().device()).map(Some)
     }
 
     fn score(&self, at: &Step, units: &LayerUnits<'_>) -> Result<Scores> {
         let kv_heads = units.kv_heads();
         let mut all: Vec<Vec<f32>> = (0..kv_heads).map(|h| units.carried(h).to_vec()).collect();
-        for token in Self::new(at, units)?.chunks_exact(kv_heads) {
+        for token in Self::of_new(at, units)?.chunks_exact(kv_heads) {
             all.iter_mut().zip(token).for_each(|(all, x)| all.push(*x));
         }
         Scores::per_head(all)
