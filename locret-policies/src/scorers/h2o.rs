@@ -59,12 +59,10 @@ impl Scorer for H2o {
             return observed::carried(units);
         }
         let attention = observed::attention(|| self.name(), units)?;
-        let group = at.layer.group();
         let scores = (0..units.kv_heads()).map(|head| {
             let (old, positions) = (units.carried(head), units.positions(head));
-            let heads = observed::group(attention, head, group)?;
-            let mean = |unit: usize| {
-                let new: f32 = heads.iter().map(|h| h[unit]).sum::<f32>() / group as f32;
+            let paid = observed::paid(attention, head, at.layer.group(), units.len(head))?;
+            let mean = |(unit, new): (usize, f32)| {
                 let born = positions[unit] as usize;
                 // The queries of a unit are its own token's and all that follow.
                 let queries = (at.seen + at.incoming - born) as f32;
@@ -72,7 +70,7 @@ impl Scorer for H2o {
                 let so_far = old.get(unit).copied().unwrap_or(0.0) * before;
                 (so_far + new) / queries
             };
-            Ok((0..units.len(head)).map(mean).collect())
+            Ok(paid.into_iter().enumerate().map(mean).collect())
         });
         Scores::per_head(scores.collect::<Result<_>>()?)
     }

@@ -59,7 +59,7 @@ pub struct D2o<P> {
 #[non_exhaustive]
 pub enum D2oForm {
     /// The paper's (§3.3): each head's units by their own cosine; of a mean in which the unit that stays counts `e` and
-    /// a folded one `exp(cosine)`.
+    /// a folded one `exp(cosine)`. There is no program of it: it is held against plain loops alone.
     #[default]
     Paper,
     /// The authors' program's: the first dropped unit of each head together, the second of each, and so on, by the mean
