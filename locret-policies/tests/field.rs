@@ -3,13 +3,13 @@
 use burn::tensor::Device;
 use locret_core::{
     Budget, CausalLm, Decided, Evict, Keep, KvCachePolicy, LayerUnits, Needs, Prefill, Probe,
-    Result, Scorer, Scores, Session, Step, Verdict,
+    Result, Scorer, Scores, Session, Share, Step, Verdict,
 };
 use locret_models::{FetchOptions, LoadOptions, WeightDtype, load_model, resolve};
 use locret_policies::{
-    ChunkKv, Compactor, Critical, Cur, DuoAttention, ExpectedAttention, H2o, HeadForm, HeadWeights,
-    KvZap, LagKv, LayerHead, Merge, MergeBy, OutputNorms, QFilterProbe, QFilters, RetainingHeads,
-    SnapKv, Threshold, Window,
+    ChunkKv, Compactor, Critical, Cur, DuoAttention, ExpectedAttention, FastKvZip, Gate, H2o,
+    HeadForm, HeadWeights, KvZap, LagKv, LayerHead, Merge, MergeBy, OutputNorms, QFilterProbe,
+    QFilters, RetainingHeads, SnapKv, Threshold, Window,
 };
 use safetensors::SafeTensors;
 use serde::Deserialize;
@@ -248,25 +248,57 @@ fn compactor_is_that_of_kvpress() {
     assert_near("compactor", &found, &due, 0, 1e-3);
 }
 
-#[test]
-fn a_threshold_keeps_what_it_keeps_in_kvpress() {
-    let spec = MODEL.spec();
+/// `n` weights from a formula.
+fn numbers(start: usize, n: usize) -> Vec<f32> {
     let number = |i: usize| ((i * 7919 % 1009) as f32 / 504.5 - 1.0) / 2.0;
-    let layer = |l: usize| LayerHead {
-        d_r: spec.kv_heads,
-        fc1: (0..spec.kv_heads * spec.hidden)
-            .map(|i| number(31 * l + i))
-            .collect(),
-        fc1_bias: (0..spec.kv_heads).map(|i| number(31 * l + 3 + i)).collect(),
-        ..LayerHead::default()
-    };
+    (start..start + n).map(number).collect()
+}
+
+fn heads(form: HeadForm, layer: impl Fn(usize) -> LayerHead) -> RetainingHeads {
     let weights = HeadWeights {
-        form: HeadForm::Linear,
-        layers: (0..spec.layers).map(layer).collect(),
+        form,
+        layers: (0..MODEL.spec().layers).map(layer).collect(),
         ..HeadWeights::default()
     };
-    let heads = RetainingHeads::for_model(&weights, &**MODEL).unwrap();
-    let policy = Threshold::new(KvZap::new(heads), 0.0).window(GOLDEN.window);
+    RetainingHeads::for_model(&weights, &**MODEL).unwrap()
+}
+
+fn kvzap() -> KvZap {
+    let spec = MODEL.spec();
+    KvZap::new(heads(HeadForm::Linear, |l| LayerHead {
+        d_r: spec.kv_heads,
+        fc1: numbers(31 * l, spec.kv_heads * spec.hidden),
+        fc1_bias: numbers(31 * l + 3, spec.kv_heads),
+        ..LayerHead::default()
+    }))
+}
+
+fn fast_kvzip() -> FastKvZip {
+    let (spec, features, sinks) = (MODEL.spec(), 16, 16);
+    let (queries, keys) = (spec.heads * features, spec.kv_heads * features);
+    // Norms are near 1; only queries have a bias.
+    let norm = |at| numbers(at, features).iter().map(|x| 1.0 + x).collect();
+    FastKvZip::new(heads(HeadForm::Gate, |l| {
+        let mut bias = numbers(31 * l + 3, queries + keys);
+        bias[queries..].fill(0.0);
+        LayerHead {
+            d_r: queries + keys,
+            fc1: numbers(31 * l, (queries + keys) * spec.hidden),
+            fc1_bias: bias,
+            gate: Some(Gate {
+                query_norm: norm(31 * l + 9),
+                key_norm: norm(31 * l + 11),
+                base: numbers(31 * l + 13, spec.kv_heads * sinks * features),
+                offset: numbers(31 * l + 17, spec.heads),
+            }),
+            ..LayerHead::default()
+        }
+    }))
+}
+
+#[test]
+fn a_threshold_keeps_what_it_keeps_in_kvpress() {
+    let policy = Threshold::new(kvzap(), 0.0).window(GOLDEN.window);
     assert_kept("threshold", policy);
 }
 
@@ -332,6 +364,53 @@ fn assert_kept_as(name: &str, policy: Arc<dyn KvCachePolicy>, due: &[Vec<Vec<u32
     assert!(gone > 500, "{name}: {gone} units gone");
 }
 
+/// Heads and gates that guess KVzip's scores, with a budget.
+#[test]
+fn surrogates_keep_what_they_keep_in_kvpress() {
+    let half = Budget::Units(prompt().len() / 2);
+    // No unit is protected there.
+    assert_kept_after("kvzap", Evict::new(kvzap(), half));
+    // A fiftieth of the text is, and the first four.
+    let recent = (prompt().len() as f64 * 0.02) as usize;
+    let gates = || {
+        let policy = Evict::new(fast_kvzip(), half).sinks(FastKvZip::SINKS);
+        policy.recent(recent).ada(0.0)
+    };
+    assert_kept_after("fast_kvzip_layer", gates());
+    assert_kept_after("fast_kvzip", gates().share(Share::Model));
+}
+
+/// What is there after all layers, since what a budget over the model leaves is known only then. In the first layer a
+/// score is one of the token alone: of equal tokens others stay there.
+#[track_caller]
+fn assert_kept_after(name: &str, policy: impl KvCachePolicy + 'static) {
+    let ids = prompt();
+    let mut session = Session::new(MODEL.clone(), Arc::new(policy)).unwrap();
+    session.prefill(&ids, &Prefill::new(ids.len(), 0)).unwrap();
+    let due = &MORE.kept[name];
+    assert_eq!(due.len(), GOLDEN.layers.len());
+    for (layer, due) in GOLDEN.layers.iter().zip(due) {
+        for (head, due) in due.iter().enumerate() {
+            let found = session.cache().positions(*layer, head);
+            if *layer > 0 {
+                assert_eq!(found, due, "{name}, layer {layer}, head {head}");
+                continue;
+            }
+            let tokens = |units: &[u32]| {
+                let mut tokens: Vec<u32> = units.iter().map(|u| ids[*u as usize]).collect();
+                tokens.sort_unstable();
+                tokens
+            };
+            assert_eq!(tokens(found), tokens(due), "{name}, head {head}");
+        }
+    }
+}
+
+static MORE: LazyLock<More> = LazyLock::new(|| {
+    let text = std::fs::read_to_string(folder("field/more.json")).unwrap();
+    serde_json::from_str(&text).unwrap()
+});
+
 #[derive(Deserialize)]
 struct More {
     pyramid: usize,
@@ -342,8 +421,7 @@ struct More {
 /// Windows, and budgets that are shared out over heads or layers.
 #[test]
 fn windows_and_shares_are_those_of_kvpress() {
-    let text = std::fs::read_to_string(folder("field/more.json")).unwrap();
-    let more: More = serde_json::from_str(&text).unwrap();
+    let more = &*MORE;
     let half = prompt().len() / 2;
     let budget = Budget::Units(half);
     // Rounded down there and up here.
