@@ -11,7 +11,7 @@ use crate::{
 use clap::{Parser, Subcommand};
 use locret_core::Session;
 use locret_eval::{
-    ablation::{self, Ablation, Grid, Journal, Origin, Point, Record, Run, Shard, TaskSet},
+    ablation::{self, Ablation, Grid, Journal, Origin, Own, Point, Record, Run, Shard, TaskSet},
     evaluate::Event,
     files::write_text,
     pictures,
@@ -71,9 +71,18 @@ struct MergeArgs {
 /// # Errors
 /// Those of its parts.
 pub fn run(args: &Args) -> Result<()> {
+    run_with(args, &[])
+}
+
+/// The example with policies of a caller's own beside those of the grid: all of them stand in one table, are dealt
+/// out to shards, and joined by `merge`.
+///
+/// # Errors
+/// Those of its parts.
+pub fn run_with(args: &Args, own: &[Own]) -> Result<()> {
     match (&args.command, &args.grid, &args.out) {
         (Some(Command::Merge(args)), ..) => merge(args),
-        (None, Some(grid), Some(out)) => run_grid(args, grid, out),
+        (None, Some(grid), Some(out)) => run_grid(args, own, grid, out),
         // The parser asks for both.
         (None, ..) => Err(Error::Usage("no --grid, or no --out".into())),
     }
@@ -93,7 +102,7 @@ fn merge(args: &MergeArgs) -> Result<()> {
     tables(&merged.records, &lengths, merged.run.unit_bytes, &args.out)
 }
 
-fn run_grid(args: &Args, grid: &Path, out: &Path) -> Result<()> {
+fn run_grid(args: &Args, own: &[Own], grid: &Path, out: &Path) -> Result<()> {
     let mut grid = Grid::load(grid)?;
     let runtime = args.model.load()?;
     for entry in &mut grid.policies {
@@ -117,12 +126,12 @@ fn run_grid(args: &Args, grid: &Path, out: &Path) -> Result<()> {
     };
     let mut journal = Journal::open(&out.join(ablation::RESULTS))?;
     let unit_bytes = ablation.model.spec().full_cache_bytes(1, 2);
-    let run = Run::new(&grid, &sets, ablation.origin.clone(), unit_bytes)?.part(shard);
+    let run = Run::new(&grid, own, &sets, ablation.origin.clone(), unit_bytes)?.part(shard);
     run.write(out)?;
     let all = shard.deal(run.cases).iter().filter(|own| **own).count();
     let mut bar = Progress::new("cases", Some(all as u64), Unit::Cases);
     let follow = &mut |event: Event<'_>| bar.follow(event);
-    let records = ablation.run_grid(&grid, &sets, shard, &runtime, &mut journal, follow)?;
+    let records = ablation.run_grid(&grid, own, &sets, shard, &runtime, &mut journal, follow)?;
     bar.finish_with_line();
     let longest = records.iter().map(|r| r.case.context_tokens).max();
     runtime.note_length(longest.unwrap_or(0));

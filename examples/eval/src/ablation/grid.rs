@@ -169,7 +169,7 @@ impl Store {
         }
     }
 
-    fn quantization(self) -> Option<Quantization> {
+    pub(super) fn quantization(self) -> Option<Quantization> {
         let bits = match self {
             Self::Q8 => 8,
             Self::Q4 => 4,

@@ -1,6 +1,9 @@
 //! What a run was, and several runs of parts of one grid as one.
 
-use super::{Grid, Journal, Key, Origin, Point, Record, Settings, Shard, TaskSet};
+use super::{
+    Grid, Journal, Key, Origin, Own, Point, Record, Settings, Shard, TaskSet,
+    run::{cases, others},
+};
 use crate::{
     Error, Result,
     files::{sha256, write_atomically, write_json},
@@ -27,6 +30,9 @@ pub struct Run {
     pub origin: Origin,
     /// The grid; of files in it, the names without their folders.
     pub grid: Value,
+    /// What policies beside the grid's are called.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub own: Vec<String>,
     /// SHA-256 of all tasks, their texts, questions and answers among them.
     pub data_sha256: String,
     /// Which part of the grid was run.
@@ -38,26 +44,33 @@ pub struct Run {
 }
 
 impl Run {
-    /// Of a grid whose tasks these are.
-    pub fn new(grid: &Grid, sets: &[TaskSet], origin: Origin, unit_bytes: usize) -> Result<Self> {
+    /// Of a grid whose tasks these are, and of policies beside it.
+    ///
+    /// # Errors
+    /// As [`Own::candidates`].
+    pub fn new(
+        grid: &Grid,
+        own: &[Own],
+        sets: &[TaskSet],
+        origin: Origin,
+        unit_bytes: usize,
+    ) -> Result<Self> {
         let tasks = sets.iter().flat_map(|set| &set.tasks);
         let hashes: Vec<String> = tasks.map(|task| task.sha256()).collect();
-        let points = grid.points();
-        let taken = |point: &Point| -> usize {
-            let sets = sets.iter().filter(|set| point.takes(set));
-            sets.map(|set| set.tasks.len()).sum()
-        };
+        let labels = own.iter().map(|policy| policy.label().to_owned());
         Ok(Self {
             origin,
             grid: without_folders(grid)?,
+            own: labels.collect(),
             data_sha256: sha256(hashes.join(" ").as_bytes()),
             shard: Shard::whole(),
-            cases: points.iter().map(taken).sum(),
+            cases: cases(&grid.points(), others(grid, own)?.len(), sets),
             unit_bytes,
         })
     }
 
     /// A part of it.
+    #[must_use]
     pub fn part(self, shard: Shard) -> Self {
         Self { shard, ..self }
     }
@@ -88,10 +101,12 @@ impl Run {
         let pairs = [
             ("data", &self.data_sha256, &other.data_sha256),
             ("grid", &self.grid.to_string(), &other.grid.to_string()),
+            ("policies", &self.own.join(", "), &other.own.join(", ")),
         ];
         let other_one = pairs.into_iter().find(|(_, a, b)| a != b);
         other_one.map(|(what, a, b)| match what {
             "grid" => "of another grid".into(),
+            "policies" => format!("of other policies beside the grid's ({b:?}, not {a:?})"),
             what => format!("of other {what} ({b:.12}…, not {a:.12}…)"),
         })
     }
@@ -176,6 +191,21 @@ pub fn merge(grid: &Grid, folders: &[PathBuf]) -> Result<Merged> {
             .partition(|record| of_point(record, &point));
         let name = |record: &Record| (record.case.task.clone(), record.case.id.clone());
         own.sort_by_cached_key(name);
+        found.extend(own);
+        records = rest;
+    }
+    for label in &whole.own {
+        let is_own = |record: &Record| {
+            record.label == *label && matches!(record.policy, Settings::Own { .. })
+        };
+        let (mut own, rest): (Vec<_>, _) = records.into_iter().partition(is_own);
+        own.sort_by_cached_key(|record| {
+            let budget = record.policy.budget();
+            let place = grid.budgets.iter().position(|b| Some(*b) == budget);
+            let store = grid.stores.iter().position(|s| *s == record.store);
+            let case = (record.case.task.clone(), record.case.id.clone());
+            (place, store, record.length, record.seed, case)
+        });
         found.extend(own);
         records = rest;
     }
@@ -294,7 +324,7 @@ mod tests {
     fn write(folder: &Path, change: impl Fn(&mut Run), records: &[Record]) {
         let grid = Grid::from_toml(GRID).unwrap();
         let origin = records[0].origin.clone();
-        let mut run = Run::new(&grid, &[set()], origin, 500).unwrap();
+        let mut run = Run::new(&grid, &[], &[set()], origin, 500).unwrap();
         assert_eq!(run.cases, 6);
         change(&mut run);
         run.write(folder).unwrap();

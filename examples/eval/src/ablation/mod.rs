@@ -4,7 +4,7 @@
 //! What is compared are [`Candidate`]s: any policy, with a name and settings. A [`Grid`], which is a
 //! TOML file, is one way to make them, of budgets, stores, positions, tasks, lengths and seeds.
 //! An [`Ablation`] runs them on a [`TaskSet`], a [`Journal`] keeps every result, and [`rows`],
-//! [`markdown`] and the charts sum them up. A grid may be cut into [`Shard`]s for several machines, whose results
+//! [`markdown`] and the charts sum them up. A policy that no configuration names can stand in a grid as [`Own`]. A grid may be cut into [`Shard`]s for several machines, whose results
 //! [`merge`] joins; a [`Run`] says what results are of.
 //!
 //! ```
@@ -44,6 +44,7 @@
 mod grid;
 mod journal;
 mod merge;
+mod own;
 mod run;
 mod shard;
 mod summary;
@@ -51,6 +52,7 @@ mod summary;
 pub use grid::{Entry, Grid, Place, Point, Store};
 pub use journal::{Journal, Key, Origin, Record};
 pub use merge::{Merged, RESULTS, RUN, Run, merge};
+pub use own::Own;
 pub use run::{Ablation, Candidate, Settings, TaskSet};
 pub use shard::Shard;
 pub use summary::{Row, markdown, memory_chart, pareto_charts, quality_chart, rows};

@@ -1,8 +1,8 @@
 //! Runs candidates on tasks.
 
-use super::{Grid, Journal, Origin, Point, Record, Shard, Store};
+use super::{Grid, Journal, Origin, Own, Point, Record, Shard, Store};
 use crate::{
-    Result,
+    Error, Result,
     evaluate::{Encode, Event, QueryAware, Reader},
     files::file_sha256,
     tasks::Task,
@@ -232,13 +232,15 @@ impl Ablation {
         Ok(records)
     }
 
-    /// The results of a grid, or of a part of it, on its own [`TaskSet`]s.
+    /// The results of a grid and of policies beside it, or of a part of them, on the grid's own [`TaskSet`]s.
     ///
     /// # Errors
-    /// As [`Ablation::run`] and [`Candidate::configured`].
+    /// As [`Ablation::run`], [`Candidate::configured`] and [`Own::candidates`].
+    #[expect(clippy::too_many_arguments, reason = "each is said once")]
     pub fn run_grid(
         &self,
         grid: &Grid,
+        own: &[Own],
         sets: &[TaskSet],
         shard: Shard,
         encode: Encode<'_>,
@@ -250,19 +252,24 @@ impl Ablation {
             // A policy that cannot be made should say so before hours are spent on others.
             point.candidate(&*self.model)?;
         }
-        let taken = |point: &Point| -> usize {
-            let sets = sets.iter().filter(|set| point.takes(set));
-            sets.map(|set| set.tasks.len()).sum()
-        };
-        let own = shard.deal(points.iter().map(taken).sum());
-        let mut own = own.into_iter();
-        let mut wanted = || own.next().unwrap_or(false);
+        let others = others(grid, own)?;
+        let dealt = shard.deal(cases(&points, others.len(), sets));
+        let mut dealt = dealt.into_iter();
+        let mut wanted = || dealt.next().unwrap_or(false);
         let mut records = Vec::new();
         for point in &points {
             let candidate = [point.candidate(&*self.model)?];
             for set in sets.iter().filter(|set| point.takes(set)) {
                 let wanted = &mut wanted;
                 let found = self.run_some(&candidate, set, wanted, encode, journal, on_event)?;
+                records.extend(found);
+            }
+        }
+        for candidate in &others {
+            let candidate = std::slice::from_ref(candidate);
+            for set in sets {
+                let wanted = &mut wanted;
+                let found = self.run_some(candidate, set, wanted, encode, journal, on_event)?;
                 records.extend(found);
             }
         }
@@ -291,11 +298,35 @@ impl Ablation {
     }
 }
 
+/// All candidates of policies beside a grid.
+pub(super) fn others(grid: &Grid, own: &[Own]) -> Result<Vec<Candidate>> {
+    let mut all = Vec::new();
+    for (i, policy) in own.iter().enumerate() {
+        let label = policy.label();
+        if own[..i].iter().any(|before| before.label() == label) {
+            return Err(Error::Usage(format!(
+                "two policies of your own are called {label:?}"
+            )));
+        }
+        all.extend(policy.candidates(grid)?);
+    }
+    Ok(all)
+}
+
+/// The cases of a grid's points on the sets that they take, and of as many others on all.
+pub(super) fn cases(points: &[Point], others: usize, sets: &[TaskSet]) -> usize {
+    let of = |set: &TaskSet| {
+        let takers = points.iter().filter(|point| point.takes(set)).count();
+        (takers + others) * set.tasks.len()
+    };
+    sets.iter().map(of).sum()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::{
-        ablation::{markdown, rows},
+        ablation::{RESULTS, Run, markdown, merge, rows},
         random::{self, RandomWeights},
         tasks::Query,
     };
@@ -339,6 +370,7 @@ mod tests {
             context: "The quick brown fox jumps over the lazy dog. ".repeat(2),
             queries: vec![Query::exact("The", " quick")],
         };
+        let dir = tempfile::tempdir().unwrap();
         let set = TaskSet::of(vec![task("a"), task("b")]);
         let encode = |text: &str| Ok(text.bytes().map(u32::from).collect());
         let units = Budget::Units(24);
@@ -402,6 +434,45 @@ mod tests {
         assert_ne!(found[0].case.queries, records[0].case.queries);
         let text = serde_json::to_string(&found[0]).unwrap();
         assert_eq!(serde_json::from_str::<Record>(&text).unwrap(), found[0]);
+
+        // In a grid's table, with its budgets, and in its parts.
+        let grid = "budgets = [24, 12]\ntasks = ['facts']\n[[policies]]\npolicy = 'full'\n";
+        let grid = Grid::from_toml(grid).unwrap();
+        let own = || Own::new("mine", move |budget| KeyNorm::policy(budget).recent(2));
+        let set = TaskSet {
+            length: grid.lengths[0],
+            seed: grid.seeds[0],
+            ..set
+        };
+        let sets = std::slice::from_ref(&set);
+        let in_grid = |shard: Shard, own: &[Own]| {
+            let journal = &mut Journal::default();
+            ablation.run_grid(&grid, own, sets, shard, &encode, journal, &mut |_| {})
+        };
+        let whole = in_grid(Shard::whole(), &[own()]).unwrap();
+        let labels: Vec<&str> = whole.iter().map(|r| r.label.as_str()).collect();
+        assert_eq!(labels, ["full", "full", "mine", "mine", "mine", "mine"]);
+        let run = Run::new(&grid, &[own()], sets, ablation.origin.clone(), 1).unwrap();
+        assert_eq!((run.cases, &*run.own), (6, &["mine".to_owned()][..]));
+        let mut parts = Vec::new();
+        for index in [2, 1] {
+            let shard = Shard::new(index, 2).unwrap();
+            let records = in_grid(shard, &[own()]).unwrap();
+            let folder = dir.path().join(shard.folder());
+            std::fs::create_dir(&folder).unwrap();
+            run.clone().part(shard).write(&folder).unwrap();
+            let mut journal = Journal::open(&folder.join(RESULTS)).unwrap();
+            for record in &records {
+                journal.add(record).unwrap();
+            }
+            parts.push(folder);
+        }
+        let joined = merge(&grid, &parts).unwrap();
+        assert_eq!((joined.missing, joined.records), (0, whole));
+        for own in [vec![own(), own()], vec![Own::new("full", KeyNorm::policy)]] {
+            let refused = in_grid(Shard::whole(), &own);
+            assert!(matches!(refused, Err(Error::Usage(_))), "{refused:?}");
+        }
 
         let kept: Vec<f64> = rows(&records, 1).iter().map(|r| r.kept).collect();
         assert!(kept[1] < kept[0] / 2.0 && kept[2] == kept[1], "{kept:?}");
