@@ -17,6 +17,7 @@ use std::{path::Path, sync::Arc};
 /// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[non_exhaustive]
+#[must_use]
 pub struct LoadOptions {
     /// The type that weights are held in.
     pub weights: WeightDtype,

@@ -300,6 +300,7 @@ impl<W: Weights + ?Sized> Convert for W {}
 /// A name that a model asks for and that is not there is an error at once; [`finish`](Self::finish)
 /// finds those that the model never asked for. Both mean that file and model are not of one kind.
 #[derive(Debug, Clone)]
+#[must_use]
 pub struct Loader<'a> {
     weights: &'a dyn Weights,
     dtype: WeightDtype,

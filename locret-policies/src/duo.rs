@@ -21,6 +21,7 @@ use std::{fs, path::Path, sync::Arc};
 /// [`Window`](crate::Window); which heads are streaming does not depend on the text. A chunk's own queries see
 /// all of the chunk, where the authors' mask has them see the newest units alone.
 #[derive(Debug, Clone)]
+#[must_use]
 pub struct DuoAttention {
     /// By layer and KV head.
     streaming: Arc<Vec<Vec<bool>>>,

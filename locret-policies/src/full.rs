@@ -9,6 +9,7 @@ use locret_core::{KvCachePolicy, LayerUnits, Positions, Result, Step, Verdict};
 ///
 /// **Chunked prefill:** none of its results depend on the chunks, but for rounding.
 #[derive(Debug, Clone, Copy, Default)]
+#[must_use]
 pub struct Full {
     positions: Positions,
 }

@@ -21,6 +21,7 @@ use locret_core::{
 /// In a prompt's tail and in forced text nothing goes; in what is generated only if that is asked for
 /// ([`while_decoding`](Self::while_decoding)).
 #[derive(Debug, Clone)]
+#[must_use]
 pub struct Threshold<S> {
     scorer: S,
     threshold: f32,

@@ -48,6 +48,7 @@ impl GoldenLogits {
     }
 
     /// The cases of one variant of the model's configuration: a model is of one of them.
+    #[must_use]
     pub fn only(mut self, variant: &str) -> Self {
         self.variants.retain(|name, _| name == variant);
         self

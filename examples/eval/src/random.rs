@@ -76,6 +76,7 @@ impl RandomWeights {
     /// The same with queries and keys of this mean in the first half of a head's features, which makes attention
     /// fall with distance, as it does in trained models (0: as without); and a quarter of the deviation in what
     /// makes them. Separate projections only.
+    #[must_use]
     pub fn near(mut self, config: &DecoderConfig, mean: f32) -> Self {
         if mean != 0.0 && config.layout == Layout::Separate {
             for name in self.tensors.keys().cloned().collect::<Vec<_>>() {

@@ -81,6 +81,7 @@ impl<'a> Floats<'a> {
     ///
     /// # Panics
     /// If `range` is outside the numbers.
+    #[must_use]
     pub fn slice(&self, range: Range<usize>) -> Self {
         each_type!(*self, x => Number::floats(&x[range]))
     }

@@ -58,6 +58,7 @@ impl Views {
 
     /// Says how far away units in [`View::far`] are seen: queries are rotated as at this position, and keys not
     /// at all.
+    #[must_use]
     pub fn far_at(self, distance: usize) -> Self {
         Self {
             distance: Some(distance),

@@ -56,6 +56,7 @@ impl Host {
     }
 
     /// Chooses how products of packed weights with few tokens are computed.
+    #[must_use]
     pub fn with_activations(self, activations: Activations) -> Self {
         Self {
             activations,

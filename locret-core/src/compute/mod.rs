@@ -333,6 +333,7 @@ impl<'a> Rotation<'a> {
     }
 
     /// The other way round.
+    #[must_use]
     pub fn undone(self) -> Self {
         Self {
             inverse: !self.inverse,
@@ -415,6 +416,9 @@ pub struct Sight<'a> {
 }
 
 /// Checks the factors on what `queries` queries pay; they are there for one observation alone.
+///
+/// # Errors
+/// [`Error::Shape`] for as many factors as there are not queries, or for factors that nothing needs.
 pub fn check_factors(what: Observation, queries: usize, factors: Option<&[f32]>) -> Result<()> {
     let due = (what == Observation::MaxWeightsByInput).then_some(queries);
     match factors.map(<[f32]>::len) == due {
@@ -449,6 +453,9 @@ fn columns(parts: &[Weight]) -> Result<usize> {
 }
 
 /// Checks what a matrix `[outputs, inputs]` is applied to, and what is made of it.
+///
+/// # Errors
+/// [`Error::Shape`] for another width of the input, or of all outputs.
 pub fn check_product([outputs, inputs]: [usize; 2], x: &Rows, widths: &[usize]) -> Result<()> {
     x.expect("the input of a product", [x.rows(), inputs])?;
     match widths.iter().sum::<usize>() == outputs && !widths.contains(&0) {
@@ -458,6 +465,9 @@ pub fn check_product([outputs, inputs]: [usize; 2], x: &Rows, widths: &[usize]) 
 }
 
 /// Checks what a perceptron is applied to; how many tokens these are.
+///
+/// # Errors
+/// [`Error::Shape`] for another width of all parts, or for parts of different tokens.
 pub fn check_parts([inputs, ..]: [usize; 3], parts: &[&Rows]) -> Result<usize> {
     let tokens = parts.first().map_or(0, |part| part.rows());
     let width: usize = parts.iter().map(|part| part.width()).sum();

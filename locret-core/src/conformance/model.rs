@@ -99,6 +99,7 @@ impl RandomModel {
     }
 
     /// The same model, whose caches and policies are computed by another implementation on the same device.
+    #[must_use]
     pub fn computed_by(self, compute: Arc<dyn Compute>) -> Self {
         Self { compute, ..self }
     }

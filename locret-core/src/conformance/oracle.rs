@@ -83,6 +83,7 @@ impl<'a> Oracle<'a> {
     }
 
     /// Gathers attention in every pass.
+    #[must_use]
     pub fn observing(mut self, observe: Option<Observe>) -> Self {
         self.observe = observe;
         self

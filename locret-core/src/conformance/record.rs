@@ -110,6 +110,7 @@ impl Recording {
 
     /// How far what the store hands out may be from what was appended, as a share of the largest
     /// number appended; 0 at first.
+    #[must_use]
     pub fn store_tolerance(mut self, tolerance: f32) -> Self {
         self.tolerance = tolerance;
         self
@@ -117,12 +118,14 @@ impl Recording {
 
     /// Refuses to turn keys in the store, as a store of few bits does: keys then stay as they were
     /// appended, and attention rotates while it loads.
+    #[must_use]
     pub fn without_turning(mut self) -> Self {
         self.turns = false;
         self
     }
 
     /// Records keys and values as the policy could see them, too.
+    #[must_use]
     pub fn with_units(mut self) -> Self {
         self.units = true;
         self

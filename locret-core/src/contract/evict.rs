@@ -17,6 +17,7 @@ use std::{borrow::Cow, ops::Range, slice};
 /// budget, nor in the tail of a prompt ([`Phase::Tail`]), nor in text that is only scored
 /// ([`Phase::Forced`]).
 #[derive(Debug, Clone)]
+#[must_use]
 pub struct Evict<S> {
     scorer: S,
     budget: Budget,

@@ -259,6 +259,7 @@ impl Held {
     }
 
     /// The same as the mean of layers that share one budget.
+    #[must_use]
     pub fn of_all_layers(self) -> Self {
         Self {
             over_layers: true,
@@ -400,6 +401,7 @@ pub trait Scorer: Debug + Send + Sync {
 /// What the engine computes for a policy beside attention itself.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[non_exhaustive]
+#[must_use]
 pub struct Needs {
     /// Queries, keys and values of new tokens before rotation ([`LayerUnits::qkv`]).
     pub qkv: bool,
@@ -654,6 +656,7 @@ pub enum Visible {
 
 /// A policy's answer.
 #[derive(Debug, Clone, PartialEq)]
+#[must_use]
 pub struct Verdict {
     /// What stays.
     pub keep: Keep,

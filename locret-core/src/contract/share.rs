@@ -66,6 +66,7 @@ impl fmt::Display for Share {
 /// ```
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(try_from = "Rows", into = "Rows")]
+#[must_use]
 pub struct BudgetTable {
     shares: Vec<Vec<f64>>,
 }

@@ -10,6 +10,7 @@ use std::fmt;
 /// with the engine.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 #[non_exhaustive]
+#[must_use]
 pub struct ModelSpec {
     /// Decoder layers.
     pub layers: usize,

@@ -39,6 +39,7 @@ impl Qkv {
     /// before attention. For adapters that say so in [`ModelSpec::layer_input`].
     ///
     /// [`ModelSpec::layer_input`]: crate::ModelSpec::layer_input
+    #[must_use]
     pub fn made_from(self, input: impl Into<Rows>) -> Self {
         Self {
             input: Some(input.into()),
@@ -217,6 +218,7 @@ pub struct Part<'a> {
 
 impl<'a> Part<'a> {
     /// As if this had been noted of the layer.
+    #[must_use]
     pub fn noting(self, notes: &'a [f32]) -> Self {
         Self {
             notes: Some(notes),
@@ -616,6 +618,7 @@ impl Scores {
 
     /// Says that the lists begin with unit `first` of each head: those before it keep what they carry. So a long
     /// cache's numbers need not be gone through for every token.
+    #[must_use]
     pub fn after(self, first: usize) -> Self {
         Self { first, ..self }
     }

@@ -23,6 +23,7 @@ use std::sync::Arc;
 /// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[non_exhaustive]
+#[must_use]
 pub struct CacheOptions {
     /// The type of dense keys and values: 32 or 16 bits.
     pub dtype: DType,

@@ -366,6 +366,7 @@ impl<'a> SequenceStep<'a> {
     }
 
     /// The same step, watched.
+    #[must_use]
     pub fn watched(self, probe: &'a mut (dyn Probe + 'a)) -> Self {
         Self {
             probe: Some(probe),

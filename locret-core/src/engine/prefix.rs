@@ -103,6 +103,7 @@ impl PrefixCache {
     /// The same with a store behind it, for models that say which one they are
     /// ([`CausalLm::fingerprint`]). Its keys are 64 hexadecimal digits. A snapshot that cannot be taken up
     /// counts as none, and is removed.
+    #[must_use]
     pub fn with_store(self, store: Arc<dyn SnapshotStore>) -> Self {
         Self {
             store: Some(store),

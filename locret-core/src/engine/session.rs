@@ -822,6 +822,7 @@ impl TokenScore {
 /// What to generate.
 #[derive(Debug, Clone, Default)]
 #[non_exhaustive]
+#[must_use]
 pub struct Generate {
     /// At most this many tokens.
     pub max_new: usize,
@@ -873,6 +874,7 @@ impl fmt::Debug for Tokens<'_> {
 
 impl<'a> Tokens<'a> {
     /// The same, watched.
+    #[must_use]
     pub fn watched(self, probe: &'a mut (dyn Probe + 'a)) -> Self {
         Self {
             probe: Some(probe),

@@ -251,6 +251,7 @@ impl QuantizedStore {
 
     /// The same store with other units.
     #[doc(hidden)]
+    #[must_use]
     pub fn with_heads(self, heads: Vec<Head>) -> Self {
         Self { heads, ..self }
     }

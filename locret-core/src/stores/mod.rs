@@ -305,6 +305,9 @@ impl Dense {
 }
 
 /// Checks what is appended and returns the number of tokens.
+///
+/// # Errors
+/// [`Error::Shape`].
 pub fn check_append(keys: &Rows, values: &Rows, heads: usize, dim: usize) -> Result<usize> {
     let t = keys.rows();
     keys.expect("keys", [t, heads * dim])?;
@@ -350,6 +353,10 @@ pub(crate) fn check_units(units: &[u32], len: usize) -> Result<()> {
 }
 
 /// Checks what is to be kept against what is there.
+///
+/// # Errors
+/// [`Error::Shape`] for lists of another number of heads; [`Error::Setting`] for units that do not ascend or are not
+/// there.
 pub fn check_retain(kept: &[Vec<u32>], lens: impl Iterator<Item = usize>) -> Result<()> {
     let lens: Vec<usize> = lens.collect();
     if kept.len() != lens.len() {
@@ -399,6 +406,9 @@ pub(crate) fn check_away(blocks: &[Vec<Vec<u32>>], lens: &[usize]) -> Result<(),
 }
 
 /// Checks what is to be folded against the number of units.
+///
+/// # Errors
+/// [`Error::Setting`] for units that are not there.
 pub fn check_folds(folds: &[Fold], len: usize) -> Result<()> {
     let units = folds.iter().flat_map(|f| [f.from, f.into]);
     match units.max() {

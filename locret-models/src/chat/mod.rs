@@ -132,6 +132,7 @@ impl ChatTemplate {
     }
 
     /// The same template with a date that it may print.
+    #[must_use]
     pub fn with_date(mut self, date: Date) -> Self {
         self.date = Some(date);
         self

@@ -119,6 +119,7 @@ impl ModelConfig {
     }
 
     /// LongRoPE with its long factors at every length, as the authors of Locret run it.
+    #[must_use]
     pub fn always_long(mut self) -> Self {
         if let RopeScaling::LongRope { switch, .. } = &mut self.rope.scaling {
             *switch = LongRopeSwitch::AlwaysLong;

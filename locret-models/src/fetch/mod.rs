@@ -23,6 +23,7 @@ const PRESETS: [(&str, &Pinned); 1] = [("smollm2", &SMOLLM2)];
 /// Where to look for models, and where to keep them.
 #[derive(Clone, Default)]
 #[non_exhaustive]
+#[must_use]
 pub struct FetchOptions {
     /// The cache folder. `None`: the environment's `LOCRET_CACHE`, else `locret` in the user's
     /// cache folder. What comes from the hub lies in `hub` there, in the layout that other tools of the

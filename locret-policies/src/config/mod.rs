@@ -40,6 +40,7 @@ use std::{
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 #[non_exhaustive]
+#[must_use]
 pub struct PolicyConfig {
     /// Which method.
     pub policy: Method,

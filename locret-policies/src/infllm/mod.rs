@@ -35,6 +35,7 @@ use std::ops::Range;
 ///
 /// Rotary embeddings with LongRoPE's factors are used as the model has them; the authors ignore such factors.
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[must_use]
 pub struct InfLlm {
     init: usize,
     local: usize,

@@ -45,6 +45,7 @@ const LEAST: [usize; 2] = [30, 50];
 ///
 /// It is for full caches: where units are gone, slots and distances differ, and it says so.
 #[derive(Debug, Clone, Default)]
+#[must_use]
 pub struct MInference {
     patterns: Patterns,
     positions: Positions,

@@ -36,6 +36,7 @@ use std::{
 /// The published random matrix is drawn anew each time; here it is drawn from a seed by layer and head, so that the
 /// same text keeps the same units.
 #[derive(Debug, Clone)]
+#[must_use]
 pub struct Compactor {
     tile: usize,
     blending: f32,

@@ -22,6 +22,7 @@ use locret_core::{
 /// the text, which changes no order within a head and is not known before the text ends: it is left out, and
 /// heads that share a budget ([`Evict::ada`]) are compared by the shares themselves.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[must_use]
 pub struct Cur {
     window: usize,
 }

@@ -29,6 +29,7 @@ use std::ops::Range;
 ///
 /// In compact positions the next positions are those behind the units that a head has.
 #[derive(Debug, Clone, Copy, PartialEq)]
+#[must_use]
 pub struct ExpectedAttention {
     future: usize,
     covariance: bool,

@@ -27,6 +27,7 @@ use std::ops::Range;
 /// Keys are taken as attention sees them, rotated. In compact positions their angles are those of the moment at
 /// which they are judged.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[must_use]
 pub struct LagKv {
     lag: usize,
 }

@@ -30,6 +30,7 @@ use locret_core::{
 /// **Chunked prefill:** a score depends on what the model still saw: after evictions more tokens
 /// are surprising. Repeated text (a passkey in filler) suits it very well, prose does not.
 #[derive(Debug, Clone, Copy)]
+#[must_use]
 pub struct SirLlm {
     decay: f32,
 }

@@ -23,6 +23,7 @@ use locret_core::{
 /// last queries before it looked at decides. What it loses on SmolLM2, task by task and at equal
 /// bytes, is in this library's `docs/ablation.md`.
 #[derive(Debug, Clone, Copy)]
+#[must_use]
 pub struct SnapKv {
     window: usize,
     kernel: usize,

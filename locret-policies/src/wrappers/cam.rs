@@ -34,6 +34,7 @@ use std::str::FromStr;
 /// within its budget then. A unit that goes passes on what it has taken, so that over a long text what is added
 /// grows as far as values do not cancel.
 #[derive(Debug, Clone)]
+#[must_use]
 pub struct Cam<P> {
     inner: P,
     next: usize,

@@ -22,6 +22,7 @@ use std::collections::BTreeMap;
 /// Where heads share a budget ([`Evict::ada`](locret_core::Evict::ada)), scores say how many units each keeps,
 /// and these are of its best blocks.
 #[derive(Debug, Clone)]
+#[must_use]
 pub struct ChunkKv<S> {
     inner: S,
     block: usize,

@@ -44,6 +44,7 @@ use std::str::FromStr;
 /// has no say. Units are folded again with their own unit when that goes, so that over a long text what is mixed
 /// into one is a blur. τ moves once a chunk instead of once a token.
 #[derive(Debug, Clone)]
+#[must_use]
 pub struct D2o<P> {
     inner: P,
     form: D2oForm,

@@ -25,6 +25,7 @@ use std::str::FromStr;
 /// **Chunked prefill:** values that were folded once are folded again with their unit, so that what
 /// is mixed into a unit over a long text is a blur.
 #[derive(Debug, Clone)]
+#[must_use]
 pub struct Merge<P> {
     inner: P,
     threshold: f32,

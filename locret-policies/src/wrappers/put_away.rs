@@ -27,6 +27,7 @@ use std::ops::Range;
 ///
 /// Policies that merge, or that choose themselves what queries see, cannot be inside.
 #[derive(Debug, Clone)]
+#[must_use]
 pub struct PutAway<P> {
     inner: P,
     block: usize,

@@ -16,6 +16,7 @@ use locret_core::{
 /// Policies that put nothing away ([`InfLlm`](crate::InfLlm) and [`PutAway`](crate::PutAway) do) are bounded all the
 /// same, by [`Error::Memory`].
 #[derive(Debug, Clone)]
+#[must_use]
 pub struct Tiered<P> {
     inner: P,
     tier: Tier,

@@ -37,6 +37,7 @@ impl Frame {
     }
 
     /// The same for a conversation of several turns: in plain text the speakers are named.
+    #[must_use]
     pub fn dialogue(&self) -> Self {
         if self.is_chat {
             return self.clone();

@@ -86,6 +86,7 @@ impl TrainingCorpus {
     }
 
     /// The same with code and other languages, which [`Recipe::Reconstruct`](super::Recipe::Reconstruct) needs.
+    #[must_use]
     pub fn with(self, ordinary: Ordinary) -> Self {
         Self { ordinary, ..self }
     }

@@ -38,6 +38,7 @@ pub type Sink = Box<dyn FnMut(Event) + Send>;
 /// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
+#[must_use]
 pub struct Limits {
     /// Bytes that all sequences together may take: keys and values, what is known of them, tokens and
     /// logits. What a pass needs for itself is not among them (a few MiB, whatever the sequences).
@@ -366,6 +367,7 @@ impl Batch {
     /// Sequences take turns where there is not memory for all of them: when the first of those that wait
     /// has done so for [`TURN`] passes, whoever has run for longest makes way for it. What it has is put
     /// into `store`, and it goes to the end of the line, to go on later as if nothing had been.
+    #[must_use]
     pub fn with_store(self, store: Arc<dyn SnapshotStore>) -> Self {
         Self {
             parking: Some(Parking::new(store)),

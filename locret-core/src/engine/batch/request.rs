@@ -22,6 +22,7 @@ use std::{
 ///     .generate(Generate::greedy(100));
 /// # }
 /// ```
+#[must_use]
 pub struct Request {
     pub(super) prompt: Vec<u32>,
     pub(super) policy: Arc<dyn KvCachePolicy>,
