@@ -6,8 +6,8 @@
 Prints for each kernel and architecture (sm_80, sm_89, sm_90a): threads of a block, registers of a thread, bytes that
 it spills to memory, bytes of shared memory of a block, blocks that fit on a multiprocessor and what part of its
 threads they are, machine instructions, and among them those of tensor cores, loads of global memory, loads and stores
-of shared memory, products and sums, barriers. Ends with an error if more than 16 bytes are spilled, if a block does
-not fit, or if a kernel in tiles has no instruction of tensor cores.
+of shared memory, products and sums, barriers. Ends with an error if more than one in a hundred instructions spills or
+fetches a register, if a block does not fit, or if a kernel in tiles has no instruction of tensor cores.
 
 Needs Rust, and from PyPI, in an environment that it makes itself in the folder (target/cuda by default):
 nvidia-cuda-nvrtc-cu12, nvidia-cuda-runtime-cu12, nvidia-cuda-cccl-cu12, nvidia-cuda-nvdisasm. Nothing is run.
@@ -37,8 +37,9 @@ LIMITS = {
     "sm_89": (65536, 1536, 100 * 1024, 24),
     "sm_90a": (65536, 2048, 228 * 1024, 32),
 }
-# Bytes that a thread may spill: ptxas does so with a few of them to fit one more block.
-SPILLED = 16
+# What share of the instructions may move spilled registers. ptxas spills a few of them, outside of the innermost loops,
+# to fit one more block, since it is not told of the shared memory, which limits blocks first.
+SPILLED = 0.01
 # Kernels that multiply in tensor cores.
 TENSOR = "tiles, "
 COUNTED = [
@@ -151,7 +152,7 @@ def main():
             numbers = [threads, registers, stored, shared, blocks, occupied, sum(names.values()), *counts]
             print(f"| {name} | {architecture} |", " | ".join(map(str, numbers)), "|", flush=True)
             case = f"{name}, {architecture}"
-            if stored > SPILLED:
+            if stored / 4 > SPILLED * sum(names.values()):
                 wrong.append(f"{case}: {stored} bytes are spilled")
             if blocks == 0:
                 wrong.append(f"{case}: a block does not fit")

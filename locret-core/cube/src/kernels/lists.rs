@@ -8,7 +8,7 @@ pub(crate) const UNITS: usize = 256;
 
 /// Bits of a rank that are found at a time, and how many numbers they stand for.
 const DIGIT: u32 = 4;
-const DIGITS: usize = 1 << DIGIT;
+pub(crate) const DIGITS: usize = 1 << DIGIT;
 
 /// The rank of what is protected: that of `+∞`.
 const PROTECTED: u32 = 0xff80_0000;
