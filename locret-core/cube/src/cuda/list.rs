@@ -22,11 +22,26 @@ const FLOATS: [TensorType; 3] = [TensorType::F32, TensorType::F16, TensorType::B
 /// Units of a cube that takes a number each.
 const EACH: usize = 256;
 
-/// Adds a kernel: its name, the units and the shared memory of a cube, how it is made, and what of.
+/// What a kernel is given: a tensor, a buffer, or a number.
+macro_rules! given {
+    (tensor) => {
+        tensor()
+    };
+    (buffer) => {
+        buffer()
+    };
+    (number) => {
+        ()
+    };
+}
+
+/// Adds a kernel: its name, the units and the shared memory of a cube, how it is made, what it is given, and what it is
+/// made for.
 macro_rules! add {
-    ($to:ident, $name:expr, $units:expr, $shared:expr, $new:expr, $($of:expr),* $(,)?) => {{
+    ($to:ident, $name:expr, $units:expr, $shared:expr, $new:expr,
+     [$($given:ident)*] $(, $of:expr)* $(,)?) => {{
         let (properties, target) = ($to.properties.clone(), $to.target.clone());
-        let kernel = $new(settings($units), properties, target, $($of),*);
+        let kernel = $new(settings($units), properties, target, $(given!($given),)* $($of),*);
         $to.add($name, $units, $shared, kernel)?;
     }};
 }
@@ -61,16 +76,7 @@ pub(super) fn attention(to: &mut Writer) -> Result<(), String> {
                 form.units(),
                 form.shared(),
                 numbers::attend::Attend::new,
-                tensor(),
-                buffer(),
-                buffer(),
-                buffer(),
-                buffer(),
-                buffer(),
-                buffer(),
-                buffer(),
-                (),
-                (),
+                [tensor buffer buffer buffer buffer buffer buffer buffer number number],
                 form,
                 element(dtype),
             );
@@ -95,16 +101,7 @@ pub(super) fn attention(to: &mut Writer) -> Result<(), String> {
                     form.units(),
                     form.shared(),
                     tile_attention::attend::Attend::new,
-                    tensor(),
-                    buffer(),
-                    buffer(),
-                    buffer(),
-                    buffer(),
-                    buffer(),
-                    buffer(),
-                    buffer(),
-                    (),
-                    (),
+                    [tensor buffer buffer buffer buffer buffer buffer buffer number number],
                     4,
                     4,
                     form,
@@ -119,10 +116,7 @@ pub(super) fn attention(to: &mut Writer) -> Result<(), String> {
         EACH,
         0,
         numbers::join::Join::new,
-        buffer(),
-        buffer(),
-        buffer(),
-        (),
+        [buffer buffer buffer number],
         128,
     );
     Ok(())
@@ -137,11 +131,7 @@ pub(super) fn units(to: &mut Writer) -> Result<(), String> {
             EACH,
             0,
             arena::append::Append::new,
-            tensor(),
-            tensor(),
-            buffer(),
-            buffer(),
-            buffer(),
+            [tensor tensor buffer buffer buffer],
             128,
             element(dtype),
         );
@@ -151,13 +141,7 @@ pub(super) fn units(to: &mut Writer) -> Result<(), String> {
             EACH,
             0,
             arena::copy::Copy::new,
-            buffer(),
-            buffer(),
-            buffer(),
-            buffer(),
-            buffer(),
-            buffer(),
-            buffer(),
+            [buffer buffer buffer buffer buffer buffer buffer],
             128,
             true,
             element(dtype),
@@ -179,15 +163,7 @@ pub(super) fn observed(to: &mut Writer) -> Result<(), String> {
             form.units(),
             tops,
             observe::tops::Tops::new,
-            tensor(),
-            buffer(),
-            buffer(),
-            buffer(),
-            buffer(),
-            buffer(),
-            (),
-            (),
-            (),
+            [tensor buffer buffer buffer buffer buffer number number number],
             form,
             element(dtype),
         );
@@ -198,18 +174,7 @@ pub(super) fn observed(to: &mut Writer) -> Result<(), String> {
                 form.units(),
                 form.shared(),
                 observe::by_unit::ByUnit::new,
-                tensor(),
-                buffer(),
-                buffer(),
-                buffer(),
-                buffer(),
-                buffer(),
-                buffer(),
-                buffer(),
-                (),
-                (),
-                (),
-                (),
+                [tensor buffer buffer buffer buffer buffer buffer buffer number number number number],
                 form,
                 gather,
                 element(dtype),
@@ -221,18 +186,7 @@ pub(super) fn observed(to: &mut Writer) -> Result<(), String> {
             form.units(),
             form.shared(),
             observe::by_distance::ByDistance::new,
-            tensor(),
-            buffer(),
-            buffer(),
-            buffer(),
-            buffer(),
-            buffer(),
-            buffer(),
-            (),
-            (),
-            (),
-            (),
-            (),
+            [tensor buffer buffer buffer buffer buffer buffer number number number number number],
             form,
             element(dtype),
         );
@@ -278,18 +232,7 @@ pub(super) fn codes(to: &mut Writer) -> Result<(), String> {
                 form.units(),
                 form.shared() + 4 * form.tile(),
                 coded_attention::attend_coded::AttendCoded::new,
-                tensor(),
-                buffer(),
-                buffer(),
-                buffer(),
-                buffer(),
-                buffer(),
-                buffer(),
-                buffer(),
-                buffer(),
-                buffer(),
-                (),
-                (),
+                [tensor buffer buffer buffer buffer buffer buffer buffer buffer buffer number number],
                 form,
                 codes,
             );
@@ -301,8 +244,7 @@ pub(super) fn codes(to: &mut Writer) -> Result<(), String> {
                 TURNING,
                 8 * codes.dim,
                 codes::turn_plain::TurnPlain::new,
-                buffer(),
-                buffer(),
+                [buffer buffer],
                 codes,
             );
             add!(
@@ -311,9 +253,7 @@ pub(super) fn codes(to: &mut Writer) -> Result<(), String> {
                 TURNING,
                 4 * codes.dim,
                 codes::turn_read::TurnRead::new,
-                buffer(),
-                buffer(),
-                (),
+                [buffer buffer number],
                 codes,
             );
         }
@@ -324,10 +264,7 @@ pub(super) fn codes(to: &mut Writer) -> Result<(), String> {
                 EACH,
                 0,
                 codes::shared_pairs::SharedPairs::new,
-                buffer(),
-                buffer(),
-                buffer(),
-                buffer(),
+                [buffer buffer buffer buffer],
                 codes,
             );
         }
@@ -337,9 +274,7 @@ pub(super) fn codes(to: &mut Writer) -> Result<(), String> {
             EACH,
             0,
             codes::pairs::Pairs::new,
-            buffer(),
-            buffer(),
-            buffer(),
+            [buffer buffer buffer],
             codes,
         );
         add!(
@@ -348,11 +283,7 @@ pub(super) fn codes(to: &mut Writer) -> Result<(), String> {
             EACH,
             0,
             codes::encode::Encode::new,
-            buffer(),
-            buffer(),
-            buffer(),
-            buffer(),
-            buffer(),
+            [buffer buffer buffer buffer buffer],
             codes,
         );
         add!(
@@ -361,13 +292,7 @@ pub(super) fn codes(to: &mut Writer) -> Result<(), String> {
             EACH,
             0,
             codes::read::Read::new,
-            buffer(),
-            buffer(),
-            buffer(),
-            buffer(),
-            buffer(),
-            buffer(),
-            (),
+            [buffer buffer buffer buffer buffer buffer number],
             true,
             codes,
         );
@@ -378,8 +303,7 @@ pub(super) fn codes(to: &mut Writer) -> Result<(), String> {
         EACH,
         0,
         codes::round::Round::new,
-        buffer(),
-        buffer(),
+        [buffer buffer],
         128,
     );
     add!(
@@ -388,10 +312,7 @@ pub(super) fn codes(to: &mut Writer) -> Result<(), String> {
         EACH,
         0,
         codes::append::Append::new,
-        tensor(),
-        tensor(),
-        buffer(),
-        buffer(),
+        [tensor tensor buffer buffer],
         128,
     );
     add!(
@@ -400,9 +321,7 @@ pub(super) fn codes(to: &mut Writer) -> Result<(), String> {
         EACH,
         0,
         codes::pick::Pick::new,
-        buffer(),
-        buffer(),
-        buffer(),
+        [buffer buffer buffer],
         plain.record(),
     );
     Ok(())
@@ -428,14 +347,7 @@ pub(super) fn products(to: &mut Writer) -> Result<(), String> {
                 FEW_UNITS,
                 4 * FEW_UNITS * rows,
                 product::few::Few::new,
-                tensor(),
-                buffer(),
-                buffer(),
-                buffer(),
-                (),
-                (),
-                (),
-                (),
+                [tensor buffer buffer buffer number number number number],
                 rows,
                 kind,
             );
@@ -446,14 +358,7 @@ pub(super) fn products(to: &mut Writer) -> Result<(), String> {
             TILE_UNITS,
             8 * TILE * PITCH,
             product::many::Many::new,
-            tensor(),
-            buffer(),
-            buffer(),
-            buffer(),
-            (),
-            (),
-            (),
-            (),
+            [tensor buffer buffer buffer number number number number],
             kind,
         );
         for parts in [1, 2] {
@@ -464,14 +369,7 @@ pub(super) fn products(to: &mut Writer) -> Result<(), String> {
                 form.units(),
                 form.shared(),
                 tile_product::product::Product::new,
-                tensor(),
-                buffer(),
-                buffer(),
-                buffer(),
-                (),
-                (),
-                (),
-                (),
+                [tensor buffer buffer buffer number number number number],
                 4,
                 kind,
                 form,
@@ -490,12 +388,7 @@ pub(super) fn rows(to: &mut Writer) -> Result<(), String> {
             ROW_UNITS,
             4 * ROW_UNITS,
             elementwise::norm::Norm::new,
-            tensor(),
-            tensor(),
-            buffer(),
-            buffer(),
-            buffer(),
-            (),
+            [tensor tensor buffer buffer buffer number],
             add,
         );
     }
@@ -505,8 +398,7 @@ pub(super) fn rows(to: &mut Writer) -> Result<(), String> {
         EACH,
         0,
         elementwise::gate::Gate::new,
-        tensor(),
-        buffer(),
+        [tensor buffer],
     );
     let turn = Turn {
         dim: 128,
@@ -520,13 +412,7 @@ pub(super) fn rows(to: &mut Writer) -> Result<(), String> {
         EACH,
         0,
         elementwise::rotate::Rotate::new,
-        tensor(),
-        buffer(),
-        buffer(),
-        buffer(),
-        buffer(),
-        (),
-        (),
+        [tensor buffer buffer buffer buffer number number],
         turn,
     );
     add!(
@@ -535,10 +421,7 @@ pub(super) fn rows(to: &mut Writer) -> Result<(), String> {
         heads::UNITS,
         4 * heads::UNITS,
         heads::second::Second::new,
-        tensor(),
-        buffer(),
-        buffer(),
-        (),
+        [tensor buffer buffer number],
     );
     add!(
         to,
@@ -546,8 +429,7 @@ pub(super) fn rows(to: &mut Writer) -> Result<(), String> {
         largest::UNITS,
         8 * largest::UNITS,
         largest::largest::Largest::new,
-        tensor(),
-        buffer(),
+        [tensor buffer],
     );
     Ok(())
 }
@@ -561,14 +443,7 @@ pub(super) fn lists(to: &mut Writer) -> Result<(), String> {
             EACH,
             0,
             lists::append::Append::new,
-            tensor(),
-            buffer(),
-            buffer(),
-            buffer(),
-            buffer(),
-            buffer(),
-            buffer(),
-            (),
+            [tensor buffer buffer buffer buffer buffer buffer number],
             moved,
         );
     }
@@ -578,16 +453,7 @@ pub(super) fn lists(to: &mut Writer) -> Result<(), String> {
         lists::UNITS,
         4 * lists::DIGITS * lists::UNITS,
         lists::select::Select::new,
-        buffer(),
-        buffer(),
-        buffer(),
-        buffer(),
-        buffer(),
-        buffer(),
-        buffer(),
-        buffer(),
-        buffer(),
-        buffer(),
+        [buffer buffer buffer buffer buffer buffer buffer buffer buffer buffer],
     );
     Ok(())
 }
