@@ -37,7 +37,7 @@ pub use compute::{
     Rotation, Rows, Sight, TableRows, UnitLists, Weight, compute, layer_compute, usable,
 };
 #[doc(hidden)]
-pub use compute::{check_factors, check_parts, check_product, divided, no_row};
+pub use compute::{check_factors, check_parts, check_product, check_tokens, divided, no_row};
 pub use contract::{
     Best, Budget, BudgetTable, CausalLm, DecodeEviction, Error, Evict, Guard, Held, Keep,
     KvCachePolicy, LayerSpec, LayerUnits, ModelSpec, Needs, Observation, Observe, Observed, Part,

@@ -273,6 +273,10 @@ impl Compute for Cube {
         elementwise::largest(&self.place, rows)
     }
 
+    fn surprisal(&self, rows: &Rows, of: &[u32]) -> Result<Option<Vec<f32>>> {
+        elementwise::surprisal(&self.place, rows, of).map(Some)
+    }
+
     fn unit_lists(&self, kv_heads: usize) -> Option<Box<dyn UnitLists>> {
         Some(Box::new(CubeLists::new(&self.place, kv_heads)))
     }

@@ -3,7 +3,7 @@
 use crate::{
     kernels::{
         elementwise::{self, From, ROW_UNITS, Turn},
-        largest,
+        largest, surprisal,
     },
     place::{Place, made},
     store,
@@ -11,7 +11,7 @@ use crate::{
 };
 use burn::tensor::DType as TensorType;
 use cubecl::prelude::*;
-use locret_core::{Error, Result, Rotation, Rows, TableRows};
+use locret_core::{Error, Result, Rotation, Rows, TableRows, check_tokens};
 
 pub(crate) fn norm(place: &Place, x: &Rows, gain: &Rows, epsilon: f32) -> Result<Rows> {
     Ok(normed(place, x, None, gain, epsilon)?.0)
@@ -155,4 +155,23 @@ pub(crate) fn largest(place: &Place, rows: &Rows) -> Result<Option<Vec<Option<u3
     let found = made(out).into_values()?;
     let of_row = |row: &[f32]| row[1].is_finite().then_some(row[0] as u32);
     Ok(Some(found.chunks_exact(2).map(of_row).collect()))
+}
+
+/// `-ln` of the softmax weight of a number of each row.
+pub(crate) fn surprisal(place: &Place, rows: &Rows, of: &[u32]) -> Result<Vec<f32>> {
+    let [many, width] = rows.shape();
+    check_tokens([many, width], of)?;
+    if many == 0 {
+        return Ok(Vec::new());
+    }
+    let out = place.empty([many, 1], TensorType::F32);
+    surprisal::surprisal::launch(
+        &place.client,
+        store::spread(many),
+        CubeDim::new_1d(largest::UNITS as u32),
+        place.rows(rows)?.into_tensor_arg(),
+        place.indices(of).into_buffer_arg(),
+        out.clone().into_buffer_arg(),
+    );
+    made(out).into_values()
 }

@@ -254,6 +254,10 @@ impl Compute for DeviceMap {
         self.output.largest(rows)
     }
 
+    fn surprisal(&self, rows: &Rows, of: &[u32]) -> Result<Option<Vec<f32>>> {
+        self.output.surprisal(rows, of)
+    }
+
     fn unit_lists(&self, kv_heads: usize) -> Option<Box<dyn UnitLists>> {
         self.output.unit_lists(kv_heads)
     }

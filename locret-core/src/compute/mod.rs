@@ -166,6 +166,16 @@ pub trait Compute: Debug + Send + Sync {
         Ok(None)
     }
 
+    /// For each row `-ln` of the softmax weight of its number `of[row]`, if that was found where the rows lie: to know how
+    /// likely every token of a text was, no vocabulary of logits need come to the host for each. NaN of a row with a NaN.
+    /// `None`, the default, where rows are to be read and looked at.
+    ///
+    /// # Errors
+    /// As [`check_tokens`]; [`Error::Device`].
+    fn surprisal(&self, _rows: &Rows, _of: &[u32]) -> Result<Option<Vec<f32>>> {
+        Ok(None)
+    }
+
     /// Empty lists of the positions and scores of a layer's units, if they can lie where this computes and units be
     /// chosen there; `None`, the default, where they are lists in host memory.
     fn unit_lists(&self, _kv_heads: usize) -> Option<Box<dyn UnitLists>> {
@@ -449,6 +459,24 @@ fn columns(parts: &[Weight]) -> Result<usize> {
     match parts.iter().find(|part| part.columns != columns) {
         Some(other) => Err(Error::shape("columns of a matrix", columns, other.columns)),
         None => Ok(columns),
+    }
+}
+
+/// Checks tokens, one for each of some rows of logits, `[rows, vocab]`.
+///
+/// # Errors
+/// [`Error::Shape`] for another number of tokens; [`Error::UnknownToken`].
+pub fn check_tokens([rows, vocab]: [usize; 2], of: &[u32]) -> Result<()> {
+    if of.len() != rows {
+        return Err(Error::shape("tokens of logits", rows, of.len()));
+    }
+    match of.iter().position(|id| *id as usize >= vocab) {
+        Some(index) => Err(Error::UnknownToken {
+            id: of[index],
+            index,
+            vocab,
+        }),
+        None => Ok(()),
     }
 }
 

@@ -188,6 +188,10 @@ impl Rows {
                 start: start + rows.start * width,
                 device: device.clone(),
             },
+            // A tensor has no part of no rows.
+            Place::Device(tensor) if rows.is_empty() => {
+                return Self::new(Vec::new(), width, &tensor.device());
+            }
             Place::Device(tensor) => {
                 Place::Device(tensor.clone().narrow(0, rows.start, rows.len()))
             }
@@ -322,6 +326,11 @@ mod tests {
             let both = Rows::below(parts).unwrap();
             assert_eq!(both.shape(), [6, 2]);
             assert_eq!(both.values().unwrap()[6..], host.values().unwrap()[..]);
+        }
+        for place in [&host, &device] {
+            let none = place.slice(2..2).unwrap();
+            assert_eq!((none.shape(), none.device()), ([0, 2], place.device()));
+            assert_eq!(none.values().unwrap().len(), 0);
         }
         let mut changed = device.slice(1..3).unwrap();
         changed.values_mut().unwrap()[1] = 7.0;

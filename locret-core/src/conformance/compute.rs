@@ -37,6 +37,7 @@ pub fn check_compute(
             ("attention", check.attention(&mut dice())),
             ("selection", check.selection(&mut dice())),
             ("the largest of rows", check.largest(&mut dice())),
+            ("surprisal", check.surprisal(&mut dice())),
             ("pieces of work", check.pieces(&mut dice())),
         ] {
             checked.map_err(|off| check.error(what, off))?;
@@ -126,9 +127,12 @@ impl Checking<'_> {
 
     fn refused<T>(&self, what: &str, result: Result<T>) -> Checked {
         match result {
-            Err(Error::Shape { .. } | Error::NotSupported { .. } | Error::NotFinite { .. }) => {
-                Ok(())
-            }
+            Err(
+                Error::Shape { .. }
+                | Error::NotSupported { .. }
+                | Error::NotFinite { .. }
+                | Error::UnknownToken { .. },
+            ) => Ok(()),
             Err(other) => Err(other.into()),
             Ok(_) => Err(Off::Number(format!("{what} was accepted"))),
         }
@@ -785,6 +789,57 @@ impl Checking<'_> {
                 Err(Off::Number(found))
             }
         }
+    }
+
+    /// Softmax weights of logits, some of which say never; NaN of a NaN.
+    fn surprisal(&self, dice: &mut Dice) -> Checked {
+        let (rows, width) = (dice.between(1, 5), dice.between(2, 3000));
+        let mut all: Vec<f32> = (0..rows * width)
+            .map(|_| dice.between(0, 4000) as f32 / 100.0 - 60.0)
+            .collect();
+        let of: Vec<u32> = (0..rows)
+            .map(|_| dice.between(0, width - 1) as u32)
+            .collect();
+        let wrong = dice.chance(0.3).then(|| dice.between(0, rows - 1));
+        for (row, own) in all.chunks_mut(width).zip(&of) {
+            let never = dice.between(0, width - 1);
+            if never != *own as usize {
+                row[never] = f32::NEG_INFINITY;
+            }
+        }
+        if let Some(row) = wrong {
+            all[row * width + dice.between(0, width - 1)] = f32::NAN;
+        }
+        let logits = self.rows(&all, width)?;
+        let Some(found) = self.compute.surprisal(&logits, &of)? else {
+            return Ok(());
+        };
+        let mut due = Vec::new();
+        for (i, (row, own)) in all.chunks(width).zip(&of).enumerate() {
+            let sum: f64 = row.iter().map(|x| f64::from(*x).exp()).sum();
+            let nll = sum.ln() - f64::from(row[*own as usize]);
+            if Some(i) == wrong {
+                if !found[i].is_nan() {
+                    let found = format!("{} of a row with a NaN", found[i]);
+                    return Err(Off::Number(found));
+                }
+                due.push(Sum(0.0, 0.0));
+            } else {
+                due.push(Sum(nll, nll.abs()));
+            }
+        }
+        let number = |(i, nll): (usize, &f32)| if Some(i) == wrong { 0.0 } else { *nll };
+        let found: Vec<f32> = found.iter().enumerate().map(number).collect();
+        self.near("surprisal", &found, &due)?;
+        self.refused(
+            "a token too many",
+            self.compute.surprisal(&logits, &[of, vec![0]].concat()),
+        )?;
+        let unknown = vec![width as u32; rows];
+        self.refused(
+            "an unknown token",
+            self.compute.surprisal(&logits, &unknown),
+        )
     }
 }
 

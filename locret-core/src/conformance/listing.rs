@@ -129,6 +129,10 @@ impl Compute for Listing {
         self.inner.largest(rows)
     }
 
+    fn surprisal(&self, rows: &Rows, of: &[u32]) -> Result<Option<Vec<f32>>> {
+        self.inner.surprisal(rows, of)
+    }
+
     fn unit_lists(&self, kv_heads: usize) -> Option<Box<dyn UnitLists>> {
         Some(Box::new(Counted {
             lists: Box::new(PlainLists::new(kv_heads, self.device())),

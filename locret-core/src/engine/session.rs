@@ -770,7 +770,16 @@ fn surprisal(
     });
     for at in (0..ids.len()).step_by(SCORE_BLOCK) {
         let end = ids.len().min(at + SCORE_BLOCK);
-        let logits = model.logits(hidden.slice(at..end)?)?.into_values()?;
+        let logits = model.logits(hidden.slice(at..end)?)?;
+        let next = &ids[at + 1..ids.len().min(end + 1)];
+        if let Some(found) = scored(model, &logits.slice(0..next.len())?, next)? {
+            all.extend(found);
+            if end == ids.len() {
+                *last = Some(logits.slice(next.len()..end - at)?.into_values()?);
+            }
+            continue;
+        }
+        let logits = logits.into_values()?;
         for (i, row) in logits.chunks(vocab).enumerate() {
             if let Some(next) = ids.get(at + i + 1) {
                 all.push(TokenScore::of(row, *next)?.nll);
@@ -781,6 +790,23 @@ fn surprisal(
         }
     }
     Ok(all)
+}
+
+/// What each of `next` was worth under its row of logits, if that is to be had where they lie.
+fn scored(model: &dyn CausalLm, logits: &Rows, next: &[u32]) -> Result<Option<Vec<f32>>> {
+    let compute = model.compute();
+    // An adapter that knows of no map has its logits elsewhere.
+    if logits.device() != *compute.device() {
+        return Ok(None);
+    }
+    let found = compute.surprisal(logits, next)?;
+    if let Some(at) = found.iter().flatten().position(|nll| nll.is_nan()) {
+        return Err(Error::NotFinite {
+            what: "a logit",
+            at: format!("the prediction of token {}", next[at]),
+        });
+    }
+    Ok(found)
 }
 
 /// Rows of logits that are held at once, where those of many tokens are needed.

@@ -445,8 +445,10 @@ mod tests {
             ..set
         };
         let sets = std::slice::from_ref(&set);
-        let in_grid = |shard: Shard, own: &[Own]| {
-            let journal = &mut Journal::default();
+        // Times are those of the first run.
+        let mut once = Journal::default();
+        let mut in_grid = |shard: Shard, own: &[Own]| {
+            let journal = &mut once;
             ablation.run_grid(&grid, own, sets, shard, &encode, journal, &mut |_| {})
         };
         let whole = in_grid(Shard::whole(), &[own()]).unwrap();

@@ -10,7 +10,7 @@ use crate::{
         heads, largest, lists,
         observe::{self, Gather},
         product::{self, FEW_UNITS, Kind, PITCH, TILE, TILE_UNITS},
-        tile_attention, tile_product, units as arena,
+        surprisal, tile_attention, tile_product, units as arena,
     },
     place::element,
 };
@@ -430,6 +430,14 @@ pub(super) fn rows(to: &mut Writer) -> Result<(), String> {
         8 * largest::UNITS,
         largest::largest::Largest::new,
         [tensor buffer],
+    );
+    add!(
+        to,
+        "surprisal",
+        largest::UNITS,
+        4 * largest::UNITS,
+        surprisal::surprisal::Surprisal::new,
+        [tensor buffer buffer],
     );
     Ok(())
 }
