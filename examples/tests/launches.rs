@@ -180,6 +180,8 @@ fn a_layer_seldom_waits_for_the_device() {
         (Method::Locret, Some(4), 1, greedy, [[1, 0], [0, 1]]),
         // Scores that are pooled are looked at.
         (Method::Locret, None, 3, greedy, [[1, 0], [1, 1]]),
+        // How likely each token of a chunk was, and the logits after the last one.
+        (Method::SirLlm, None, 1, greedy, [[0, 2], [0, 1]]),
         (Method::H2o, None, 1, greedy, [[1, 0], [1, 1]]),
         (Method::SnapKv, None, 1, greedy, [[1, 0], [1, 1]]),
     ] {
