@@ -6,15 +6,15 @@
 Prints for each kernel and architecture (sm_80, sm_89, sm_90a): threads of a block, registers of a thread, bytes that
 it spills to memory, bytes of shared memory of a block, blocks that fit on a multiprocessor and what part of its
 threads they are, machine instructions, and among them those of tensor cores, loads of global memory, loads and stores
-of shared memory, products and sums, barriers. Ends with an error if more than one in a hundred instructions spills or
-fetches a register, if a block does not fit, or if a kernel in tiles has no instruction of tensor cores.
+of shared memory, products and sums, barriers. "turn" is the shortest loop that has all instructions of tensor cores, and
+how many there are in it. Ends with an error if an innermost loop, or more than one in a hundred instructions,
+spills or fetches a register, if a block does not fit, or if a kernel in tiles has no instruction of tensor cores.
 
 Needs Rust, and from PyPI, in an environment that it makes itself in the folder (target/cuda by default):
 nvidia-cuda-nvrtc-cu12, nvidia-cuda-runtime-cu12, nvidia-cuda-cccl-cu12, nvidia-cuda-nvdisasm. Nothing is run.
 """
 
 import argparse
-import collections
 import ctypes
 import glob
 import os
@@ -98,8 +98,34 @@ class Compiler:
         path.write_bytes(binary)
         listing = subprocess.run([self.disassembler, "-c", path], capture_output=True, text=True, check=True).stdout
         path.with_suffix(".sass").write_text(listing)
-        names = re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9]+(?:\.[A-Z0-9_.]+)?)", listing, re.M)
-        return collections.Counter(names)
+        return parsed(listing)
+
+
+def parsed(listing):
+    """The names of a listing's instructions, and its loops: numbers of the first and the last instruction."""
+    names, labels, jumps = [], {}, []
+    for line in listing.split("\n"):
+        if label := re.match(r"\s*(\.L_x_\d+):", line):
+            labels[label[1]] = len(names)
+        elif found := re.match(r"\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9]+(?:\.[A-Z0-9_.]+)?)(.*)", line):
+            if to := found[1].startswith("BRA") and re.search(r"`\((\.L_x_\d+)\)", found[2]):
+                jumps.append((len(names), to[1]))
+            names.append(found[1])
+    # What follows the end jumps to itself for ever.
+    loops = [(labels[to], at) for at, to in jumps if labels.get(to, at) < at]
+    return names, loops
+
+
+def innermost(loops):
+    within = lambda one, other: one != other and other[0] <= one[0] and one[1] <= other[1]
+    return [loop for loop in loops if not any(within(other, loop) for other in loops)]
+
+
+def turn(names, loops):
+    """Instructions of the shortest loop that has all of tensor cores, and how many these are; 0 of none."""
+    places = [at for at, name in enumerate(names) if re.match(COUNTED[0][1], name)]
+    around = [b - a + 1 for a, b in loops if places and a <= places[0] and places[-1] <= b]
+    return min(around, default=0), len(places) if around else 0
 
 
 def resident(architecture, threads, registers, shared):
@@ -130,8 +156,8 @@ def main():
         subprocess.run([*cargo, sources], cwd=ROOT, env=os.environ | quiet, check=True)
     compiler = Compiler(environment(args.folder))
     counted = [name for name, _ in COUNTED]
-    print("| kernel | | threads | registers | spilled | shared | resident | occupied | instructions |", " | ".join(counted), "|")
-    print("|---|---|" + "--:|" * (7 + len(counted)))
+    print("| kernel | | threads | registers | spilled | shared | resident | occupied | instructions |", " | ".join(counted), "| turn |")
+    print("|---|---|" + "--:|" * (8 + len(counted)))
     wrong = []
     for file in sorted(sources.glob("*.cu")):
         text = file.read_text()
@@ -144,16 +170,17 @@ def main():
             number = lambda pattern: sum(int(n) for n in re.findall(pattern, log))
             registers = number(r"Used (\d+) registers")
             stored = number(r"(\d+) bytes spill stores") + number(r"(\d+) bytes spill loads")
-            names = compiler.instructions(binary, file.with_suffix(f".{architecture}.cubin"))
-            of = lambda pattern: sum(n for name, n in names.items() if re.match(pattern, name))
+            names, loops = compiler.instructions(binary, file.with_suffix(f".{architecture}.cubin"))
+            of = lambda pattern: sum(bool(re.match(pattern, name)) for name in names)
+            moved = [any(re.match("STL|LDL", name) for name in names[a : b + 1]) for a, b in innermost(loops)]
             blocks = resident(architecture, threads, registers, shared)
             occupied = f"{100 * blocks * threads // LIMITS[architecture][1]} %"
             counts = [of(pattern) for _, pattern in COUNTED]
-            numbers = [threads, registers, stored, shared, blocks, occupied, sum(names.values()), *counts]
+            numbers = [threads, registers, stored, shared, blocks, occupied, len(names), *counts, " / ".join(map(str, turn(names, loops)))]
             print(f"| {name} | {architecture} |", " | ".join(map(str, numbers)), "|", flush=True)
             case = f"{name}, {architecture}"
-            if stored / 4 > SPILLED * sum(names.values()):
-                wrong.append(f"{case}: {stored} bytes are spilled")
+            if stored / 4 > SPILLED * len(names) or any(moved):
+                wrong.append(f"{case}: {stored} bytes are spilled, in {sum(moved)} innermost loops")
             if blocks == 0:
                 wrong.append(f"{case}: a block does not fit")
             if name.startswith(TENSOR) and counts[0] == 0:

@@ -1,9 +1,10 @@
-//! A compute whose layers have lists of units of their own.
+//! A compute whose layers have lists of units of their own, and which looks at logits where they lie.
 
 use super::PlainLists;
 use crate::{
     Attention, Best, Compute, DType, DeviceMap, KeptUnits, KvStore, LayerSpec, Matrix, Observe,
-    Observed, Perceptron, Quantization, Result, Rotation, Rows, Survey, UnitLists, Weight,
+    Observed, Perceptron, Quantization, Result, Rotation, Rows, Survey, TokenScore, UnitLists,
+    Weight, check_tokens,
 };
 use burn::tensor::Device;
 use std::{
@@ -21,8 +22,8 @@ struct Counts {
     read: AtomicUsize,
 }
 
-/// Another [`Compute`] with lists of units of its own, [`PlainLists`]: what a device is that chooses units where they
-/// lie, on any other.
+/// Another [`Compute`] with lists of units of its own, [`PlainLists`], that finds how likely tokens were by plain
+/// loops: what a device is that chooses units, and looks at logits, where they lie, on any other.
 #[derive(Debug, Clone)]
 pub struct Listing {
     inner: Arc<dyn Compute>,
@@ -130,7 +131,14 @@ impl Compute for Listing {
     }
 
     fn surprisal(&self, rows: &Rows, of: &[u32]) -> Result<Option<Vec<f32>>> {
-        self.inner.surprisal(rows, of)
+        let [many, width] = rows.shape();
+        check_tokens([many, width], of)?;
+        let all = rows.values()?;
+        let of_row = |(row, of): (usize, &u32)| {
+            let row = &all[row * width..][..width];
+            TokenScore::of(row, *of).map_or(f32::NAN, |score| score.nll)
+        };
+        Ok(Some(of.iter().enumerate().map(of_row).collect()))
     }
 
     fn unit_lists(&self, kv_heads: usize) -> Option<Box<dyn UnitLists>> {

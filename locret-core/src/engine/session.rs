@@ -3,7 +3,7 @@
 use super::probe::EachChunk;
 use crate::{
     CacheOptions, CausalLm, ChunkDone, Error, KvCachePolicy, ModelSpec, OnChunk, Pass, PastContext,
-    Peak, Phase, Probe, Result, Rows, Sampler, Sampling, SequenceCache, forward,
+    Peak, Phase, Probe, Result, Rows, Sampler, Sampling, SequenceCache, check_tokens, forward,
 };
 use serde::{Deserialize, Serialize};
 use std::{
@@ -583,15 +583,7 @@ pub(super) fn check_prompt(
 }
 
 fn check_ids(spec: &ModelSpec, ids: &[u32]) -> Result<()> {
-    let vocab = spec.vocab;
-    match ids.iter().position(|id| *id as usize >= vocab) {
-        Some(index) => Err(Error::UnknownToken {
-            id: ids[index],
-            index,
-            vocab,
-        }),
-        None => Ok(()),
-    }
+    check_tokens([ids.len(), spec.vocab], ids)
 }
 
 /// What is wanted of the logits after the last of some tokens.

@@ -3,7 +3,7 @@
 
 use crate::{
     device,
-    policies::{Birth, KeyNorm},
+    policies::{Birth, KeyNorm, Surprise},
     positions, spec, text,
 };
 use locret_core::{
@@ -77,6 +77,25 @@ fn plain_lists_choose_as_the_host_does() {
         let protected = [0..best.first, len - best.newest..len];
         prop_assert_eq!(&kept[0], &compute.select(&scores, keep, &protected).unwrap());
     });
+}
+
+/// Logits are looked at in blocks of 64 rows: whole ones, parts, and one row that nothing follows.
+#[test]
+fn how_likely_tokens_were_is_the_same_where_their_logits_lie() {
+    let evict = Evict::new(Surprise, Budget::Units(40)).recent(5);
+    let policy: Arc<dyn KvCachePolicy> = Arc::new(evict);
+    for chunk in [1, 16, 64, 65, 90] {
+        let ([mut host, mut there], _) = both(&policy, DType::F32);
+        for session in [&mut host, &mut there] {
+            session
+                .prefill(&text(180), &Prefill::new(chunk, 5))
+                .unwrap();
+        }
+        assert_same([&host, &there]);
+        assert!(host.cache().units() < 180 * spec().layers * spec().kv_heads);
+        assert_eq!(generate(&mut host, 9), generate(&mut there, 9));
+        assert_eq!(positions(&host), positions(&there));
+    }
 }
 
 #[test]

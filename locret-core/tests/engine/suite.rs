@@ -9,12 +9,12 @@ use crate::{
     text,
 };
 use locret_core::{
-    Budget, BudgetTable, CacheOptions, DType, Dense, Evict, Kernels, KvCachePolicy, LayerSpec,
-    LayerUnits, Needs, Observation, Placement, Positions, QuantLayout, Quantization,
+    Budget, BudgetTable, CacheOptions, Compute, DType, Dense, Evict, Kernels, KvCachePolicy,
+    LayerSpec, LayerUnits, Needs, Observation, Placement, Positions, QuantLayout, Quantization,
     QuantizedStore, Result, RopeConfig, RopeScaling, Scorer, Share, Step, Verdict,
     conformance::{
-        AdapterCheck, Case, PolicyCheck, StoreCheck, check_adapter, check_compute, check_policy,
-        check_store, small_spec,
+        AdapterCheck, Case, Listing, PolicyCheck, StoreCheck, check_adapter, check_compute,
+        check_policy, check_store, small_spec,
     },
 };
 use std::sync::Arc;
@@ -253,6 +253,9 @@ fn whatever_computes() {
     for kernels in [Kernels::Auto, Kernels::Operations] {
         check_compute(&kernels.on(&device()), 2e-5, 0..60).unwrap();
     }
+    // It looks at logits where they lie.
+    let listing = Listing::new(Kernels::Auto.on(&device()));
+    check_compute(&(Arc::new(listing) as Arc<dyn Compute>), 2e-5, 0..20).unwrap();
 }
 
 #[test]

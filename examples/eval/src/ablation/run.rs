@@ -471,6 +471,9 @@ mod tests {
         }
         let joined = merge(&grid, &parts).unwrap();
         assert_eq!((joined.missing, joined.records), (0, whole));
+        let codes = "stores = ['q4']\n[[policies]]\npolicy = 'full'\n";
+        let refused = own().candidates(&Grid::from_toml(codes).unwrap());
+        assert!(matches!(refused, Err(Error::Usage(_))), "{refused:?}");
         for own in [vec![own(), own()], vec![Own::new("full", KeyNorm::policy)]] {
             let refused = in_grid(Shard::whole(), &own);
             assert!(matches!(refused, Err(Error::Usage(_))), "{refused:?}");

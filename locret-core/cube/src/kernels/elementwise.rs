@@ -1,5 +1,6 @@
 //! Norms, gates and rotations: what a layer does between its products. Rows of inputs may lie apart.
 
+use super::reduced;
 use cubecl::prelude::*;
 
 /// Units of a cube that has one row.
@@ -33,17 +34,8 @@ pub(crate) fn norm(
         square += own * own;
     }
     parts[unit] = square;
-    #[unroll]
-    for step in 0..comptime!(ROW_UNITS.ilog2() as usize) {
-        let left = comptime!(ROW_UNITS >> (step + 1));
-        sync_cube();
-        if unit < left {
-            let other = parts[unit + left];
-            parts[unit] += other;
-        }
-    }
-    sync_cube();
-    let by = f32::sqrt(parts[0] / width as f32 + epsilon);
+    let squares = reduced::sum(&mut parts, unit, ROW_UNITS);
+    let by = f32::sqrt(squares / width as f32 + epsilon);
     for i in range_stepped(unit, width, ROW_UNITS) {
         let mut own = x[row * x.stride(0) + i];
         if comptime!(add) {

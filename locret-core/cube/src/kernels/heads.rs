@@ -1,5 +1,6 @@
 //! What follows the first product of a retaining head.
 
+use super::reduced;
 use cubecl::prelude::*;
 
 /// Units of a cube that has a token.
@@ -21,18 +22,9 @@ pub(crate) fn second(inner: &Tensor<f32>, weights: &[f32], out: &mut [f32], outp
             sum += x / (1.0 + f32::exp(-x)) * weights[output * width + i];
         }
         parts[unit] = sum;
-        #[unroll]
-        for step in 0..comptime!(UNITS.ilog2() as usize) {
-            let left = comptime!(UNITS >> (step + 1));
-            sync_cube();
-            if unit < left {
-                let other = parts[unit + left];
-                parts[unit] += other;
-            }
-        }
+        let all = reduced::sum(&mut parts, unit, UNITS);
         if unit == 0 {
-            out[token * outputs as usize + output] = parts[0];
+            out[token * outputs as usize + output] = all;
         }
-        sync_cube();
     }
 }

@@ -15,6 +15,7 @@ pub(crate) mod lists;
 pub(crate) mod observe;
 mod online;
 pub(crate) mod product;
+mod reduced;
 pub(crate) mod surprisal;
 pub(crate) mod tile_attention;
 pub(crate) mod tile_product;
