@@ -55,7 +55,9 @@ impl<T: Number> KvStore for HostStore<T> {
                 }
                 for row in 0..t {
                     let at = (row * g + head) * d;
-                    to.extend(from[at..at + d].iter().map(|x| T::from_f32(*x)));
+                    let old = to.len();
+                    to.resize(old + d, T::from_f32(0.0));
+                    T::convert(&from[at..at + d], &mut to[old..]);
                 }
             }
         }

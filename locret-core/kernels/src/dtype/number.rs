@@ -3,7 +3,7 @@
 use super::DType;
 use crate::{simd::Simd, tiles::Floats};
 use bytemuck::Pod;
-use half::{bf16, f16};
+use half::{bf16, f16, slice::HalfFloatSliceExt};
 use std::fmt::Debug;
 
 /// A type of plain numbers that weights and caches are kept in: `f32`, `f16` or `bf16`.
@@ -20,6 +20,17 @@ pub trait Number: Vectors + Pod + Send + Sync + Debug {
 
     /// The same number.
     fn to_f32(self) -> f32;
+
+    /// The nearest numbers, written over as many others.
+    ///
+    /// # Panics
+    /// If there are more or fewer of the others.
+    fn convert(from: &[f32], to: &mut [Self]) {
+        assert_eq!(from.len(), to.len(), "numbers to convert");
+        for (to, from) in to.iter_mut().zip(from) {
+            *to = Self::from_f32(*from);
+        }
+    }
 
     /// The nearest numbers; without a copy where they are the same.
     fn from_f32s(x: Vec<f32>) -> Vec<Self> {
@@ -58,6 +69,9 @@ impl Number for f32 {
     fn to_f32(self) -> f32 {
         self
     }
+    fn convert(from: &[f32], to: &mut [Self]) {
+        to.copy_from_slice(from);
+    }
     fn from_f32s(x: Vec<f32>) -> Vec<Self> {
         x
     }
@@ -90,6 +104,9 @@ impl Number for f16 {
     fn to_f32(self) -> f32 {
         self.to_f32()
     }
+    fn convert(from: &[f32], to: &mut [Self]) {
+        to.convert_from_f32_slice(from);
+    }
     fn floats(x: &[Self]) -> Floats<'_> {
         Floats::F16(x)
     }
@@ -115,6 +132,9 @@ impl Number for bf16 {
     #[inline(always)]
     fn to_f32(self) -> f32 {
         self.to_f32()
+    }
+    fn convert(from: &[f32], to: &mut [Self]) {
+        to.convert_from_f32_slice(from);
     }
     fn floats(x: &[Self]) -> Floats<'_> {
         Floats::Bf16(x)
@@ -143,6 +163,16 @@ mod tests {
         let each: Vec<T> = x.iter().map(|x| T::from_f32(*x)).collect();
         assert_eq!(each, numbers);
         assert_eq!(T::into_f32s(numbers), x);
+        // Whole vectors and what is left of them: ties, what is too large, and what is hardly there.
+        let more: Vec<f32> = (0..45)
+            .map(|i| [1.0 + 2f32.powi(-i / 3), -1e5 * i as f32, 1e-8 * i as f32][i as usize % 3])
+            .collect();
+        for n in 0..more.len() {
+            let mut found = vec![T::from_f32(7.0); n];
+            T::convert(&more[..n], &mut found);
+            let each: Vec<T> = more[..n].iter().map(|x| T::from_f32(*x)).collect();
+            assert_eq!(found, each);
+        }
     }
 
     #[test]
