@@ -137,6 +137,23 @@ fn without_folders(grid: &Grid) -> Result<Value> {
     serde_json::to_value(&grid).map_err(|e| Error::Usage(format!("the grid: {e}")))
 }
 
+/// A grid whose policies have the heads of those of `run`'s where they name none: heads that a grid does not name are a
+/// machine's own.
+fn with_heads_of(run: &Value, mut grid: Value) -> Value {
+    const HEADS: &str = "heads";
+    let (runs, grids) = (run.get("policies"), grid.get_mut("policies"));
+    let runs = runs.and_then(Value::as_array).into_iter().flatten();
+    let grids = grids.and_then(Value::as_array_mut).into_iter().flatten();
+    for (run, grid) in runs.zip(grids) {
+        let heads = run.pointer("/config/heads");
+        let config = grid.get_mut("config").and_then(Value::as_object_mut);
+        if let (Some(heads), Some(config)) = (heads, config) {
+            config.entry(HEADS).or_insert_with(|| heads.clone());
+        }
+    }
+    grid
+}
+
 /// Runs of parts of a grid, joined.
 #[derive(Debug, Clone)]
 pub struct Merged {
@@ -160,11 +177,7 @@ pub fn merge(grid: &Grid, folders: &[PathBuf]) -> Result<Merged> {
     let whole = Run::read(first)?.part(Shard::whole());
     let refused =
         |folder: &Path, why: String| Error::Usage(format!("{}: results {why}", folder.display()));
-    let own = Run {
-        grid: without_folders(grid)?,
-        ..whole.clone()
-    };
-    if whole.grid != own.grid {
+    if whole.grid != with_heads_of(&whole.grid, without_folders(grid)?) {
         return Err(refused(first, "of another grid".into()));
     }
     let mut seen: HashSet<Key> = HashSet::new();
@@ -377,6 +390,18 @@ mod tests {
                 "{error}"
             );
         }
+        // But for heads that the grid leaves to a machine.
+        let heads = |run: &mut Run| run.grid["policies"][1]["config"]["heads"] = "h.bin".into();
+        let [f, g] = ["f", "g"].map(|name| dir.path().join(name));
+        write(&f, heads, &all[..1]);
+        assert_eq!(merge(&grid, &[f.clone()]).unwrap().records, all[..1]);
+        let named = format!("{GRID}heads = \"h.bin\"");
+        assert!(merge(&Grid::from_toml(&named).unwrap(), &[f.clone()]).is_ok());
+        let named = format!("{GRID}heads = \"other.bin\"");
+        let named = Grid::from_toml(&named).unwrap();
+        assert!(matches!(merge(&named, &[f.clone()]), Err(Error::Usage(_))));
+        write(&g, |_| {}, &all[1..2]);
+        assert!(matches!(merge(&grid, &[f, g]), Err(Error::Usage(_))));
         // And so is a single result, though the run says otherwise.
         let mut other = all[0].clone();
         other.origin.git = Some("abc".into());
