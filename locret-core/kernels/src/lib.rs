@@ -2,7 +2,8 @@
 //!
 //! Plain slices of `f32` in row-major order, one sequence, no knowledge of policies or models.
 //! Each kernel exists once and is compiled for AVX-512F, for AVX2 + FMA + F16C, for NEON and for
-//! whatever the target has by default; which one runs is chosen once per process: the best one
+//! whatever the target has by default (products of many tokens for AMX's tiles, too); which one runs is chosen once
+//! per process: the best one
 //! ([`instruction_set`]), or the one that `LOCRET_INSTRUCTIONS` names in the environment. Threads
 //! are rayon's: the pool that the caller runs in, its number of threads, and none at all where the
 //! work is too small to share. Results don't depend on the number of threads.
@@ -19,7 +20,7 @@
 //! | [`rope`] | cosine and sine tables, rotation and its inverse |
 //! | [`attention`] | causal grouped-query attention for prefill (`many`) and decode (`few`) |
 //! | [`observe`] | weights and logits that chosen queries give to each unit |
-//! | [`linear`] | products with weights in the type of their file: many tokens, few, few rounded ones |
+//! | [`linear`] | products with weights in the type of their file: many tokens, by vectors or tiles, few, few rounded ones |
 //! | [`perceptron`] | two products with a SiLU between |
 //! | [`elementwise`] | SwiGLU, RMS norm with a residual, sums and copies |
 //! | [`select`] | the k best of many, keeping rows in place |

@@ -37,6 +37,14 @@ impl Columns {
         self.out.wrapping_add(token * self.stride + column)
     }
 
+    /// Where `n` numbers of the first of some tokens start, from `column` on; those of the next token are a
+    /// stride further.
+    #[inline(always)]
+    pub(super) fn block(self, first: usize, tokens: usize, column: usize, n: usize) -> *mut f32 {
+        assert!(tokens > 0 && first + tokens <= self.tokens);
+        self.at(first, column, n)
+    }
+
     /// Reads `n` numbers of a token, from `column` on; lanes beyond them are 0.
     ///
     /// # Safety

@@ -14,6 +14,8 @@
 //! - **Many tokens** (prefill): blocks of `W` are converted once for hundreds of tokens, into panels
 //!   whose lanes are rows of `W`; the inner loop is the outer product of broadcast activations with
 //!   them. Activations are read and outputs written where they lie.
+//! - **Many tokens where a processor multiplies tiles of bfloat16 numbers** (AMX), and weights of that type or of 8 and 4
+//!   bits: activations become three such numbers each, exactly, and products are as exact as others.
 //!
 //! Work is cut by rows of `W` in a way that depends on shapes alone, so that results don't depend
 //! on the number of threads.
@@ -23,6 +25,8 @@ mod few;
 mod many;
 mod rounded;
 mod super_blocks;
+#[cfg(target_arch = "x86_64")]
+mod tiled;
 mod weight;
 
 use crate::{dtype::DType, simd::Isa};
@@ -134,9 +138,15 @@ fn matmul_with(
     if tokens <= FEW {
         let rounded = rounded && tokens <= ROUNDED;
         few_tokens(isa, xs, tokens, weights, rounded, outs, serial);
-    } else {
-        many_tokens(isa, xs, tokens, weights, outs, serial);
+        return;
     }
+    #[cfg(target_arch = "x86_64")]
+    if let Isa::Avx512(s, Some(amx)) = isa
+        && tiled::pays(weights, tokens)
+    {
+        return tiled::many_tokens(s, amx, xs, tokens, weights, outs, serial);
+    }
+    many_tokens(isa, xs, tokens, weights, outs, serial);
 }
 
 /// Rows of one weight and where their outputs stand.
@@ -376,6 +386,29 @@ mod tests {
                         (f64::from(*y) - sum).abs() <= 2e-6 * (size + columns as f64 / 8.0) || (y.is_nan() && sum.is_nan()),
                         "{isa:?} {weights:?} output {i}: {y} for {sum}"
                     );
+                }
+                #[cfg(target_arch = "x86_64")]
+                if let Isa::Avx512(s, Some(amx)) = isa
+                    && weights.iter().all(|w| tiled::fits(w.dtype))
+                {
+                    // Also where vectors are faster.
+                    let (at, rows) = (cuts[0].index(columns + 1), out.len() / tokens);
+                    let xs = [cut(&x, columns, 0..at), cut(&x, columns, at..columns)];
+                    let width = cuts[1].index(rows + 1);
+                    let mut halves = [width, rows - width].map(|n| vec![f32::INFINITY; tokens * n]);
+                    let [a, b] = &mut halves;
+                    tiled::many_tokens(s, amx, &[&xs[0], &xs[1]], tokens, &weights, &mut [a, b], seed % 2 == 0);
+                    for (i, (sum, size)) in expected.iter().enumerate() {
+                        let (token, row) = (i / rows, i % rows);
+                        let y = match row < width {
+                            true => halves[0][token * width + row],
+                            false => halves[1][token * (rows - width) + row - width],
+                        };
+                        prop_assert!(
+                            (f64::from(y) - sum).abs() <= 2e-6 * (size + columns as f64 / 8.0) || (y.is_nan() && sum.is_nan()),
+                            "{isa:?} {weights:?} output {i} of tiles: {y} for {sum}"
+                        );
+                    }
                 }
                 let mut row = vec![0.0; columns];
                 for (weight, (_, numbers)) in weights.iter().zip(&made) {

@@ -28,6 +28,8 @@ macro_rules! memory {
 }
 
 #[cfg(target_arch = "x86_64")]
+pub(super) mod amx;
+#[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
@@ -35,6 +37,8 @@ mod avx512;
 mod neon;
 mod portable;
 
+#[cfg(target_arch = "x86_64")]
+pub(crate) use avx512::Avx512;
 use portable::Portable;
 
 /// One instruction set's vector of `f32` and the operations that the kernels need.
@@ -290,7 +294,7 @@ pub(super) fn exp<S: Simd>(s: S, x: S::V) -> S::V {
     s.mul(p, s.pow2_of_magic(t))
 }
 
-/// In the environment: `portable`, `avx2`, `avx512f` or `neon` instead of the best. What the processor does not have
+/// In the environment: `portable`, `avx2`, `avx512f`, `amx` or `neon` instead of the best. What the processor does not have
 /// changes nothing.
 const CHOICE: &str = "LOCRET_INSTRUCTIONS";
 
@@ -302,9 +306,9 @@ pub(super) enum Isa {
     /// AVX2, FMA and F16C.
     #[cfg(target_arch = "x86_64")]
     Avx2(avx2::Avx2),
-    /// AVX-512F.
+    /// AVX-512F, and perhaps AMX for products of many tokens.
     #[cfg(target_arch = "x86_64")]
-    Avx512(avx512::Avx512),
+    Avx512(avx512::Avx512, Option<amx::Amx>),
     /// NEON.
     #[cfg(target_arch = "aarch64")]
     Neon(neon::Neon),
@@ -329,7 +333,11 @@ impl Isa {
         #[cfg(target_arch = "x86_64")]
         {
             all.extend(avx2::Avx2::detect().map(Isa::Avx2));
-            all.extend(avx512::Avx512::detect().map(Isa::Avx512));
+            if let Some(vectors) = avx512::Avx512::detect() {
+                all.push(Isa::Avx512(vectors, None));
+                let tiles = amx::Amx::detect();
+                all.extend(tiles.map(|tiles| Isa::Avx512(vectors, Some(tiles))));
+            }
         }
         #[cfg(target_arch = "aarch64")]
         all.extend(neon::Neon::detect().map(Isa::Neon));
@@ -343,7 +351,7 @@ impl Isa {
             #[cfg(target_arch = "x86_64")]
             Isa::Avx2(_) => avx2::Avx2::LANES,
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx512(_) => avx512::Avx512::LANES,
+            Isa::Avx512(..) => avx512::Avx512::LANES,
             #[cfg(target_arch = "aarch64")]
             Isa::Neon(_) => neon::Neon::LANES,
         }
@@ -355,7 +363,9 @@ impl Isa {
             #[cfg(target_arch = "x86_64")]
             Isa::Avx2(_) => "avx2+fma+f16c",
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx512(_) => "avx512f",
+            Isa::Avx512(_, None) => "avx512f",
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512(_, Some(_)) => "amx+avx512f",
             #[cfg(target_arch = "aarch64")]
             Isa::Neon(_) => "neon",
         }
@@ -375,7 +385,7 @@ macro_rules! dispatch {
                 || $body,
             ),
             #[cfg(target_arch = "x86_64")]
-            $crate::simd::Isa::Avx512($s) => $crate::simd::Simd::vectorize(
+            $crate::simd::Isa::Avx512($s, _) => $crate::simd::Simd::vectorize(
                 $s,
                 #[inline(always)]
                 || $body,
