@@ -394,12 +394,13 @@ mod tests {
         let heads = |run: &mut Run| run.grid["policies"][1]["config"]["heads"] = "h.bin".into();
         let [f, g] = ["f", "g"].map(|name| dir.path().join(name));
         write(&f, heads, &all[..1]);
-        assert_eq!(merge(&grid, &[f.clone()]).unwrap().records, all[..1]);
+        let only = std::slice::from_ref(&f);
+        assert_eq!(merge(&grid, only).unwrap().records, all[..1]);
         let named = format!("{GRID}heads = \"h.bin\"");
-        assert!(merge(&Grid::from_toml(&named).unwrap(), &[f.clone()]).is_ok());
+        assert!(merge(&Grid::from_toml(&named).unwrap(), only).is_ok());
         let named = format!("{GRID}heads = \"other.bin\"");
         let named = Grid::from_toml(&named).unwrap();
-        assert!(matches!(merge(&named, &[f.clone()]), Err(Error::Usage(_))));
+        assert!(matches!(merge(&named, only), Err(Error::Usage(_))));
         write(&g, |_| {}, &all[1..2]);
         assert!(matches!(merge(&grid, &[f, g]), Err(Error::Usage(_))));
         // And so is a single result, though the run says otherwise.
