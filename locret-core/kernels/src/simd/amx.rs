@@ -2,8 +2,8 @@
 //!
 //! A number in single precision is the sum of three bfloat16 numbers, exactly: its mantissa has 24 bits, theirs have
 //! eight. So activations are multiplied piece by piece, and products with weights that are bfloat16 numbers, as codes of
-//! up to eight bits are, too, are as exact as those of vectors. With weights of two and three pieces five and six products
-//! would be due, which are no faster than vectors where two threads share a core.
+//! up to eight bits are, too, are as exact as those of vectors. Weights of two and three pieces would take five and six
+//! products; they stay with vectors.
 //!
 //! Tiles are state of a thread that the operating system hands out on request. A process that has asked for them needs
 //! larger stacks for signals (`sigaltstack`) from then on.
