@@ -541,8 +541,6 @@ impl<E: Number> Dot for Float<E> {
 
 /// A packed format's codes as numbers.
 pub(super) trait Codes: Packed {
-    /// Whether something is added to codes times scales, the same number in all of a block.
-    const SUMS: bool;
     /// Vectors that are unpacked together.
     const TOGETHER: usize;
     /// Those of a block's codes from number `i` on, and, if there are two, from number `i + 16` on.
@@ -553,7 +551,6 @@ pub(super) trait Codes: Packed {
 }
 
 impl Codes for Bytes {
-    const SUMS: bool = false;
     const TOGETHER: usize = 1;
 
     #[inline(always)]
@@ -564,7 +561,6 @@ impl Codes for Bytes {
 }
 
 impl<const MINIMUM: bool> Codes for Nibbles<MINIMUM> {
-    const SUMS: bool = true;
     const TOGETHER: usize = 2;
 
     #[inline(always)]

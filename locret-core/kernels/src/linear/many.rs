@@ -1,9 +1,8 @@
 //! Many tokens: rows of weights become panels, which hundreds of activations are multiplied with.
 
 use super::{
-    BLOCK, Job,
+    BLOCK, Job, Layout,
     columns::{Columns, WIDEST},
-    jobs,
     weight::{Weight, convert},
 };
 use crate::{
@@ -11,7 +10,6 @@ use crate::{
     scratch::Scratch,
     simd::{Isa, Simd, dispatch},
 };
-use rayon::prelude::*;
 use std::ops::Range;
 
 /// Rows in a job of many tokens, at most; whole groups of any inner loop.
@@ -67,27 +65,17 @@ pub(super) fn many_tokens(
     outs: &mut [&mut [f32]],
     serial: bool,
 ) {
-    let widths: Vec<usize> = xs.iter().map(|x| x.len() / tokens).collect();
-    let columns: usize = widths.iter().sum();
-    let outs: Vec<Columns> = outs.iter_mut().map(|o| Columns::of(o, tokens)).collect();
-    let strides: Vec<usize> = outs.iter().map(|out| out.stride).collect();
-    let jobs = jobs(weights, &strides, job_rows);
+    let layout = Layout::of(xs, tokens, weights, outs, job_rows);
     for first in (0..tokens).step_by(TOKENS) {
         let input = Input {
             xs,
-            widths: &widths,
-            columns,
+            widths: &layout.widths,
+            columns: layout.columns,
             tokens: first..tokens.min(first + TOKENS),
         };
-        let run = |job: &Job| {
-            let out = outs[job.out];
+        layout.run(serial, |job, out| {
             dispatch!(isa, s => many_rows(s, weights[job.weight], job, &input, out));
-        };
-        if serial {
-            jobs.iter().for_each(run);
-        } else {
-            jobs.par_iter().with_max_len(1).for_each(run);
-        }
+        });
     }
 }
 

@@ -30,8 +30,10 @@ mod tiled;
 mod weight;
 
 use crate::{dtype::DType, simd::Isa};
+use columns::Columns;
 use few::few_tokens;
 use many::many_tokens;
+use rayon::prelude::*;
 use std::ops::Range;
 
 pub use weight::{Weight, WeightError, computes_with};
@@ -182,6 +184,47 @@ fn jobs(weights: &[&Weight<'_>], widths: &[usize], size: impl Fn(usize) -> usize
         }
     }
     jobs
+}
+
+/// A product of many tokens, cut into jobs.
+struct Layout {
+    /// Columns of each input.
+    widths: Vec<usize>,
+    /// The sum of them.
+    columns: usize,
+    outs: Vec<Columns>,
+    jobs: Vec<Job>,
+}
+
+impl Layout {
+    /// Jobs have at most `size(rows of the weight)` rows.
+    fn of(
+        xs: &[&[f32]],
+        tokens: usize,
+        weights: &[&Weight<'_>],
+        outs: &mut [&mut [f32]],
+        size: impl Fn(usize) -> usize,
+    ) -> Self {
+        let widths: Vec<usize> = xs.iter().map(|x| x.len() / tokens).collect();
+        let outs: Vec<Columns> = outs.iter_mut().map(|o| Columns::of(o, tokens)).collect();
+        let strides: Vec<usize> = outs.iter().map(|out| out.stride).collect();
+        Self {
+            columns: widths.iter().sum(),
+            widths,
+            jobs: jobs(weights, &strides, size),
+            outs,
+        }
+    }
+
+    /// Does all jobs: one after the other, or shared among threads.
+    fn run(&self, serial: bool, run: impl Fn(&Job, Columns) + Sync) {
+        let run = |job: &Job| run(job, self.outs[job.out]);
+        if serial {
+            self.jobs.iter().for_each(run);
+        } else {
+            self.jobs.par_iter().with_max_len(1).for_each(run);
+        }
+    }
 }
 
 #[cfg(test)]

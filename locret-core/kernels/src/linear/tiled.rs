@@ -1,10 +1,9 @@
 //! Many tokens, where the processor multiplies tiles: weights and activations become tiles of bfloat16 pieces.
 
 use super::{
-    BLOCK, Job,
+    BLOCK, Job, Layout,
     columns::Columns,
-    few::Codes,
-    jobs,
+    few::{Codes, Dot},
     weight::{Bytes, Nibbles, Weight, half_at},
 };
 use crate::{
@@ -69,11 +68,8 @@ pub(super) fn many_tokens(
     outs: &mut [&mut [f32]],
     serial: bool,
 ) {
-    let widths: Vec<usize> = xs.iter().map(|x| x.len() / tokens).collect();
-    let columns: usize = widths.iter().sum();
-    let outs: Vec<Columns> = outs.iter_mut().map(|o| Columns::of(o, tokens)).collect();
-    let strides: Vec<usize> = outs.iter().map(|out| out.stride).collect();
-    let jobs = jobs(weights, &strides, job_rows);
+    let layout = Layout::of(xs, tokens, weights, outs, job_rows);
+    let (widths, columns) = (&layout.widths, layout.columns);
     let deep = depth(columns);
     for first in (0..tokens).step_by(TOKENS) {
         let tokens = first..tokens.min(first + TOKENS);
@@ -88,7 +84,7 @@ pub(super) fn many_tokens(
                 let rows = first..tokens.end.min(first + SIDE);
                 s.vectorize(
                     #[inline(always)]
-                    || group.pack(s, xs, &widths, rows, part.clone(), packed),
+                    || group.pack(s, xs, widths, rows, part.clone(), packed),
                 );
             };
             if serial {
@@ -104,8 +100,8 @@ pub(super) fn many_tokens(
                 tokens: tokens.clone(),
                 columns: part,
             };
-            let run = |job: &Job| {
-                let (weight, out) = (weights[job.weight], outs[job.out]);
+            layout.run(serial, |job, out| {
+                let weight = weights[job.weight];
                 s.vectorize(
                     #[inline(always)]
                     || match weight.dtype {
@@ -116,12 +112,7 @@ pub(super) fn many_tokens(
                         dtype => unreachable!("no tiles are made of {dtype}"),
                     },
                 );
-            };
-            if serial {
-                jobs.iter().for_each(run);
-            } else {
-                jobs.par_iter().with_max_len(1).for_each(run);
-            }
+            });
         }
     }
 }
@@ -283,7 +274,7 @@ fn turn(s: Avx512, below: &[u16], half: usize, beside: &mut [f32]) {
 /// Rows of blocks of codes become tiles of codes, which are bfloat16 numbers. Their products with activations are
 /// multiplied with the scales of the blocks, step by step.
 #[inline(always)]
-fn coded<C: Codes>(
+fn coded<C: Codes + Dot>(
     s: Avx512,
     amx: Amx,
     weight: &Weight<'_>,
@@ -379,7 +370,7 @@ struct Scaled<'a> {
 impl Scaled<'_> {
     /// `sums[t, r] += scales[r] · fresh[t, r] + minima[r] · tokens[t]`
     #[inline(always)]
-    fn add<C: Codes>(&self, s: Avx512, step: usize, fresh: &Part, sums: &mut Part) {
+    fn add<C: Dot>(&self, s: Avx512, step: usize, fresh: &Part, sums: &mut Part) {
         let (scales, minima) = (
             &self.scales[step * SQUARE..][..SQUARE],
             &self.minima[step * SQUARE..][..SQUARE],
