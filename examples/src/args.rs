@@ -241,10 +241,10 @@ pub struct PolicyArgs {
     /// duo-attention: file of heads' scores (a row for each layer)
     #[arg(long, value_name = "FILE", conflicts_with_all = ["vertical", "slash"])]
     pub patterns: Option<PathBuf>,
-    /// minference: columns of every head
+    /// minference, --sparse: columns of every head
     #[arg(long, value_name = "N", requires = "slash")]
     pub vertical: Option<usize>,
-    /// minference: diagonals of every head
+    /// minference, --sparse: diagonals of every head
     #[arg(long, value_name = "N", requires = "vertical")]
     pub slash: Option<usize>,
     /// infllm: first units, which are always seen (128, or a part of the budget)
@@ -256,6 +256,9 @@ pub struct PolicyArgs {
     /// infllm: the most tokens of a chunk (512)
     #[arg(long, value_name = "N")]
     pub exec_block: Option<usize>,
+    /// Prompts see a part of what the policy keeps, in minference's --patterns or --vertical and --slash
+    #[arg(long)]
+    pub sparse: bool,
     /// Put away what the policy drops, and retrieve it by blocks
     #[arg(long)]
     pub put_away: bool,
@@ -340,6 +343,7 @@ impl PolicyArgs {
         set(&mut config.tier, self.tier.clone());
         set(&mut config.resident, self.resident);
         config.put_away |= self.put_away;
+        config.sparse |= self.sparse;
         Ok(config)
     }
 }

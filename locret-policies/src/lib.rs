@@ -32,7 +32,7 @@
 //! and heads ([`Evict::ada`](locret_core::Evict::ada)); [`D2o`] and [`Cam`] go around one ([`Heavy`], [`Window`]). [`Critical`] and
 //! [`ChunkKv`] go around any scorer and choose by more than its scores. Wrappers go around any policy:
 //! [`Quantized`] keeps units as small integers, [`Merge`], [`D2o`] and [`Cam`] fold what is dropped into what is kept, [`PutAway`] retrieves
-//! what was dropped, and [`Tiered`] puts units away that are not needed at the moment.
+//! what was dropped, [`Sparse`] lets prompts see a part of what is kept, and [`Tiered`] puts units away that are not needed at the moment.
 //! [`PolicyConfig`] is all of that as configuration.
 #![deny(missing_docs)]
 
@@ -68,5 +68,5 @@ pub use scorers::{
 pub use threshold::Threshold;
 pub use wrappers::{
     Cam, CamKeeps, ChunkKv, Critical, D2o, D2oForm, Merge, MergeBy, OutputNorms, PutAway,
-    Quantized, Tiered,
+    Quantized, Sparse, Tiered,
 };

@@ -351,6 +351,12 @@ fn settings_that_do_not_fit_are_errors() {
     setting("policy = \"q-filters\"\nbudget = 30", "filters");
     setting("policy = \"duo-attention\"", "patterns");
     setting("policy = \"duo-attention\"\nbudget = 30", "budget");
+    // What queries see is said once.
+    setting("policy = \"full\"\nsparse = true", "sparse");
+    let sparse = "policy = \"window\"\nbudget = 30\nsparse = true\n";
+    setting(&format!("{sparse}put_away = true"), "sparse");
+    setting(&format!("{sparse}vertical = 30"), "slash");
+    setting("policy = \"window\"\nbudget = 30\nslash = 30", "slash");
     setting("policy = \"cur\"\nbudget = 30\nlag = 3", "lag");
     setting("policy = \"lagkv\"\nbudget = 30\nwindow = 3", "window");
     setting(

@@ -200,6 +200,12 @@ fn changed(method: Method) -> Vec<(String, PolicyConfig)> {
                 [c.block_size, c.topk, c.repr_topk] = settings;
             });
         }
+        for sizes in [None, Some((30, 50)), Some((30, 51)), Some((31, 50))] {
+            change(&format!("sparse, {sizes:?}"), &|c| {
+                c.sparse = true;
+                (c.vertical, c.slash) = sizes.unzip();
+            });
+        }
         for threshold in [0.5, 0.500_001] {
             let what = format!("merge {threshold}");
             change(&what, &|c| c.merge = Some(threshold));

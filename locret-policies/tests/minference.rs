@@ -2,13 +2,13 @@
 
 use burn::tensor::Device;
 use locret_core::{
-    Budget, CacheOptions, DType, KvCachePolicy, LayerUnits, ModelSpec, Needs, Pass, Phase, Prefill,
-    Qkv, QuantLayout, Quantization, Result, RopeConfig, RopeScaling, Rows, SequenceCache, Session,
-    Step, Verdict, View, Visible, compute,
-    conformance::{PolicyCheck, RandomModel, Recording, check_policy, small_spec},
+    Budget, CacheOptions, DType, KvCachePolicy, LayerUnits, ModelSpec, Needs, Pass, Phase,
+    Positions, Prefill, Qkv, QuantLayout, Quantization, Result, RopeConfig, RopeScaling, Rows,
+    SequenceCache, Session, Step, Verdict, View, Visible, compute,
+    conformance::{Decision, PolicyCheck, RandomModel, Recording, check_policy, small_spec},
 };
 use locret_policies::{
-    MInference, Method, PolicyConfig, Quantized,
+    Full, MInference, Method, PolicyConfig, PutAway, Quantized, Sparse,
     minference::{Found, Pattern, Patterns, recalled, search_layer},
 };
 use proptest::prelude::*;
@@ -69,13 +69,13 @@ fn spec(heads: usize, kv_heads: usize, d: usize) -> ModelSpec {
 }
 
 /// Attention of queries, keys and values `[heads][n][d]` in steps of so many tokens: the output `[n, heads * d]`
-/// and what was visible in each step.
+/// and what was decided in each step.
 fn attend(
     policy: Arc<dyn KvCachePolicy>,
     [heads, kv_heads, d]: [usize; 3],
     qkv: &[Vec<f32>; 3],
     steps: &[usize],
-) -> Result<(Vec<f32>, Vec<Visible>)> {
+) -> Result<(Vec<f32>, Vec<Decision>)> {
     let spec = spec(heads, kv_heads, d);
     let compute = compute(&Device::flex());
     let recording = Arc::new(Recording::new(policy));
@@ -105,8 +105,7 @@ fn attend(
         pass.finish(None)?;
         first += t;
     }
-    let visible = recording.decisions().into_iter().map(|d| d.visible);
-    Ok((out, visible.collect()))
+    Ok((out, recording.decisions()))
 }
 
 #[derive(Deserialize)]
@@ -199,9 +198,9 @@ fn columns_and_diagonals_are_the_authors() {
             slash: case.slash,
         };
         let policy = Arc::new(MInference::new(Patterns::uniform(pattern)));
-        let (out, visible) = attend(policy, [case.heads, case.heads, d], &qkv, &[n]).unwrap();
+        let (out, decisions) = attend(policy, [case.heads, case.heads, d], &qkv, &[n]).unwrap();
         same_output(&out, &case.out, d, case.every);
-        let views = match &visible[0] {
+        let views = match &decisions[0].visible {
             Visible::Chosen(views) => views,
             // A text that is no longer than the diagonals are many.
             _ => {
@@ -405,34 +404,206 @@ proptest! {
         let pattern = Pattern::VerticalSlash { vertical, slash };
         let policy = Arc::new(MInference::new(Patterns::uniform(pattern)));
         let qkv = [q, k, v];
-        let (_, visible) = attend(policy, [heads, kv_heads, d], &qkv, &steps).unwrap();
-        let mut end = 0;
-        for (visible, t) in visible.iter().zip(&steps) {
-            end += t;
-            let Visible::Chosen(views) = visible else {
-                prop_assert!(slash.max(vertical) >= end);
-                continue;
+        let shape = [heads, kv_heads, d];
+        let (out, decisions) = attend(policy, shape, &qkv, &steps).unwrap();
+        judged_by_what_is_held(shape, &qkv, &out, &decisions, [vertical, slash])?;
+    }
+
+    #[test]
+    fn a_bounded_cache_is_judged_by_what_it_holds(
+        kv_heads in 1usize..3,
+        group in 1usize..4,
+        steps in prop::collection::vec(2usize..150, 2..5),
+        vertical in 30usize..60,
+        slash in 100usize..120,
+        budget in 40usize..180,
+        ada in prop::option::of(Just(0.2)),
+        bits in prop::option::of(Just(8)),
+        compact in any::<bool>(),
+        seed in 0u64..1000,
+    ) {
+        let (d, n) = (8, steps.iter().sum::<usize>());
+        let heads = kv_heads * group;
+        let [q, ..] = inputs(heads, n, d, seed, 1.0, 1.0);
+        let [_, k, v] = inputs(kv_heads, n, d, seed, 1.0, 1.0);
+        let positions = if compact { Positions::Compact } else { Positions::Original };
+        let mut config = PolicyConfig::new(Method::KeyNorm)
+            .budget(Budget::Units(budget))
+            .positions(positions);
+        config.ada = ada;
+        (config.sparse, config.vertical, config.slash) = (true, Some(vertical), Some(slash));
+        config.quantize = bits.map(|bits| Quantization { group: 8, residual: n, ..Quantization::bits(bits) });
+        let shape = [heads, kv_heads, d];
+        let policy = config.build(&spec(heads, kv_heads, d), &*compute(&Device::flex())).unwrap();
+        let qkv = [q, k, v];
+        let (out, decisions) = attend(policy, shape, &qkv, &steps).unwrap();
+        let held = decisions[1..].iter().map(|d| d.before[0].len() - d.step.incoming).max();
+        prop_assert!(ada.is_some() || held.unwrap() <= budget);
+        judged_by_what_is_held(shape, &qkv, &out, &decisions, [vertical, slash])?;
+    }
+}
+
+/// What each step's queries see is what plain loops find in the units that the heads hold, and the outputs `[n, heads * d]`
+/// are attention to nothing else.
+fn judged_by_what_is_held(
+    [heads, kv_heads, d]: [usize; 3],
+    qkv: &[Vec<f32>; 3],
+    out: &[f32],
+    decisions: &[Decision],
+    [vertical, slash]: [usize; 2],
+) -> std::result::Result<(), TestCaseError> {
+    let (group, n) = (heads / kv_heads, qkv[0].len() / heads / d);
+    let rows = |x: &[f32], of: usize, at: &[u32]| -> Vec<f32> {
+        let row = |at: &u32| &x[(of * n + *at as usize) * d..][..d];
+        at.iter().flat_map(row).copied().collect()
+    };
+    let mut end = 0;
+    for decision in decisions {
+        let t = decision.step.incoming;
+        end += t;
+        for head in 0..heads {
+            let held = &decision.before[head / group];
+            let [q, k, v] = [(0, head), (1, head / group), (2, head / group)]
+                .map(|(part, of)| rows(&qkv[part], of, held));
+            let views = match &decision.visible {
+                Visible::Chosen(views) => Some(views),
+                _ => {
+                    prop_assert!(slash.max(vertical) >= held.len());
+                    None
+                }
             };
-            for head in 0..heads {
-                let (q, k) = (&qkv[0][head * n * d..], &qkv[1][head / group * n * d..]);
-                let [by_unit, by_distance] = survey(q, k, end, *t, d);
+            let all = slash.max(vertical) >= held.len();
+            if let Some(views) = views.filter(|_| !all) {
+                let [by_unit, by_distance] = survey(&q, &k, held.len(), t, d);
                 if let Some(columns) = clear(&by_unit, vertical, 30) {
                     let last = &views.lists()[head][views.lists()[head].len() - 1];
                     let found: Vec<usize> = last.columns.iter().map(|u| *u as usize).collect();
                     prop_assert_eq!(found, columns);
                 }
-                let Some(diagonals) = clear(&by_distance, slash, 100) else {
-                    continue;
-                };
-                for (token, own) in (end - t..end).enumerate() {
-                    let named = named(views.of(head, heads, token), end);
+                let diagonals = clear(&by_distance, slash, 100).unwrap_or_default();
+                for (token, own) in (held.len() - t..held.len()).enumerate() {
+                    let named = named(views.of(head, heads, token), held.len());
                     for distance in diagonals.iter().filter(|distance| **distance <= own) {
                         prop_assert!(named[own - distance], "{} of {}", distance, own);
                     }
                 }
             }
+            for (token, own) in (held.len() - t..held.len()).enumerate() {
+                let view = views.map(|views| views.of(head, heads, token));
+                let seen = match view.filter(|_| !all) {
+                    Some(view) => named(view, held.len()),
+                    None => vec![true; held.len()],
+                };
+                let due = attention(&q[own * d..], &k, &v, d, |unit| unit <= own && seen[unit]);
+                let row = (end - t + token) * heads + head;
+                let off = (due.iter().zip(&out[row * d..]))
+                    .map(|(a, b)| (a - f64::from(*b)).abs())
+                    .fold(0.0, f64::max);
+                prop_assert!(off < 1e-4, "off by {}", off);
+            }
         }
     }
+    Ok(())
+}
+
+/// What a query gets of the units that it sees.
+fn attention(q: &[f32], k: &[f32], v: &[f32], d: usize, sees: impl Fn(usize) -> bool) -> Vec<f64> {
+    let units: Vec<usize> = (0..k.len() / d).filter(|unit| sees(*unit)).collect();
+    let logit = |unit: &usize| -> f64 {
+        let pairs = q.iter().zip(&k[unit * d..(unit + 1) * d]);
+        let dot: f64 = pairs.map(|(a, b)| f64::from(*a) * f64::from(*b)).sum();
+        dot / (d as f64).sqrt()
+    };
+    let logits: Vec<f64> = units.iter().map(logit).collect();
+    let top = logits.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+    let sum: f64 = logits.iter().map(|x| (x - top).exp()).sum();
+    let mut out = vec![0.0; d];
+    for (unit, x) in units.iter().zip(&logits) {
+        for (out, v) in out.iter_mut().zip(&v[unit * d..]) {
+            *out += (x - top).exp() / sum * f64::from(*v);
+        }
+    }
+    out
+}
+
+#[test]
+fn bounded_caches_conform_with_prompts_that_see_a_part() {
+    let patterns = [
+        Pattern::VerticalSlash {
+            vertical: 30,
+            slash: 50,
+        },
+        Pattern::AShape { init: 3, local: 20 },
+        Pattern::BlockSparse { blocks: 1 },
+    ];
+    let methods = [Method::Window, Method::H2o, Method::SnapKv, Method::KeyNorm];
+    for bits in [None, Some(8), Some(4)] {
+        for (index, method) in methods.into_iter().enumerate() {
+            let check = PolicyCheck {
+                seeds: 4 * index as u64..4 * index as u64 + 4,
+                max_tokens: 200,
+                dense: bits.is_none(),
+                dtypes: match bits {
+                    None => PolicyCheck::default().dtypes,
+                    Some(_) => vec![DType::F32],
+                },
+                tolerance: match bits {
+                    None => PolicyCheck::default().tolerance,
+                    Some(8) => 0.2,
+                    Some(_) => 1.0,
+                },
+                store_tolerance: match bits {
+                    None => PolicyCheck::default().store_tolerance,
+                    Some(8) => 0.03,
+                    Some(_) => 0.1,
+                },
+                ..PolicyCheck::default()
+            };
+            check_policy(&Device::flex(), &check, |case| {
+                let mut config = PolicyConfig::new(method)
+                    .budget(Budget::Units(case.budget))
+                    .positions(case.positions);
+                config.decode = Some(case.decode);
+                let policy = config.build_for(case.model).unwrap();
+                let table = match case.budget < 1 << 20 {
+                    true => Patterns::uniform(patterns[case.seed as usize % patterns.len()]),
+                    // As if nothing were sparse.
+                    false => Patterns::default(),
+                };
+                let policy: Arc<dyn KvCachePolicy> = Arc::new(Sparse::new(policy, table));
+                match bits {
+                    Some(bits) => Arc::new(Quantized::new(
+                        policy,
+                        Quantization {
+                            group: 16,
+                            residual: 4,
+                            ..Quantization::bits(bits)
+                        },
+                    )),
+                    None => policy,
+                }
+            })
+            .unwrap_or_else(|e| panic!("{method}, {bits:?} bits: {e}"));
+        }
+    }
+}
+
+#[test]
+fn what_chooses_itself_what_queries_see_cannot_be_inside() {
+    let spec = small_spec(4, 2, 16);
+    let window = PolicyConfig::new(Method::Window).budget(Budget::Units(20));
+    let window = window.build(&spec, &*compute(&Device::flex())).unwrap();
+    let check = |inner: Arc<dyn KvCachePolicy>| {
+        Sparse::new(inner, Patterns::default()).validate(&spec, &Prefill::new(16, 0))
+    };
+    check(window.clone()).unwrap();
+    check(Arc::new(PutAway::new(window))).unwrap_err();
+    check(Arc::new(MInference::default())).unwrap_err();
+    // A table for a model of other layers.
+    let mut table = Patterns::default();
+    table.push([(Pattern::AShape { init: 1, local: 2 }, 1.0)]);
+    let wrong = Sparse::new(Full::new(), table);
+    wrong.validate(&spec, &Prefill::new(16, 0)).unwrap_err();
 }
 
 /// Keeps everything, and measures how much of attention lies in what another policy shows.
@@ -492,7 +663,7 @@ fn recalled_attention_is_that_of_plain_loops() {
 }
 
 #[test]
-fn only_prompts_are_sparse_and_only_over_full_caches() {
+fn only_prompts_are_sparse_and_whatever_the_cache_holds() {
     let model = Arc::new(RandomModel::new(small_spec(4, 2, 16), 3, &Device::flex()).unwrap());
     let a_shape = Pattern::AShape { init: 1, local: 4 };
     let policy = Arc::new(MInference::new(Patterns::uniform(a_shape)));
@@ -513,13 +684,18 @@ fn only_prompts_are_sparse_and_only_over_full_caches() {
         assert_eq!(sparse, reads, "{:?}", decision.step);
     }
     let mut bounded = PolicyConfig::new(Method::Window).budget(Budget::Units(8));
-    bounded.positions = Some(locret_core::Positions::Original);
+    bounded.positions = Some(Positions::Original);
     let bounded = bounded
         .build(&small_spec(4, 2, 16), &*compute(&Device::flex()))
         .unwrap();
     let mut session = Session::new(model, bounded).unwrap();
     session.prefill(&ids, &Prefill::new(16, 0)).unwrap();
-    session.cache_mut().set_policy(policy).unwrap();
-    let error = session.prefill(&ids, &Prefill::new(16, 0)).unwrap_err();
-    assert!(error.to_string().contains("keep everything"), "{error}");
+    let recording = Arc::new(Recording::new(policy));
+    session.cache_mut().set_policy(recording.clone()).unwrap();
+    session.prefill(&ids, &Prefill::new(16, 0)).unwrap();
+    for decision in recording.decisions() {
+        // A turn begins with nothing to read.
+        let sparse = matches!(decision.visible, Visible::Chosen(_));
+        assert_eq!(sparse, decision.step.incoming > 0, "{:?}", decision.step);
+    }
 }

@@ -5,7 +5,7 @@ use crate::{
     Cam, CamKeeps, ChunkKv, Compactor, Critical, Cur, D2o, DuoAttention, ExpectedAttention,
     FastKvZip, Full, H2o, HeadAdvice, HeadWeights, Heavy, InfLlm, KeyDiff, KeyNorm, KvZap, LagKv,
     Locret, MInference, Merge, OutputNorms, PolicyError, PutAway, QFilters, Quantized, Random,
-    Result, RetainingHeads, SirLlm, SnapKv, Threshold, Tiered, Tova, Window,
+    Result, RetainingHeads, SirLlm, SnapKv, Sparse, Threshold, Tiered, Tova, Window,
     minference::{Pattern, Patterns},
     published::Published,
 };
@@ -350,6 +350,7 @@ impl PolicyConfig {
         let shares = evicts && !cut;
         let only = |methods: &[Method]| methods.contains(&self.policy);
         let d2o = only(&[Method::D2o]);
+        let sparse = only(&[Method::MInference]) || self.sparse;
         let merges = self.policy.merges();
         let settings = [
             (
@@ -398,17 +399,10 @@ impl PolicyConfig {
             ),
             ("filters", self.filters.is_some(), only(&[Method::QFilters])),
             ("kernel", self.kernel.is_some(), only(&[Method::SnapKv])),
-            (
-                "patterns",
-                self.patterns.is_some(),
-                only(&[Method::MInference]) || duo,
-            ),
-            (
-                "vertical",
-                self.vertical.is_some(),
-                only(&[Method::MInference]),
-            ),
-            ("slash", self.slash.is_some(), only(&[Method::MInference])),
+            ("patterns", self.patterns.is_some(), sparse || duo),
+            ("vertical", self.vertical.is_some(), sparse),
+            ("slash", self.slash.is_some(), sparse),
+            ("sparse", self.sparse, evicts && !self.put_away),
             ("n_init", self.n_init.is_some(), infllm),
             ("n_local", self.n_local.is_some(), infllm),
             ("exec_block", self.exec_block.is_some(), infllm),
@@ -529,6 +523,9 @@ impl PolicyConfig {
         mut room: Option<Room>,
     ) -> Result<Arc<dyn KvCachePolicy>> {
         let mut policy: Arc<dyn KvCachePolicy> = Arc::new(policy);
+        if self.sparse {
+            policy = Arc::new(Sparse::new(policy, self.patterns()?));
+        }
         if self.put_away {
             let putting = self.putting_away(policy);
             room = room.map(|room| Room {

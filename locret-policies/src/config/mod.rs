@@ -172,15 +172,20 @@ pub struct PolicyConfig {
     /// `q-filters`: the file of directions, see [`QFilters::load`](crate::QFilters::load).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub filters: Option<PathBuf>,
-    /// `minference`: the file of patterns, see [`Patterns::load`](crate::minference::Patterns::load); by default
+    /// A prompt's queries see a part of what the method keeps ([`Sparse`](crate::Sparse)), with the patterns of
+    /// `minference`.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub sparse: bool,
+    /// `minference`, and with `sparse`: the file of patterns, see
+    /// [`Patterns::load`](crate::minference::Patterns::load); by default
     /// [`Pattern::UNKNOWN`](crate::minference::Pattern::UNKNOWN) for all heads. `duo-attention`: the file of heads'
     /// scores, which it needs, see [`DuoAttention::load`](crate::DuoAttention::load).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub patterns: Option<PathBuf>,
-    /// `minference`: columns of all heads, instead of a file; `slash` is then needed, too.
+    /// `minference`, and with `sparse`: columns of all heads, instead of a file; `slash` is then needed, too.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub vertical: Option<usize>,
-    /// `minference`: diagonals of all heads.
+    /// `minference`, and with `sparse`: diagonals of all heads.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub slash: Option<usize>,
     /// `infllm`: first units, which are always seen. As published (128) without a budget, else of
@@ -290,6 +295,7 @@ impl PolicyConfig {
             lag: None,
             future: None,
             filters: None,
+            sparse: false,
             patterns: None,
             vertical: None,
             slash: None,

@@ -6,7 +6,6 @@ mod table;
 pub use search::{Found, recalled, search_layer};
 pub use table::{Pattern, Patterns};
 
-use crate::blocks;
 use locret_core::{
     KvCachePolicy, LayerUnits, ModelSpec, Needs, Phase, Positions, Prefill, Result, Rows, Step,
     Survey, Verdict, View, Views, Visible,
@@ -43,7 +42,8 @@ const LEAST: [usize; 2] = [30, 50];
 /// **Chunked prefill:** the authors read a prompt in one pass, and its last queries are the question. Here every
 /// chunk is judged by its own last queries, which do not know the question yet.
 ///
-/// It is for full caches: where units are gone, slots and distances differ, and it says so.
+/// **Where units are gone**, as in [`Sparse`](crate::Sparse), distances count units that are held. In compact positions
+/// these are the distances that attention knows, in original ones it is so up to the first gap.
 #[derive(Debug, Clone, Default)]
 #[must_use]
 pub struct MInference {
@@ -101,20 +101,26 @@ impl KvCachePolicy for MInference {
         if !reads || at.incoming == 1 {
             return Ok(Visible::All);
         }
-        let (n, t) = (at.seen + at.incoming, at.incoming);
-        blocks::check_whole(self.name(), at, units)?;
-        let patterns: Vec<Pattern> = (0..at.layer.heads)
-            .map(|head| self.patterns.of(at.layer.index, head))
+        let t = at.incoming;
+        // The pattern of each query head, and how many units there are for it.
+        let patterns: Vec<(Pattern, usize)> = (0..at.layer.heads)
+            .map(|head| {
+                let pattern = self.patterns.of(at.layer.index, head);
+                (pattern, units.len(head / at.layer.group()))
+            })
             .collect();
-        if patterns.iter().all(|pattern| pattern.sees_all(n)) {
+        if patterns.iter().all(|(pattern, n)| pattern.sees_all(*n)) {
             return Ok(Visible::All);
         }
-        let estimated = |p: &Pattern| matches!(p, Pattern::VerticalSlash { .. }) && !p.sees_all(n);
+        let estimated = |(pattern, n): &(Pattern, usize)| {
+            matches!(pattern, Pattern::VerticalSlash { .. }) && !pattern.sees_all(*n)
+        };
         let survey = match patterns.iter().any(estimated) {
             true => Some(units.survey(queries, LAST)?),
             false => None,
         };
-        let list = |(head, pattern): (usize, &Pattern)| -> Result<Vec<View>> {
+        let list = |(head, (pattern, n)): (usize, &(Pattern, usize))| -> Result<Vec<View>> {
+            let n = *n;
             if pattern.sees_all(n) {
                 return Ok(vec![View::all(); t.div_ceil(TILE)]);
             }
@@ -228,6 +234,7 @@ fn block_sparse(
     let (d, t) = (at.layer.head_dim, at.incoming);
     let keys = units.keys(head / at.layer.group())?;
     let (keys, queries) = (keys.values()?, queries.values()?);
+    let n = keys.len() / d;
     let keys = sums(&keys, d);
     let queries: Vec<f32> = queries
         .chunks_exact(at.layer.heads * d)
@@ -235,7 +242,6 @@ fn block_sparse(
         .copied()
         .collect();
     let tiles = sums(&queries, d);
-    let n = at.seen + t;
     let tile = |(tile, query): (usize, &Vec<f32>)| -> Result<View> {
         // Blocks that begin no later than the tile's last query.
         let last = (n - t + (tile + 1) * TILE).min(n) - 1;

@@ -9,6 +9,7 @@ mod nearest;
 mod projection;
 mod put_away;
 mod quantized;
+mod sparse;
 mod tiered;
 
 pub use cam::{Cam, CamKeeps};
@@ -19,4 +20,5 @@ pub use merge::{Merge, MergeBy};
 pub use projection::OutputNorms;
 pub use put_away::PutAway;
 pub use quantized::Quantized;
+pub use sparse::Sparse;
 pub use tiered::Tiered;
