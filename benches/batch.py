@@ -124,6 +124,7 @@ def main():
     ap.add_argument("--tokens", type=int, default=448, help="tokens of a prompt")
     ap.add_argument("--new", type=int, default=64, help="tokens to generate")
     ap.add_argument("--rounds", type=int, default=5)
+    ap.add_argument("--keep", type=pathlib.Path, help="runs are kept in this file, and those that it has are not repeated")
     ap.add_argument("--max-other", type=float, default=0.10, help="share of the machine that others may use")
     ap.add_argument("--allow-busy", action="store_true", help="report on a busy machine, too; the table says so")
     ap.add_argument("--write", action="store_true", help="put the table into docs/performance.md")
