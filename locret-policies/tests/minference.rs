@@ -465,15 +465,15 @@ fn judged_by_what_is_held(
             let held = &decision.before[head / group];
             let [q, k, v] = [(0, head), (1, head / group), (2, head / group)]
                 .map(|(part, of)| rows(&qkv[part], of, held));
+            let all = slash.max(vertical) >= held.len();
             let views = match &decision.visible {
-                Visible::Chosen(views) => Some(views),
+                Visible::Chosen(views) => Some(views).filter(|_| !all),
                 _ => {
-                    prop_assert!(slash.max(vertical) >= held.len());
+                    prop_assert!(all);
                     None
                 }
             };
-            let all = slash.max(vertical) >= held.len();
-            if let Some(views) = views.filter(|_| !all) {
+            if let Some(views) = views {
                 let [by_unit, by_distance] = survey(&q, &k, held.len(), t, d);
                 if let Some(columns) = clear(&by_unit, vertical, 30) {
                     let last = &views.lists()[head][views.lists()[head].len() - 1];
@@ -490,7 +490,7 @@ fn judged_by_what_is_held(
             }
             for (token, own) in (held.len() - t..held.len()).enumerate() {
                 let view = views.map(|views| views.of(head, heads, token));
-                let seen = match view.filter(|_| !all) {
+                let seen = match view {
                     Some(view) => named(view, held.len()),
                     None => vec![true; held.len()],
                 };

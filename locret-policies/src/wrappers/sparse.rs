@@ -6,8 +6,8 @@ use locret_core::{
     Positions, Prefill, Ranking, Result, Rows, Step, Verdict, Visible,
 };
 
-/// Any policy that keeps a part of the units, of which a prompt's queries see a part again, as [`MInference`] has it: a
-/// bounded cache that is read with less attention. The policy inside decides what stays.
+/// Any policy that keeps a part of the units, of which a prompt's queries see a part again, as [`MInference`] has it
+/// (arXiv 2407.02490 §3): a bounded cache that is read with less attention. The policy inside decides what stays.
 ///
 /// **Cost:** attention of a chunk is to the columns and diagonals of its heads instead of the whole budget and the chunk,
 /// and there is one more pass over the keys for 64 queries of the chunk. It pays where budgets and chunks are many
