@@ -171,11 +171,17 @@ proptest! {
         representatives in 1usize..4,
         seed in 0u64..1000,
         tiered in any::<bool>(),
+        compact in any::<bool>(),
+        within in prop::option::of(0usize..90),
     ) {
         let (heads, d) = (kv_heads * group, 8);
         let representatives = representatives.min(block);
-        let inner = Evict::new(KeyNorm, Budget::Units(budget));
-        let policy = PutAway::new(inner).block(block).topk(topk).representatives(representatives);
+        let positions = if compact { Positions::Compact } else { Positions::Original };
+        let inner = Evict::new(KeyNorm, Budget::Units(budget)).with_positions(positions);
+        let mut policy = PutAway::new(inner).block(block).topk(topk).representatives(representatives);
+        if let Some(units) = within {
+            policy = policy.within(units);
+        }
         let resident = Budget::Units(budget + policy.seen() + 30);
         let policy: Arc<dyn KvCachePolicy> = match tiered {
             true => Arc::new(Tiered::new(policy, Tier::memory(), resident)),
@@ -217,7 +223,12 @@ proptest! {
                     all.iter().zip(&means).map(|(k, q)| dot(k, q)).sum()
                 };
                 let scores: Vec<f64> = naive.representatives.iter().map(score).collect();
-                let (chosen, gap) = largest(&scores, topk.min(scores.len()));
+                let room = within.map_or(usize::MAX, |units| units.saturating_sub(shown.len()));
+                let fits = topk.min(room / block).min(scores.len());
+                let (chosen, gap) = match fits {
+                    0 => (Vec::new(), f64::INFINITY),
+                    _ => largest(&scores, fits),
+                };
                 if gap < 1e-4 {
                     break 'steps;
                 }
@@ -228,6 +239,19 @@ proptest! {
                 };
                 for unit in 0..first + t {
                     prop_assert_eq!(sees(&view, unit), shown.contains(&unit), "unit {}", unit);
+                }
+                let places = match &decision.visible {
+                    Visible::Chosen(views) => views.places(),
+                    _ => None,
+                };
+                prop_assert!(places.is_none() || compact);
+                if let Some(places) = places {
+                    shown.sort_unstable();
+                    for (unit, place) in shown.iter().rev().zip((0..first + t).rev()) {
+                        prop_assert_eq!(places[head][*unit] as usize, place, "unit {}", unit);
+                    }
+                } else {
+                    prop_assert!(!compact || shown.len() == first + t || matches!(decision.visible, Visible::All));
                 }
                 // What is paid to what is near, and who goes.
                 let wide = |row: &[f32]| row.iter().map(|x| f64::from(*x)).collect::<Vec<f64>>();
@@ -382,6 +406,28 @@ fn what_is_resident_is_what_is_near_and_what_was_fetched() {
     assert!(tiered.cache().bytes() <= 92 * unit);
     assert_eq!(tiered.cache().total_bytes(), 600 * unit);
     assert_eq!(plain.cache().bytes(), 600 * unit);
+
+    // In units, with too little room for blocks while chunks are read, and for two of them with single tokens.
+    config.resident = Some(Budget::Units(70));
+    let mut bounded = read(built(&config, &*model));
+    config.topk = Some(2);
+    config.resident = Some(Budget::Units(1 << 20));
+    let mut two = read(built(&config, &*model));
+    assert_ne!(bounded.logits(), two.logits());
+    config.budget = Some(Budget::Units(40));
+    config.put_away = false;
+    (config.topk, config.block_size, config.tier, config.resident) = (None, None, None, None);
+    let evicting = read(built(&config, &*model));
+    let off = |a: &Session, b: &Session| {
+        let pairs = a.logits().unwrap().iter().zip(b.logits().unwrap());
+        pairs.map(|(a, b)| (a - b).abs()).fold(0f32, f32::max)
+    };
+    // What waits to be a block is all that is seen beside what is kept.
+    assert!(off(&bounded, &evicting) < off(&two, &evicting));
+    bounded.score(&text(3)).unwrap();
+    two.score(&text(3)).unwrap();
+    // With room for some more single tokens.
+    assert!(bounded.cache().peak().bytes <= (70 + 64) * unit);
 }
 
 #[test]

@@ -1,6 +1,10 @@
 //! Rotary position embedding: tables and rotation of halves.
 
-use super::simd::{Isa, Simd, dispatch, load, store};
+use super::{
+    dtype::Number,
+    simd::{Isa, Simd, dispatch, load, store},
+    tiles::AHEAD,
+};
 use rayon::prelude::*;
 use std::ops::Range;
 
@@ -213,35 +217,53 @@ fn rotate_row<S: Simd>(
     }
 }
 
-/// Rotates rows `[rows, d]` into `out`; row `i` by row `first + i` of the table.
+/// Which row of a table is for row `i`: `places[i]`, or where there are none `first + i`.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Rows<'a> {
+    pub(super) first: usize,
+    pub(super) places: Option<&'a [u32]>,
+}
+
+/// Rotates rows `[rows, d]` of any type into `out`.
 #[inline(always)]
-pub(super) fn rotate_into<S: Simd>(
+pub(super) fn rotate_into<S: Simd, E: Number>(
     s: S,
-    x: &[f32],
+    x: &[E],
     out: &mut [f32],
     d: usize,
     table: &RopeTable,
-    first: usize,
+    rows: Rows<'_>,
 ) {
     let half = table.inv_freq.len();
     for (i, (x, out)) in x.chunks_exact(d).zip(out.chunks_exact_mut(d)).enumerate() {
-        let (cos, sin) = table.row(first + i);
+        let row = match rows.places {
+            Some(places) => places[i] as usize,
+            None => rows.first + i,
+        };
+        let (cos, sin) = table.row(row);
         let (x1, rest) = x.split_at(half);
         let (x2, tail) = rest.split_at(half);
         let (y1, rest) = out.split_at_mut(half);
         let (y2, out_tail) = rest.split_at_mut(half);
         let whole = half - half % S::LANES;
         for i in (0..whole).step_by(S::LANES) {
-            let (a, b) = (load(s, &x1[i..]), load(s, &x2[i..]));
+            let (a, b) = (x1[i..].as_ptr(), x2[i..].as_ptr());
+            s.prefetch(a.cast::<u8>().wrapping_add(AHEAD));
+            s.prefetch(b.cast::<u8>().wrapping_add(AHEAD));
+            // SAFETY: i + LANES <= whole <= half, the length of both.
+            let (a, b) = unsafe { (E::load(s, a), E::load(s, b)) };
             let (c, n) = (load(s, &cos[i..]), load(s, &sin[i..]));
             store(s, &mut y1[i..], s.sub(s.mul(a, c), s.mul(b, n)));
             store(s, &mut y2[i..], s.add(s.mul(b, c), s.mul(a, n)));
         }
         for i in whole..half {
-            y1[i] = x1[i] * cos[i] - x2[i] * sin[i];
-            y2[i] = x2[i] * cos[i] + x1[i] * sin[i];
+            let (a, b) = (x1[i].to_f32(), x2[i].to_f32());
+            y1[i] = a * cos[i] - b * sin[i];
+            y2[i] = b * cos[i] + a * sin[i];
         }
-        out_tail.copy_from_slice(tail);
+        for (x, y) in tail.iter().zip(out_tail) {
+            *y = x.to_f32();
+        }
     }
 }
 
@@ -249,6 +271,7 @@ pub(super) fn rotate_into<S: Simd>(
 mod tests {
     use super::*;
     use crate::testing::Numbers;
+    use half::{bf16, f16};
     use proptest::prelude::*;
 
     fn frequencies(half: usize) -> Vec<f32> {
@@ -259,6 +282,27 @@ mod tests {
 
     fn numbers(n: usize, seed: u64) -> Vec<f32> {
         Numbers::new(seed).take(n)
+    }
+
+    const IN_ORDER: Rows<'_> = Rows {
+        first: 0,
+        places: None,
+    };
+
+    /// Numbers that are converted on the way are rotated as those that were converted before.
+    fn same_as_converted<E: Number>(
+        isa: Isa,
+        x: &[f32],
+        d: usize,
+        table: &RopeTable,
+    ) -> Result<(), TestCaseError> {
+        let short = E::from_f32s(x.to_vec());
+        let wide = E::into_f32s(short.clone());
+        let (mut a, mut b) = (vec![f32::NAN; x.len()], vec![f32::NAN; x.len()]);
+        dispatch!(isa, s => rotate_into(s, &short, &mut a, d, table, IN_ORDER));
+        dispatch!(isa, s => rotate_into(s, &wide, &mut b, d, table, IN_ORDER));
+        prop_assert_eq!(a, b);
+        Ok(())
     }
 
     proptest! {
@@ -305,8 +349,16 @@ mod tests {
                 if gap == 0 {
                     let (mut a, mut b) = (x.clone(), vec![f32::NAN; x.len()]);
                     rotate_with(isa, &mut a, d, d, &table, |i| i, false);
-                    dispatch!(isa, s => rotate_into(s, &x, &mut b, d, &table, 0));
+                    dispatch!(isa, s => rotate_into(s, &x, &mut b, d, &table, IN_ORDER));
                     prop_assert_eq!(a, b);
+                    let places: Vec<u32> = (0..rows as u32).rev().collect();
+                    let rows = Rows { first: 0, places: Some(&places) };
+                    let (mut a, mut b) = (x.clone(), vec![f32::NAN; x.len()]);
+                    rotate_with(isa, &mut a, d, d, &table, row_of, false);
+                    dispatch!(isa, s => rotate_into(s, &x, &mut b, d, &table, rows));
+                    prop_assert_eq!(a, b);
+                    same_as_converted::<f16>(isa, &x, d, &table)?;
+                    same_as_converted::<bf16>(isa, &x, d, &table)?;
                 }
             }
         }

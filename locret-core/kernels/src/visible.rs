@@ -40,6 +40,7 @@ pub struct Views {
     block: usize,
     lists: Vec<Vec<View>>,
     distance: Option<usize>,
+    places: Option<Vec<Vec<u32>>>,
 }
 
 impl Views {
@@ -53,6 +54,7 @@ impl Views {
             block,
             lists,
             distance: None,
+            places: None,
         }
     }
 
@@ -62,6 +64,16 @@ impl Views {
     pub fn far_at(self, distance: usize) -> Self {
         Self {
             distance: Some(distance),
+            ..self
+        }
+    }
+
+    /// Says where units stand that do not stand where they lie: by KV head, the position of each of its units.
+    /// Queries stay where they are, at their own units' numbers. Of units in [`View::far`] it says nothing.
+    #[must_use]
+    pub fn placed(self, positions: Vec<Vec<u32>>) -> Self {
+        Self {
+            places: Some(positions),
             ..self
         }
     }
@@ -79,6 +91,37 @@ impl Views {
     /// What [`far_at`](Self::far_at) was told.
     pub fn distance(&self) -> Option<usize> {
         self.distance
+    }
+
+    /// What [`placed`](Self::placed) was told.
+    pub fn places(&self) -> Option<&[Vec<u32>]> {
+        self.places.as_deref()
+    }
+
+    /// Where the units of a KV head stand, if not where they lie.
+    pub(crate) fn places_of(&self, head: usize) -> Option<&[u32]> {
+        self.places().map(|places| &places[head][..])
+    }
+
+    /// What is wrong with where units stand, for keys that are rotated by a table of so many rows, or were before.
+    ///
+    /// # Errors
+    /// A sentence that says what was expected and what was found.
+    pub fn check_places(&self, rows: Option<usize>) -> Result<(), String> {
+        let Some(places) = self.places() else {
+            return Ok(());
+        };
+        let Some(rows) = rows else {
+            return Err("positions of units whose keys are rotated already".into());
+        };
+        match places
+            .iter()
+            .flatten()
+            .find(|place| **place as usize >= rows)
+        {
+            Some(place) => Err(format!("a unit at position {place} of {rows}")),
+            None => Ok(()),
+        }
     }
 
     /// What a query of a query head sees, of `heads`.
@@ -119,6 +162,12 @@ impl Views {
         }
         if self.block == 0 {
             return Err("views of blocks of no queries".into());
+        }
+        if let Some(places) = self.places() {
+            let found: Vec<usize> = places.iter().map(Vec::len).collect();
+            if found != lens {
+                return Err(format!("positions of {found:?} units, of {lens:?}"));
+            }
         }
         let blocks = tokens.div_ceil(self.block);
         for (list, views) in self.lists.iter().enumerate() {
@@ -409,5 +458,16 @@ mod tests {
         let found = check(vec![vec![View::all(), columns]]).unwrap_err();
         assert!(found.contains("unit 9 of 9"), "{found}");
         assert!(Views::new(0, vec![fine()]).check(6, 2, &[9]).is_err());
+        let placed = |places| Views::new(4, vec![fine()]).placed(places);
+        assert_eq!(placed(vec![vec![0; 9]]).check(6, 2, &[9]), Ok(()));
+        for places in [vec![], vec![vec![0; 8]], vec![vec![0; 9]; 2]] {
+            let found = placed(places).check(6, 2, &[9]).unwrap_err();
+            assert!(found.contains("positions of"), "{found}");
+        }
+        let last = placed(vec![vec![8]]);
+        assert_eq!(last.check_places(Some(9)), Ok(()));
+        let found = last.check_places(Some(8)).unwrap_err();
+        assert!(found.contains("position 8 of 8"), "{found}");
+        assert!(last.check_places(None).is_err());
     }
 }

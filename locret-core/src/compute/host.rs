@@ -347,6 +347,7 @@ impl Attention<'_> {
         let wrong = |found| Error::shape("what queries see", "views of these units", found);
         views
             .check(q.rows(), self.layer.heads, &lens)
+            .and_then(|()| views.check_places(self.rotation.map(RopeTable::len)))
             .map_err(wrong)?;
         if self.store.tiered() && !self.store.brought(&views.seen(q.rows(), &lens)) {
             let expected = "units that were made resident (`KvStore::bring`)";

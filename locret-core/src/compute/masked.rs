@@ -145,13 +145,14 @@ impl<'a> Head<'a> {
             Some(_) => Some(across(over.store.keys(head)?.into_tensor())),
             None => None,
         };
+        let places = sight.views.places().map(|places| &places[head][..]);
         Ok(Self {
             over,
             sight,
             head,
             q: grouped(q, head, g, d),
             far,
-            keys: across(ops.rotated_keys(over, head)?),
+            keys: across(ops.rotated_keys(over, head, places)?),
             plain,
         })
     }

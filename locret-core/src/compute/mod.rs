@@ -342,6 +342,18 @@ impl<'a> Rotation<'a> {
         }
     }
 
+    /// Row `i` of the numbers by row `places[i]` of the table, or where there are none by row `i`.
+    pub(crate) fn placed(table: &'a RopeTable, head_dim: usize, places: Option<&'a [u32]>) -> Self {
+        let by = Self::contiguous(table, head_dim);
+        match places {
+            Some(places) => Self {
+                rows: TableRows::Each(places),
+                ..by
+            },
+            None => by,
+        }
+    }
+
     /// The other way round.
     #[must_use]
     pub fn undone(self) -> Self {

@@ -198,7 +198,7 @@ impl Compute for Ops {
         };
         let mut out = Vec::with_capacity(over.layer.kv_heads);
         for head in 0..over.layer.kv_heads {
-            let keys = self.rotated_keys(over, head)?;
+            let keys = self.rotated_keys(over, head, None)?;
             let values = over.store.values(head)?.into_tensor();
             let n = keys.dims()[0];
             let q = grouped(&q, head, g, d).unsqueeze::<4>();
@@ -261,13 +261,19 @@ impl Compute for Ops {
 }
 
 impl Ops {
-    pub(super) fn rotated_keys(&self, over: &Attention<'_>, head: usize) -> Result<Tensor<2>> {
+    /// The keys of a KV head, rotated; `places` say where its units stand, if not where they lie.
+    pub(super) fn rotated_keys(
+        &self,
+        over: &Attention<'_>,
+        head: usize,
+        places: Option<&[u32]>,
+    ) -> Result<Tensor<2>> {
         let keys = over.store.keys(head)?;
-        Ok(match over.rotation {
-            Some(table) => self.rotate(keys, &Rotation::contiguous(table, over.layer.head_dim))?,
-            None => keys,
-        }
-        .into_tensor())
+        let Some(table) = over.rotation else {
+            return Ok(keys.into_tensor());
+        };
+        let by = Rotation::placed(table, over.layer.head_dim, places);
+        Ok(self.rotate(keys, &by)?.into_tensor())
     }
 
     /// What the last `count` queries pay to the units of one KV head.
@@ -282,7 +288,7 @@ impl Ops {
         /// Rows of a block: bounds the score matrix to `group · BLOCK · units`.
         const BLOCK: usize = 256;
         let (g, d, t) = (over.layer.group(), over.layer.head_dim, q.dims()[0]);
-        let keys = self.rotated_keys(over, head)?;
+        let keys = self.rotated_keys(over, head, None)?;
         let n = keys.dims()[0];
         let q = grouped(q, head, g, d);
         let keys = keys.transpose().unsqueeze::<3>();

@@ -584,6 +584,19 @@ impl Checking<'_> {
         let lens: Vec<usize> = plain.iter().map(|keys| keys.len() / d).collect();
         let block = dice.between(1, tokens + 3);
         let views = views_of(dice, block, tokens, &layer, &lens);
+        let views = match over.rotation.is_some() && dice.chance(0.5) {
+            true => views.placed(lens.iter().map(|n| places(dice, *n)).collect()),
+            false => views,
+        };
+        let mut seen_keys: Vec<Vec<f32>> = rest.iter().map(|[keys, _]| keys.clone()).collect();
+        if let (Some(table), Some(places)) = (over.rotation, views.places()) {
+            seen_keys = plain.to_vec();
+            for (keys, places) in seen_keys.iter_mut().zip(places) {
+                for (key, place) in keys.chunks_exact_mut(d).zip(places) {
+                    turned(key, table, *place as usize);
+                }
+            }
+        }
         let far = dice.values(q.len());
         let last = dice.between(0, tokens);
         let factors: Vec<f32> = dice.values(last).iter().map(|x| x.abs()).collect();
@@ -605,7 +618,7 @@ impl Checking<'_> {
                 let logit = |unit: usize| match seen(views.of(head, layer.heads, token), own, unit)
                 {
                     None => f64::NEG_INFINITY,
-                    Some(false) => of(q, keys, unit),
+                    Some(false) => of(q, &seen_keys[store], unit),
                     Some(true) => of(&far, &plain[store], unit),
                 };
                 let weights = |logits: &[f64]| -> Vec<f64> {
@@ -705,7 +718,21 @@ impl Checking<'_> {
             }),
             ..over
         };
-        self.refused("views of no block", self.compute.attend(q, &over))
+        self.refused("views of no block", self.compute.attend(q.clone(), &over))?;
+        let all = vec![vec![View::all(); tokens.div_ceil(block)]; layer.heads];
+        let mut beyond: Vec<Vec<u32>> = lens.iter().map(|n| vec![0; *n]).collect();
+        if let Some(last) = beyond.first_mut().and_then(|places| places.last_mut()) {
+            *last = over.rotation.map_or(0, |table| table.len() as u32);
+        }
+        let beyond = Views::new(block, all).placed(beyond);
+        let over = Attention {
+            sight: Some(Sight {
+                views: &beyond,
+                far: None,
+            }),
+            ..over
+        };
+        self.refused("units beyond the table", self.compute.attend(q, &over))
     }
 
     /// Each is done once, also those that have pieces of their own.
@@ -880,6 +907,12 @@ pub(super) fn views_of(
         (0..tokens.div_ceil(block)).map(|_| view(len)).collect()
     });
     Views::new(block, lists.collect()).far_at(11)
+}
+
+/// Where so many units stand, by chance.
+fn places(dice: &mut Dice, units: usize) -> Vec<u32> {
+    let last = units.saturating_sub(1);
+    (0..units).map(|_| dice.between(0, last) as u32).collect()
 }
 
 /// Whether a query whose own unit is `own` sees `unit`, and then whether at the one distance.

@@ -206,6 +206,10 @@ impl<'a> Oracle<'a> {
         let scale = f64::from(self.model.spec.softmax_scale);
         let (t, group) = (q.len(), heads / kv_heads);
         let watched = self.observe.map_or(0, |o| o.queries.count(t));
+        let places = match visible {
+            Visible::Chosen(views) => views.places(),
+            Visible::All => None,
+        };
         let near_only = matches!(self.observe, Some(o) if o.what == Observation::NearWeights);
         let mut out = vec![vec![0.0; heads * d]; t];
         let (mut seen_keys, mut seen_values, mut observed) = (Vec::new(), Vec::new(), Vec::new());
@@ -221,9 +225,10 @@ impl<'a> Oracle<'a> {
             let n = units.len();
             let keys: Vec<Vec<f64>> = (0..n)
                 .map(|i| {
-                    let position = match self.positions {
-                        Positions::Original => units[i] as usize,
-                        Positions::Compact => i,
+                    let position = match (places, self.positions) {
+                        (Some(places), _) => places[g][i] as usize,
+                        (_, Positions::Original) => units[i] as usize,
+                        (_, Positions::Compact) => i,
                     };
                     self.rotated(&layer.keys[g][units[i] as usize], position)
                 })

@@ -419,8 +419,9 @@ pub struct Needs {
     pub observe: Option<Observe>,
     /// To be asked what queries see ([`KvCachePolicy::before`]). Otherwise they see everything, at no cost.
     pub before: bool,
-    /// Units may be seen at one distance ([`View::far`](crate::View::far)): keys then lie in the store as they
-    /// were before rotation at all times, for which positions have to be [`Positions::Compact`].
+    /// Units may be seen at one distance ([`View::far`](crate::View::far)), or elsewhere than where they lie
+    /// ([`Views::placed`](crate::Views::placed)): keys then lie in the store as they were before rotation at all
+    /// times, for which positions have to be [`Positions::Compact`].
     pub far: bool,
 }
 
@@ -482,7 +483,7 @@ impl Needs {
         }
     }
 
-    /// To be asked what queries see, and to have units seen at one distance, too.
+    /// To be asked what queries see, and to have units seen at one distance or elsewhere than where they lie, too.
     pub const fn far(self) -> Self {
         Self {
             before: true,

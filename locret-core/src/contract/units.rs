@@ -201,6 +201,8 @@ pub struct LayerUnits<'a> {
     pub(crate) plain: Option<&'a Rows>,
     /// Which of the store's units these are, if not all.
     pub(crate) picked: Option<&'a [Vec<u32>]>,
+    /// Where units stood for this step's queries, by KV head, if not where they lie.
+    pub(crate) places: Option<&'a [Vec<u32>]>,
 }
 
 /// Some units of a layer, or all of them with other numbers: [`LayerUnits::part`],
@@ -358,7 +360,8 @@ impl<'a> LayerUnits<'a> {
         let keys = self.store.keys(head)?;
         match self.rotation {
             Some(table) => {
-                let by = Rotation::contiguous(table, self.layer.head_dim);
+                let places = self.places.map(|places| &places[head][..]);
+                let by = Rotation::placed(table, self.layer.head_dim, places);
                 self.compute.rotate(keys, &by)
             }
             None => Ok(keys),
@@ -394,7 +397,11 @@ impl<'a> LayerUnits<'a> {
             None => *unit,
             Some(picked) => picked[head][*unit as usize],
         };
-        let rows: Vec<u32> = units.iter().map(at).collect();
+        let stands = |unit: u32| match self.places {
+            None => unit,
+            Some(places) => places[head][unit as usize],
+        };
+        let rows: Vec<u32> = units.iter().map(at).map(stands).collect();
         let by = Rotation {
             table,
             head_dim: self.layer.head_dim,

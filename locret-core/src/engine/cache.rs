@@ -614,7 +614,7 @@ pub(super) fn needs(spec: &ModelSpec, policy: &dyn KvCachePolicy, probe: Needs) 
     }
     if needs.far && policy.positions() != Positions::Compact {
         return Err(Error::setting(
-            "positions of a policy that has units seen at one distance",
+            "positions of a policy that has units seen elsewhere than where they stood",
             format!("{:?}", Positions::Compact),
             format!("{:?}", policy.positions()),
         ));

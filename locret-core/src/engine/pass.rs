@@ -6,7 +6,8 @@ use super::{
 };
 use crate::{
     Attention, CausalLm, Error, LayerUnits, ModelSpec, Needs, Observation, Observed, Phase,
-    Positions, Qkv, Ranking, Result, RopeTable, Rotation, Rows, Sight, Step, TableRows, Visible,
+    Positions, Qkv, Ranking, Result, RopeTable, Rotation, Rows, Sight, Step, TableRows, Views,
+    Visible,
 };
 use std::{
     fmt,
@@ -95,6 +96,8 @@ struct Pending {
     qkv: Option<Qkv>,
     input: Option<Rows>,
     observed: Option<Observed>,
+    /// What queries saw, where it was not everything before them.
+    seen: Option<Views>,
 }
 
 impl fmt::Debug for SequenceStep<'_> {
@@ -428,7 +431,7 @@ impl<'a> SequenceStep<'a> {
         let (Qkv { q, k, v, .. }, t) = (qkv, self.incoming);
         // Copied only if both are changed.
         let plain = needs.far.then(|| q.clone());
-        // Keys that some queries see at one distance are never rotated where they lie.
+        // Keys that some queries see at one distance or elsewhere are never rotated where they lie.
         let turning = self.phase == Phase::Decode && !needs.far;
         let (q, k, rotation) = rotated(cache, layer, self.table.as_ref(), turning, q, k)?;
         let this = &mut cache.layers[layer];
@@ -455,6 +458,7 @@ impl<'a> SequenceStep<'a> {
                     surprisal: None,
                     observed: None,
                     plain: plain.as_ref(),
+                    places: None,
                     picked: None,
                 };
                 cache.policy.before(&at, &q, &units)?
@@ -466,6 +470,12 @@ impl<'a> SequenceStep<'a> {
                 let lens = this.lists.lens();
                 let wrong = |found| Error::policy(cache.policy.name(), found);
                 views.check(t, spec.heads, lens).map_err(wrong)?;
+                if views.places().is_some() && !needs.far {
+                    let found = "units seen elsewhere, and `Needs::far` did not ask for them";
+                    return Err(wrong(found.into()));
+                }
+                let rows = rotation.as_ref().map(|table| table.len());
+                views.check_places(rows).map_err(wrong)?;
                 match (views.distance(), plain) {
                     (Some(distance), Some(plain)) => {
                         let (rope, head_dim) = (&cache.rope, spec.head_dim);
@@ -525,6 +535,10 @@ impl<'a> SequenceStep<'a> {
             qkv: kept,
             input,
             observed,
+            seen: match visible {
+                Visible::Chosen(views) => Some(views),
+                Visible::All => None,
+            },
         });
         if !needs.later() {
             self.decide(layer, None)?;
@@ -576,6 +590,7 @@ impl<'a> SequenceStep<'a> {
                     surprisal,
                     observed: pending.observed.as_ref(),
                     plain: None,
+                    places: pending.seen.as_ref().and_then(Views::places),
                     picked: None,
                 }
             })

@@ -254,6 +254,7 @@ fn views_of_what_is_not_there() {
         ..View::default()
     };
     let before = Needs::NOTHING.before();
+    let placed = |places| Views::new(8, vec![vec![view.clone()]; 2]).placed(places);
     for (views, needs) in [
         (Views::new(0, vec![vec![view.clone()]; 2]), before),
         (Views::new(usize::MAX, vec![vec![view.clone()]; 2]), before),
@@ -266,6 +267,11 @@ fn views_of_what_is_not_there() {
             Views::new(4, vec![vec![beyond; 2]; 2]).far_at(usize::MAX),
             before.far(),
         ),
+        (placed(vec![]), before.far()),
+        (placed(vec![vec![0; 7]; 2]), before.far()),
+        (placed(vec![vec![8; 8]; 2]), before.far()),
+        (placed(vec![vec![u32::MAX; 8]; 2]), before.far()),
+        (placed(vec![vec![0; 8]; 2]), before),
     ] {
         let model: Arc<dyn CausalLm> = model();
         let policy = Seeing(views.clone(), needs);

@@ -116,10 +116,18 @@ impl<P: KvCachePolicy> KvCachePolicy for Choosing<P> {
             blocks.map(view).collect()
         });
         let views = Views::new(block, lists.collect());
-        Ok(Visible::Chosen(match self.far {
-            true => views.far_at(5 + self.seed as usize % 50),
-            false => views,
-        }))
+        if !self.far {
+            return Ok(Visible::Chosen(views));
+        }
+        let views = views.far_at(5 + self.seed as usize % 50);
+        if below(2) == 0 {
+            return Ok(Visible::Chosen(views));
+        }
+        let places = (0..at.layer.kv_heads).map(|head| {
+            let len = units.len(head);
+            (0..len).map(|_| below(len) as u32).collect()
+        });
+        Ok(Visible::Chosen(views.placed(places.collect())))
     }
 
     fn step(&self, at: &Step, units: &LayerUnits<'_>) -> Result<Verdict> {
@@ -252,6 +260,8 @@ fn what_does_not_fit_is_the_policys_error() {
         Views::new(10, vec![vec![view(0..5)]; heads + 1]),
         Views::new(4, vec![vec![view(0..5)]; heads]),
         Views::new(10, vec![vec![view(0..5)]; heads]).far_at(3),
+        // Not asked for by `Needs::far`.
+        Views::new(10, vec![vec![view(0..5)]; heads]).placed(vec![vec![0; 10]; spec().kv_heads]),
     ] {
         for kernels in [Kernels::Auto, Kernels::Operations] {
             let policy = Says {

@@ -527,7 +527,10 @@ impl PolicyConfig {
             policy = Arc::new(Sparse::new(policy, self.patterns()?));
         }
         if self.put_away {
-            let putting = self.putting_away(policy);
+            let mut putting = self.putting_away(policy);
+            if let Some(Budget::Units(units)) = self.resident {
+                putting = putting.within(units);
+            }
             room = room.map(|room| Room {
                 units: room.units.saturating_add(putting.seen()),
                 ..room

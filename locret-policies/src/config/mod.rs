@@ -215,7 +215,9 @@ pub struct PolicyConfig {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tier: Option<TierConfig>,
     /// What is resident where there is a tier: units of each KV head, or bytes of all layers. By default the budget
-    /// and, for `infllm`, an execution block; with `put_away`, retrieved blocks and 512 units of a step.
+    /// and, for `infllm`, an execution block; with `put_away`, retrieved blocks and 512 units of a step. A number of
+    /// units with `put_away` is also what a step may see: blocks are retrieved as far as there is room
+    /// ([`PutAway::within`](crate::PutAway::within)).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub resident: Option<Budget>,
 }

@@ -6,13 +6,13 @@ use locret_core::{
     Observation, Observe, Placement, Positions, Prefill, Queries, Ranking, Result, Rows, Scores,
     Selection, Step, Verdict, View, Views, Visible,
 };
-use std::ops::Range;
+use std::{borrow::Cow, ops::Range};
 
 /// Any policy that evicts, of whose units none is lost: what it would drop becomes blocks of `block` units of a KV
 /// head, in the order in which they go, and each step's queries see, beside what the policy keeps, the `topk` blocks of
-/// their head that are most like them, where these units stood. The lookup is [`InfLlm`](crate::InfLlm)'s: a block's
-/// representative is, for each query head, the mean of its `representatives` keys that got most attention while they
-/// were near; its score is the inner product with the mean of the step's queries, summed over the query heads.
+/// their head that are most like them. The lookup is [`InfLlm`](crate::InfLlm)'s: a block's representative is, for each
+/// query head, the mean of its `representatives` keys that got most attention while they were near; its score is the
+/// inner product with the mean of the step's queries, summed over the query heads.
 ///
 /// The policy inside is shown what is near and nothing else, and judges as if the rest were gone. In a
 /// [`Tiered`](crate::Tiered) store the rest lies in the second tier.
@@ -22,8 +22,14 @@ use std::ops::Range;
 /// each unit go those of the policy inside and one more than there are query heads in a group, or what the
 /// representatives take; each step goes through those of all units.
 ///
-/// **Positions:** nothing is dropped, so a unit stands where it stood in the text, whichever positions the policy inside
-/// has: a text should not be longer than what the model was trained for. With all blocks retrieved it is the full cache.
+/// **Positions:** those of the policy inside. With compact ones, what a head's queries see stands closely before them
+/// ([`Views::placed`]), as if the rest had been dropped, and the lookup is between keys and queries at one distance, as
+/// InfLLM's is. With original ones a unit stands where it stood in the text, which should not be longer than what the
+/// model was trained for, and the lookup is as attention would be. With all blocks retrieved both are the full cache.
+///
+/// **Memory:** [`within`](Self::within) says how many units a step may see; without it `topk` blocks come on top of what
+/// is near. With it there are fewer blocks, or none, while many tokens are read at once, when retrieving is worth least,
+/// and more for a question and for the answer.
 ///
 /// Policies that merge, or that choose themselves what queries see, cannot be inside.
 #[derive(Debug, Clone)]
@@ -33,6 +39,7 @@ pub struct PutAway<P> {
     block: usize,
     topk: usize,
     representatives: usize,
+    within: Option<usize>,
 }
 
 /// A unit that is near.
@@ -49,6 +56,7 @@ impl<P: KvCachePolicy> PutAway<P> {
             block: 32,
             topk: 8,
             representatives: 4,
+            within: None,
         }
     }
 
@@ -70,9 +78,23 @@ impl<P: KvCachePolicy> PutAway<P> {
         }
     }
 
+    /// The most units of a KV head that a step sees, its own tokens among them: so many of the `topk` blocks are
+    /// retrieved as there is room for.
+    pub fn within(self, units: usize) -> Self {
+        Self {
+            within: Some(units),
+            ..self
+        }
+    }
+
     /// The most units of a KV head that are seen beside a step's own tokens and what the policy inside keeps.
     pub fn seen(&self) -> usize {
         self.topk.saturating_add(1).saturating_mul(self.block)
+    }
+
+    /// Whether what is seen stands closely together.
+    fn compact(&self) -> bool {
+        self.inner.positions() == Positions::Compact
     }
 
     /// Where a unit's numbers are.
@@ -94,7 +116,7 @@ impl<P: KvCachePolicy> PutAway<P> {
         queries: &[f32],
         units: &LayerUnits<'_>,
         head: usize,
-    ) -> Result<Option<View>> {
+    ) -> Result<Option<Vec<Range<u32>>>> {
         let layout = self.layout(&at.layer);
         let marks = layout.marks(units.carried(head));
         let (near, blocks) = parts(&marks, at.incoming);
@@ -108,16 +130,36 @@ impl<P: KvCachePolicy> PutAway<P> {
             own.zip(mean).map(|(k, q)| k * q).sum()
         };
         let scores: Vec<f32> = blocks.iter().map(score).collect();
-        let topk = self.topk.min(blocks.len());
+        let seen: usize = near.iter().map(ExactSizeIterator::len).sum();
+        let room = self
+            .within
+            .map_or(usize::MAX, |most| most.saturating_sub(seen));
+        let topk = self.topk.min(room / self.block).min(blocks.len());
         let chosen = units.compute().select(&scores, topk, &[])?;
         let mut ranges = near;
         for block in chosen {
             ranges.extend(runs(&blocks[block as usize]));
         }
-        Ok(Some(View {
-            ranges,
-            ..View::default()
-        }))
+        Ok(Some(ranges))
+    }
+
+    /// The step's queries as they look blocks up.
+    fn looking<'q>(
+        &self,
+        at: &Step,
+        queries: &'q Rows,
+        units: &LayerUnits<'_>,
+    ) -> Result<Cow<'q, Rows>> {
+        if !self.compact() {
+            return Ok(Cow::Borrowed(queries));
+        }
+        // As far away as what is near reaches.
+        let near = |head| {
+            let marks = self.layout(&at.layer).marks(units.carried(head));
+            marks.iter().filter(|mark| **mark <= NEAR).count()
+        };
+        let distance = (0..units.kv_heads()).map(near).max().unwrap_or_default();
+        units.queries_at(distance).map(Cow::Owned)
     }
 
     /// The verdict, from what the policy inside says of what is near.
@@ -236,7 +278,10 @@ impl<P: KvCachePolicy> PutAway<P> {
         let waiting: Vec<u32> = (0..marks.len() as u32).filter(waits).collect();
         let mut blocks = Vec::new();
         for (index, block) in waiting.chunks_exact(self.block).enumerate() {
-            let keys = units.keys_at(head, block)?;
+            let keys = match self.compact() {
+                true => units.stored_keys(head, block)?,
+                false => units.keys_at(head, block)?,
+            };
             let keys = keys.values()?;
             let mut means = Vec::with_capacity(at.layer.group() * at.layer.head_dim);
             for query in 0..at.layer.group() {
@@ -351,6 +396,22 @@ fn parts(marks: &[f32], incoming: usize) -> (Vec<Range<u32>>, Vec<Vec<u32>>) {
     (near, blocks)
 }
 
+/// Where each of `len` units stands if those in `ranges`, the newest among them, follow each other up to the last one.
+fn closely(ranges: &[Range<u32>], len: usize) -> Vec<u32> {
+    let mut seen = vec![false; len];
+    for range in ranges {
+        seen[range.start as usize..range.end as usize].fill(true);
+    }
+    let unseen = seen.iter().filter(|seen| !**seen).count();
+    let mut next = unseen as u32;
+    let place = |seen| {
+        let place = next.min(len.saturating_sub(1) as u32);
+        next += u32::from(seen);
+        place
+    };
+    seen.into_iter().map(place).collect()
+}
+
 /// Ascending units as ranges.
 fn runs(units: &[u32]) -> impl Iterator<Item = Range<u32>> + '_ {
     let runs = units.chunk_by(|a, b| a + 1 == *b);
@@ -369,15 +430,20 @@ impl<P: KvCachePolicy> KvCachePolicy for PutAway<P> {
             block,
             topk,
             representatives,
+            within,
         } = self;
         let inner = inner.fingerprint();
         format!(
-            "PutAway {{ inner: {inner}, block: {block}, topk: {topk}, representatives: {representatives} }}"
+            "PutAway {{ inner: {inner}, block: {block}, topk: {topk}, representatives: {representatives}, within: {within:?} }}"
         )
     }
 
     fn needs(&self) -> Needs {
-        let needs = self.inner.needs().before();
+        let needs = self.inner.needs();
+        let needs = match self.compact() {
+            true => needs.far(),
+            false => needs.before(),
+        };
         match needs.observe {
             // What it looks at is what counts here, too.
             Some(Observe {
@@ -444,16 +510,32 @@ impl<P: KvCachePolicy> KvCachePolicy for PutAway<P> {
 
     fn before(&self, at: &Step, queries: &Rows, units: &LayerUnits<'_>) -> Result<Visible> {
         blocks::check_whole(self.name(), at, units)?;
-        let mean = blocks::mean(queries)?;
-        let views = (0..units.kv_heads()).map(|head| self.view(at, &mean, units, head));
-        let views = views.collect::<Result<Vec<_>>>()?;
-        if views.iter().all(Option::is_none) {
+        let mean = blocks::mean(&*self.looking(at, queries, units)?)?;
+        let seen = (0..units.kv_heads()).map(|head| self.view(at, &mean, units, head));
+        let seen = seen.collect::<Result<Vec<_>>>()?;
+        if seen.iter().all(Option::is_none) {
             return Ok(Visible::All);
         }
-        let lists = views
-            .into_iter()
-            .map(|view| vec![view.unwrap_or_else(View::all)]);
-        Ok(Visible::Chosen(Views::new(at.incoming, lists.collect())))
+        let places = seen.iter().zip(0..).map(|(seen, head)| {
+            let all = std::iter::once(0..units.len(head) as u32);
+            let ranges = seen.clone().unwrap_or_else(|| all.collect());
+            closely(&ranges, units.len(head))
+        });
+        let places = places.collect();
+        let lists = seen.into_iter().map(|ranges| {
+            vec![match ranges {
+                Some(ranges) => View {
+                    ranges,
+                    ..View::default()
+                },
+                None => View::all(),
+            }]
+        });
+        let views = Views::new(at.incoming, lists.collect());
+        Ok(Visible::Chosen(match self.compact() {
+            true => views.placed(places),
+            false => views,
+        }))
     }
 
     fn step(&self, at: &Step, units: &LayerUnits<'_>) -> Result<Verdict> {

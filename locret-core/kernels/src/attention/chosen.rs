@@ -31,7 +31,7 @@ pub struct Seeing<'a> {
 ///
 /// # Panics
 /// As `attend`; if a store has fewer units than there are tokens; if the views do not fit
-/// ([`Views::check`]); if there are far units without queries for them.
+/// ([`Views::check`], [`Views::check_places`]); if there are far units without queries for them.
 pub fn attend_chosen(
     q: &[f32],
     heads: &[&dyn KvTiles],
@@ -45,14 +45,23 @@ pub fn attend_chosen(
 
 impl Seeing<'_> {
     /// Checks all that a kernel trusts in.
-    pub(crate) fn check(&self, q: &[f32], heads: &[&dyn KvTiles], shape: AttnShape) {
+    pub(crate) fn check(
+        &self,
+        q: &[f32],
+        heads: &[&dyn KvTiles],
+        shape: AttnShape,
+        rotation: Option<&RopeTable>,
+    ) {
         let lens: Vec<usize> = heads.iter().map(|head| head.len()).collect();
         assert!(
             lens.iter().all(|len| *len >= shape.tokens),
             "{lens:?} units for {} tokens",
             shape.tokens
         );
-        if let Err(wrong) = self.views.check(shape.tokens, shape.heads, &lens) {
+        let checked = self.views.check(shape.tokens, shape.heads, &lens);
+        if let Err(wrong) =
+            checked.and_then(|()| self.views.check_places(rotation.map(RopeTable::len)))
+        {
             panic!("{wrong}");
         }
         let mut views = self.views.lists().iter().flatten();
@@ -82,6 +91,7 @@ struct Call<'a> {
     heads: &'a [&'a dyn KvTiles],
     shape: AttnShape,
     rotation: Option<&'a RopeTable>,
+    views: &'a Views,
 }
 
 impl<'a> Call<'a> {
@@ -108,7 +118,7 @@ fn attend_with(
     if shape.tokens == 0 || shape.heads == 0 {
         return;
     }
-    seeing.check(q, heads, shape);
+    seeing.check(q, heads, shape, rotation);
     let (lists, block) = (seeing.views.lists(), seeing.views.block());
     let (sharing, d) = (shape.heads / lists.len(), shape.head_dim);
     // Parts of blocks, so that a tile meets as many rows as elsewhere.
@@ -134,6 +144,7 @@ fn attend_with(
         heads,
         shape,
         rotation,
+        views: seeing.views,
     };
     let serial =
         2 * shape.tokens * shape.heads * TILE * d < SERIAL || rayon::current_num_threads() == 1;
@@ -201,7 +212,8 @@ fn block_of<S: Simd>(s: S, call: Call<'_>, task: &Task<'_>, out: &mut [f32]) {
             continue;
         }
         let far = way == 2;
-        let loader = Loader::new(store, call.rotation.filter(|_| !far), d, rows);
+        let loader = Loader::new(store, call.rotation.filter(|_| !far), d, rows)
+            .placed(call.views.places_of(task.store));
         // The edge meets the same queries as what is near, which may not be there.
         let from = if far { call.far } else { call.q };
         for lanes in panels(S::LANES, rows) {
@@ -291,7 +303,7 @@ mod tests {
     use crate::{
         attention::{attend, tests::*},
         rope,
-        testing::{Numbers, views},
+        testing::Numbers,
     };
     use proptest::prelude::*;
 
@@ -311,7 +323,8 @@ mod tests {
                 let store = head / shape.group();
                 let mut turned = keys[store].clone();
                 if let Some(table) = table {
-                    rope::rotate(&mut turned, d, d, table, |i| i, false);
+                    let place = |unit| views.places_of(store).map_or(unit, |p| p[unit] as usize);
+                    rope::rotate(&mut turned, d, d, table, place, false);
                 }
                 let len = turned.len() / d;
                 let own = len - shape.tokens + token;
@@ -366,7 +379,7 @@ mod tests {
             let (q, keys, values, table) = case.data();
             let (shape, d) = (case.shape, case.shape.head_dim);
             let far = Numbers::new(case.seed ^ 1).take(q.len());
-            let views = views(case.seed, shape.tokens, block, &case.lens, shape.group());
+            let views = case.views(block);
             let expected = oracle([&q, &far], &keys, &values, shape, table.as_ref(), &views);
             let tiles = tiles_of(&keys, &values, d);
             let seeing = Seeing { views: &views, far: Some(&far) };

@@ -1,9 +1,9 @@
 //! Tiles of keys and values, as the inner loops read them.
 
 use crate::{
-    rope::{RopeTable, rotate_into},
+    rope::{RopeTable, Rows, rotate_into},
     simd::Simd,
-    tiles::{Floats, KvTiles},
+    tiles::{Floats, KvTiles, each_type},
 };
 use std::ops::Range;
 
@@ -14,6 +14,8 @@ const COPY_ROWS: usize = 64;
 pub(crate) struct Loader<'a> {
     pub(crate) store: &'a dyn KvTiles,
     rotation: Option<&'a RopeTable>,
+    /// Where units stand, if not where they lie.
+    places: Option<&'a [u32]>,
     d: usize,
     /// Whether enough rows use a tile to pay for a copy of it.
     copies: bool,
@@ -31,9 +33,16 @@ impl<'a> Loader<'a> {
         Self {
             store,
             rotation,
+            places: None,
             d,
             copies: rows >= COPY_ROWS,
         }
+    }
+
+    /// The same of units that stand elsewhere than where they lie.
+    #[inline(always)]
+    pub(crate) fn placed(self, places: Option<&'a [u32]>) -> Self {
+        Self { places, ..self }
     }
 
     /// The keys of a tile, rotated if they have to be.
@@ -45,14 +54,37 @@ impl<'a> Loader<'a> {
         scratch: &'s mut [f32],
         rotated: &'s mut [f32],
     ) -> &'s [f32] {
-        let (len, first) = (units.len() * self.d, units.start);
-        let keys = &self.store.keys(units, scratch)[..len];
+        let len = units.len() * self.d;
         match self.rotation {
-            None => keys,
+            None => &self.store.keys(units, scratch)[..len],
             Some(table) => {
                 let rotated = &mut rotated[..len];
-                rotate_into(s, keys, rotated, self.d, table, first);
+                self.rotate(s, table, units, scratch, rotated);
                 rotated
+            }
+        }
+    }
+
+    /// Writes the keys of a tile, rotated; where they lie as plain floats they are converted on the way.
+    #[inline(always)]
+    fn rotate<S: Simd>(
+        &self,
+        s: S,
+        table: &RopeTable,
+        units: Range<usize>,
+        scratch: &mut [f32],
+        out: &mut [f32],
+    ) {
+        let places = self.places.map(|places| &places[units.clone()]);
+        let rows = Rows {
+            first: units.start,
+            places,
+        };
+        match self.store.stored_keys(units.clone()) {
+            Some(keys) => each_type!(keys, keys => rotate_into(s, keys, out, self.d, table, rows)),
+            None => {
+                let keys = &self.store.keys(units, scratch)[..out.len()];
+                rotate_into(s, keys, out, self.d, table, rows);
             }
         }
     }
@@ -110,11 +142,10 @@ impl<'a> Loader<'a> {
         let mut at = 0;
         for piece in pieces {
             let to = at..at + piece.len() * self.d;
-            let stored = &self.store.keys(piece.clone(), scratch)[..to.len()];
             let out = &mut keys[to.clone()];
             match self.rotation {
-                None => out.copy_from_slice(stored),
-                Some(table) => rotate_into(s, stored, out, self.d, table, piece.start),
+                None => out.copy_from_slice(&self.store.keys(piece.clone(), scratch)[..to.len()]),
+                Some(table) => self.rotate(s, table, piece.clone(), scratch, out),
             }
             let stored = &self.store.values(piece.clone(), scratch)[..to.len()];
             values[to.clone()].copy_from_slice(stored);

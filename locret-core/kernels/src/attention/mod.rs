@@ -345,7 +345,12 @@ fn attend_with(
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
-    use crate::{rope, testing::*, tiles::DenseTiles};
+    use crate::{
+        rope,
+        testing::{self, *},
+        tiles::DenseTiles,
+        visible::Views,
+    };
     use half::{bf16, f16};
     use proptest::prelude::*;
 
@@ -473,6 +478,22 @@ pub(crate) mod tests {
                 RopeTable::new(&f, 1.25, 0..self.lens.iter().copied().max().unwrap_or(0))
             });
             (q, keys, values, table)
+        }
+
+        /// Views by chance; where keys are rotated as they are read, half of them of units that stand elsewhere.
+        pub(crate) fn views(&self, block: usize) -> Views {
+            let group = self.shape.group();
+            let views = testing::views(self.seed, self.shape.tokens, block, &self.lens, group);
+            if self.rotary.is_none() || self.seed % 2 == 0 {
+                return views;
+            }
+            let mut rng = Numbers::new(self.seed ^ 3);
+            let place = |x: f32, n: usize| ((x.abs() * n as f32) as u32).min(n as u32 - 1);
+            let places = self.lens.iter().map(|n| {
+                let numbers = rng.take(*n).into_iter();
+                numbers.map(|x| place(x, *n)).collect()
+            });
+            views.placed(places.collect())
         }
     }
 

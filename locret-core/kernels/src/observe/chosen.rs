@@ -117,7 +117,7 @@ impl<'a> Call<'a> {
         chosen: &'a [usize],
     ) -> Self {
         shape.check(q, heads, rotation);
-        seeing.check(q, heads, shape);
+        seeing.check(q, heads, shape, rotation);
         super::check_chosen(shape, chosen);
         Self {
             q,
@@ -241,7 +241,8 @@ fn panel<S: Simd, const N: usize>(
             continue;
         }
         let far = way == 2;
-        let loader = Loader::new(tiled, call.rotation.filter(|_| !far), d, width);
+        let loader = Loader::new(tiled, call.rotation.filter(|_| !far), d, width)
+            .placed(call.seeing.views.places_of(head / shape.group()));
         let from = if far { call.far } else { call.q };
         let row = |lane: usize| &from[(query(lane) * shape.heads + head) * d..][..d];
         pack_rows(s, (0..width).map(row), scale, d, q);
@@ -360,7 +361,7 @@ mod tests {
             let (q, keys, mut values, table) = case.data();
             let (shape, d) = (case.shape, case.shape.head_dim);
             let far = Numbers::new(case.seed ^ 1).take(q.len());
-            let views = views(case.seed, shape.tokens, block, &case.lens, shape.group());
+            let views = case.views(block);
             let seeing = Seeing { views: &views, far: Some(&far) };
             let chosen: Vec<usize> = (skip % shape.tokens..shape.tokens).collect();
             // One feature of all values is 1, so that its output is whether anything is seen.
@@ -389,7 +390,7 @@ mod tests {
             let (q, keys, values, table) = case.data();
             let (shape, d) = (case.shape, case.shape.head_dim);
             let far = Numbers::new(case.seed ^ 1).take(q.len());
-            let views = views(case.seed, shape.tokens, block, &case.lens, shape.group());
+            let views = case.views(block);
             let seeing = Seeing { views: &views, far: Some(&far) };
             let chosen: Vec<usize> = (skip % shape.tokens..shape.tokens).step_by(2).collect();
             let factors: Vec<f32> = Numbers::new(case.seed ^ 2).take(chosen.len()).iter().map(|x| x.abs()).collect();
