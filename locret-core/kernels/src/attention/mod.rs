@@ -484,7 +484,7 @@ pub(crate) mod tests {
         pub(crate) fn views(&self, block: usize) -> Views {
             let group = self.shape.group();
             let views = testing::views(self.seed, self.shape.tokens, block, &self.lens, group);
-            if self.rotary.is_none() || self.seed % 2 == 0 {
+            if self.rotary.is_none() || self.seed.is_multiple_of(2) {
                 return views;
             }
             let mut rng = Numbers::new(self.seed ^ 3);
