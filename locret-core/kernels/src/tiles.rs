@@ -7,10 +7,6 @@ use super::{
 use half::{bf16, f16};
 use std::ops::Range;
 
-/// How many bytes ahead of their use keys and values are asked for: a processor does not do so by itself beyond
-/// the end of a page, of which there are as many as there are sequences, layers and heads.
-pub(super) const AHEAD: usize = 4096;
-
 /// The keys and values of one KV head, `[units, head_dim]` each, in sequence order.
 ///
 /// Kernels ask for a tile of consecutive units at a time. A store of `f32` hands out its own

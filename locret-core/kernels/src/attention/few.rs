@@ -5,8 +5,12 @@ use crate::{
     dtype::Number,
     scratch::Scratch,
     simd::{Simd, exp2_nonpositive, load, store},
-    tiles::{AHEAD, Floats, each_type},
+    tiles::{Floats, each_type},
 };
+
+/// How many bytes ahead of their use keys and values are asked for: a processor does not do so by itself beyond
+/// the end of a page, of which there are as many as there are sequences, layers and heads.
+const AHEAD: usize = 4096;
 
 /// The heads of a group that one pass over a tile serves: three, but two twice rather than three
 /// and one.

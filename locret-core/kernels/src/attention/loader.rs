@@ -3,7 +3,7 @@
 use crate::{
     rope::{RopeTable, Rows, rotate_into},
     simd::Simd,
-    tiles::{Floats, KvTiles, each_type},
+    tiles::{Floats, KvTiles},
 };
 use std::ops::Range;
 
@@ -65,7 +65,7 @@ impl<'a> Loader<'a> {
         }
     }
 
-    /// Writes the keys of a tile, rotated; where they lie as plain floats they are converted on the way.
+    /// Writes the keys of a tile, rotated.
     #[inline(always)]
     fn rotate<S: Simd>(
         &self,
@@ -80,13 +80,8 @@ impl<'a> Loader<'a> {
             first: units.start,
             places,
         };
-        match self.store.stored_keys(units.clone()) {
-            Some(keys) => each_type!(keys, keys => rotate_into(s, keys, out, self.d, table, rows)),
-            None => {
-                let keys = &self.store.keys(units, scratch)[..out.len()];
-                rotate_into(s, keys, out, self.d, table, rows);
-            }
-        }
+        let keys = &self.store.keys(units, scratch)[..out.len()];
+        rotate_into(s, keys, out, self.d, table, rows);
     }
 
     /// The values of a tile.
